@@ -1,0 +1,72 @@
+"""What every method does with embeddings before and after its own part: checks, folds, sides, signs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.errors import QueryError
+
+EmbeddingsPerLayer = NDArray[Any] | Sequence[NDArray[Any]]
+"""[n_layer, n_pairs, n_embd] in any float type; a memory map or a list of layers is read layer by layer."""
+
+FOLDS = 3
+"""Held-out accuracy is that of a cross-validation with so many folds of pairs."""
+
+MIN_PAIRS = 2 * FOLDS
+
+
+def check_shapes(helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, rank: int) -> tuple[int, int, int]:
+    """The shape (n_layer, n_pairs, n_embd) that both classes share.
+
+    Raises:
+        ValueError: the shapes differ, or `rank` is not between 1 and n_embd.
+        QueryError: there are too few pairs.
+    """
+    shapes = {np.shape(layer) for layer in helpful} | {np.shape(layer) for layer in harmful}
+    if len(helpful) != len(harmful) or len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        raise ValueError(
+            f"helpful and harmful embeddings must share one shape [n_layer, n_pairs, n_embd], not {shapes}"
+        )
+    n_pairs, n_embd = shapes.pop()
+    if not 1 <= rank <= n_embd:
+        raise ValueError(f"the rank is {rank}; it must be between 1 and n_embd = {n_embd}")
+    needed = max(MIN_PAIRS, -(-rank * FOLDS // (FOLDS - 1)))
+    if n_pairs < needed:
+        raise QueryError(
+            f"{n_pairs} pairs are too few to fit {rank} directions; give queries for {needed} or more"
+        )
+    return len(helpful), n_pairs, n_embd
+
+
+def layer_embeddings(
+    helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, layer: int
+) -> NDArray[np.float32]:
+    """One layer in float32, [2, n_pairs, n_embd]: helpful, then harmful.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    both = np.stack([np.asarray(helpful[layer]), np.asarray(harmful[layer])]).astype(np.float32)
+    if not np.isfinite(both).all():
+        raise ValueError(f"the embeddings of layer {layer} have values that are NaN or infinite")
+    return both
+
+
+def fold_of_pair(n_pairs: int, seed: int) -> NDArray[np.int64]:
+    """The fold in which each pair is held out, [n_pairs]: equal sizes, drawn by `seed`."""
+    return np.random.default_rng(seed).permutation(n_pairs) % FOLDS
+
+
+def towards_helpful(vectors: NDArray[np.float32], class_gap: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`vectors` [..., n_embd], each with the sign under which it does not oppose `class_gap` [n_embd]."""
+    return np.where((vectors @ class_gap < 0)[..., None], -vectors, vectors)
+
+
+def accuracy_of(p_helpful: NDArray[Any], p_harmful: NDArray[Any]) -> float:
+    """Share of embeddings on their side of 1/2, where class 1 is the helpful one; ties count half."""
+    margins = np.concatenate([p_helpful - 0.5, 0.5 - p_harmful])
+    return float(np.mean((np.sign(margins) + 1) / 2))

@@ -1,0 +1,285 @@
+"""What an edit of a layer is, and how directions become edits.
+
+Pure numpy, no I/O: this module knows nothing of files, models or engines. `apply` is the readable
+definition of an edit; the runtime and the exporters are held against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from alignez_gguf.errors import SteeringError
+
+if TYPE_CHECKING:
+    from alignez_gguf.directions import Directions
+
+Decision = Literal["none", "remove", "add", "remove+add"]
+"""What an edit does to a layer."""
+
+ORTHONORMAL_TOLERANCE = 1e-5
+"""Rows whose Gram matrix is within this of the identity count as orthonormal and are kept as they are."""
+
+_DEPENDENT = 1e-5
+"""A row that keeps less than this share of its length outside the rows before it is dependent on them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """The edit of one layer, for strength 1.
+
+    Both arrays are copied, float32 and read-only. An addition of zeros is no addition (`None`).
+
+    Attributes:
+        add: [n_embd], added to the output of the block (after the residual addition).
+        remove: [k, n_embd] with orthonormal rows V; the output of the MLP becomes x - V^T V x. May be
+            given as [n_embd] or as any [k, n_embd]: it is orthonormalised in the order of its rows, and
+            rows that depend on earlier ones are dropped.
+
+    Raises:
+        SteeringError: a wrong shape, a value that is not finite, a `remove` of rank 0.
+    """
+
+    add: NDArray[np.float32] | None = None
+    remove: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        add = None if self.add is None else _finite("add", self.add)
+        remove = None if self.remove is None else np.atleast_2d(_finite("remove", self.remove))
+        if add is not None and (add.ndim != 1 or add.size == 0):
+            raise SteeringError(f"`add` must have the shape [n_embd], not {list(add.shape)}")
+        if remove is not None and (remove.ndim != 2 or remove.size == 0):
+            raise SteeringError(
+                f"`remove` must have the shape [n_embd] or [k, n_embd], not {list(remove.shape)}"
+            )
+        if add is not None and remove is not None and add.shape[0] != remove.shape[1]:
+            raise SteeringError(
+                f"`add` has width {add.shape[0]} and `remove` {remove.shape[1]}; both must be n_embd"
+            )
+        object.__setattr__(self, "add", _frozen(add) if add is not None and add.any() else None)
+        object.__setattr__(self, "remove", _frozen(orthonormal_rows(remove)) if remove is not None else None)
+
+    @property
+    def decision(self) -> Decision:
+        if self.remove is None:
+            return "none" if self.add is None else "add"
+        return "remove" if self.add is None else "remove+add"
+
+    @property
+    def rank(self) -> int:
+        """Dimensions that the removal takes away."""
+        return 0 if self.remove is None else int(self.remove.shape[0])
+
+    @property
+    def n_embd(self) -> int | None:
+        """Length of the vectors; `None` for the edit that does nothing."""
+        array = self.add if self.remove is None else self.remove
+        return None if array is None else int(array.shape[-1])
+
+    @property
+    def scale(self) -> float:
+        """Length of the addition at strength 1."""
+        return 0.0 if self.add is None else float(np.linalg.norm(self.add))
+
+
+Edits = Mapping[int, LayerEdit]
+"""The edited layers, counted from 0."""
+
+
+def orthonormal_rows(rows: ArrayLike) -> NDArray[np.float32]:
+    """Orthonormal rows with the span of `rows` [k, n_embd], the first ones spanning what the first ones did.
+
+    Gram-Schmidt in float64, twice per row for accuracy. Rows that are orthonormal already come back bit for
+    bit, so that a control file survives being read and written again.
+
+    Raises:
+        SteeringError: all rows are zero.
+    """
+    given = np.asarray(rows, dtype=np.float64)
+    if is_orthonormal(given):
+        return np.asarray(rows, dtype=np.float32)
+    basis: list[NDArray[np.float64]] = []
+    largest = np.abs(given).max(initial=0.0)
+    for row in given:
+        peak = np.abs(row).max()
+        if peak <= largest * np.finfo(np.float32).tiny:
+            continue
+        rest = row / peak  # before squaring: the squares of very small or large values leave float range
+        rest = rest / np.linalg.norm(rest)
+        for _ in range(2):
+            for vector in basis:
+                rest = rest - (vector @ rest) * vector
+        length = np.linalg.norm(rest)
+        if length > _DEPENDENT:
+            basis.append(rest / length)
+    if not basis:
+        raise SteeringError("the directions to remove are all zero; give at least one that is not")
+    return np.stack(basis).astype(np.float32)
+
+
+def is_orthonormal(rows: ArrayLike, tolerance: float = ORTHONORMAL_TOLERANCE) -> bool:
+    """Whether the rows [k, n_embd] have length 1 and right angles, within `tolerance` per product."""
+    array = np.asarray(rows, dtype=np.float64)
+    if array.shape[0] > array.shape[1]:
+        return False
+    gram = array @ array.T
+    return bool(np.abs(gram - np.eye(len(gram))).max() <= tolerance)
+
+
+def check_strength(strength: float) -> float:
+    """`strength` as a float. Raises `SteeringError` where it is negative or not finite."""
+    value = float(strength)
+    if not math.isfinite(value) or value < 0:
+        raise SteeringError(
+            f"the strength is {strength}; give a finite number that is not negative (0 is off)"
+        )
+    return value
+
+
+def apply(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
+    """The edit as it changes an MLP output `x` [..., n_embd]: x - s V^T V x + s add.
+
+    The runtime adds `add` after the residual addition that follows the MLP. That is the same sum, save for
+    architectures with a norm between the two; those see `apply_removal` before it and `apply_addition` after.
+    """
+    return apply_addition(apply_removal(x, edit, strength), edit, strength)
+
+
+def apply_removal(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
+    """x - s V^T V x, for an MLP output [..., n_embd]."""
+    x, strength = np.asarray(x), check_strength(strength)
+    return x if edit.remove is None else x - strength * (x @ edit.remove.T) @ edit.remove
+
+
+def apply_addition(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
+    """h + s add, for a block output [..., n_embd]."""
+    h, strength = np.asarray(h), check_strength(strength)
+    return h if edit.add is None else h + strength * edit.add
+
+
+def paper_edits(
+    directions: Directions,
+    class_gap: ArrayLike,
+    *,
+    threshold: float = 0.5,
+    layers: Iterable[int] | None = None,
+) -> dict[int, LayerEdit]:
+    """The decision rule of AlignEZ, layer by layer.
+
+    A probe that gives harmful embeddings the higher probability of class 1 is theta_harm: its direction is
+    removed if it gives them at least `threshold` on average. Otherwise it is theta_help: its unit vector is
+    added if it gives helpful embeddings at least `threshold`. Else the layer is left alone. The paper asks
+    for an average "about 1"; its authors' code for .5, the default here.
+
+    The length of a probe is arbitrary, so the addition is scaled to the gap between the class means along it:
+    strength 1 moves a harmful embedding by as much as the helpful ones lie away on average.
+
+    Args:
+        directions: the first vector of each layer is used.
+        class_gap: [n_layer, n_embd], mean helpful minus mean harmful embedding.
+        threshold: a mean probability, 0 to 1.
+        layers: the layers that may be edited; all if `None`.
+
+    Returns:
+        The edited layers; empty if the rule leaves every layer alone.
+    """
+    gap = _gap_like(directions.vectors, class_gap)
+    edits: dict[int, LayerEdit] = {}
+    for layer in _chosen(layers, len(gap)):
+        p_helpful, p_harmful = directions.p_helpful[layer], directions.p_harmful[layer]
+        theta = directions.vectors[layer, :1]
+        if p_harmful > p_helpful:
+            if p_harmful >= threshold and theta.any():
+                edits[layer] = LayerEdit(remove=theta)
+        elif p_helpful >= threshold:
+            edits[layer] = LayerEdit(add=_within(theta, gap[layer]))
+    return _effective(edits)
+
+
+def span_edits(
+    vectors: ArrayLike,
+    class_gap: ArrayLike,
+    *,
+    remove: bool,
+    amount: float = 0.0,
+    layers: Iterable[int] | None = None,
+) -> dict[int, LayerEdit]:
+    """One operation on the span of the same number of directions in every layer.
+
+    With V the directions of a layer and g its class gap, the removal takes V^T V x away and the addition adds
+    `amount` x V^T V g. So `remove=True` alone is removal, `amount` alone addition, and both together put a
+    part of the class gap where the removed component was.
+
+    Args:
+        vectors: [n_layer, k, n_embd], orthonormal rows; a layer of zeros is left alone.
+        class_gap: [n_layer, n_embd], mean helpful minus mean harmful embedding.
+        remove: whether to remove the span.
+        amount: share of the class gap inside the span that is added.
+        layers: the layers to edit; all if `None`.
+    """
+    v = np.asarray(vectors)
+    gap = _gap_like(v, class_gap)
+    edits = {
+        layer: LayerEdit(
+            add=(amount * _within(v[layer], gap[layer])).astype(np.float32) if amount else None,
+            remove=v[layer] if remove and v[layer].any() else None,
+        )
+        for layer in _chosen(layers, len(gap))
+    }
+    return _effective(edits)
+
+
+def _finite(name: str, values: ArrayLike) -> NDArray[np.float32]:
+    try:
+        array = np.asarray(values)
+        if not np.issubdtype(array.dtype, np.floating) and not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"values of type {array.dtype}")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise SteeringError(f"`{name}` must be an array of real numbers: {error}") from error
+    if not np.isfinite(array).all():
+        raise SteeringError(
+            f"`{name}` has values that are NaN or infinite in float32; fit the direction again"
+        )
+    return array
+
+
+def _frozen(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    array = np.array(array, dtype=np.float32, order="C", copy=True)
+    array.flags.writeable = False
+    return array
+
+
+def _within(rows: NDArray[Any], vector: NDArray[Any]) -> NDArray[np.float32]:
+    """V^T V vector: the part of `vector` inside the span of orthonormal `rows`."""
+    return np.asarray((rows @ vector) @ rows, dtype=np.float32)
+
+
+def _gap_like(vectors: NDArray[Any], class_gap: ArrayLike) -> NDArray[Any]:
+    gap = np.asarray(class_gap)
+    if vectors.ndim != 3 or gap.shape != (vectors.shape[0], vectors.shape[2]):
+        raise SteeringError(
+            f"directions {list(vectors.shape)} and class gap {list(gap.shape)} do not belong together; "
+            "they must be [n_layer, k, n_embd] and [n_layer, n_embd] of one fit"
+        )
+    return gap
+
+
+def _chosen(layers: Iterable[int] | None, n_layer: int) -> list[int]:
+    if layers is None:
+        return list(range(n_layer))
+    chosen = sorted(set(layers))
+    for layer in chosen:
+        if not 0 <= layer < n_layer:
+            raise SteeringError(f"there is no layer {layer}; the model has the layers 0 to {n_layer - 1}")
+    return chosen
+
+
+def _effective(edits: Mapping[int, LayerEdit]) -> dict[int, LayerEdit]:
+    return {layer: edit for layer, edit in edits.items() if edit.decision != "none"}

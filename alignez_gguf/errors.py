@@ -1,0 +1,39 @@
+"""One family of errors. Every message is one line that says what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+
+class AlignezError(Exception):
+    """Base of every error that a user can meet; the command line prints it and exits 1."""
+
+
+class ModelFileError(AlignezError):
+    """A model file is missing, truncated, not a GGUF, or of a kind that cannot be used."""
+
+
+class ControlFileError(AlignezError):
+    """A control file is malformed, or does not fit the model it is meant for."""
+
+
+class QueryError(AlignezError):
+    """A query file, a query or a prompt cannot be used."""
+
+
+class TemplateError(AlignezError):
+    """A prompt template file is malformed."""
+
+
+class RuntimeUnavailableError(AlignezError):
+    """llama-cpp-python is missing, of another version, or lacks the patch."""
+
+
+class SteeringError(AlignezError):
+    """An edit, a strength or a scope cannot be applied to a model in full."""
+
+
+class NoGainError(AlignezError):
+    """Nothing that was tried makes the model safer within the budget."""
+
+
+class WorkDirectoryError(AlignezError):
+    """A work directory is locked by another process or belongs to another job."""

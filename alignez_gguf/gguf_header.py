@@ -1,0 +1,190 @@
+"""The header of a GGUF file: its metadata and where its tensors lie, read without trusting it.
+
+The reader of the `gguf` package builds an array per token of the vocabulary, which takes seconds on a real
+model, and it believes the counts that a file states. Here every length is checked against what is left of
+the file before it is used. Layout: docs/gguf.md of ggml-org/ggml.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+Scalar = bool | int | float | str
+Value = Scalar | tuple[Scalar, ...] | None
+"""A metadata value; `None` for an array longer than `MAX_ARRAY` (a vocabulary, say)."""
+
+MAX_ARRAY = 4096
+"""Longer arrays are skipped."""
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_FORMATS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
+
+
+class GgufError(ValueError):
+    """What is wrong with a file; callers say which file, and the mend."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies. `shape` is in ggml order: `shape[0]` is the contiguous dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+    """Bytes from the start of the file."""
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the tensor data, and the sizes to check the rest against."""
+
+    metadata: Mapping[str, Value]
+    tensors: tuple[TensorInfo, ...]
+    data_offset: int
+    """Bytes from the start of the file to the first tensor."""
+    file_size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of the GGUF file at `path`.
+
+    Raises:
+        OSError: the file cannot be opened.
+        GgufError: it is not a GGUF file, or a field of the header is wrong; the message names it.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise GgufError("it does not start with the letters GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Cursor(data).header()
+
+
+class _Cursor:
+    """Reads forward through a header; never past its end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.size = len(data)
+        self.at = len(_MAGIC)
+
+    def header(self) -> Header:
+        version = self.number("<I", "version")
+        if version not in _VERSIONS:
+            swapped = int.from_bytes(int(version).to_bytes(4, "little"), "big")
+            kind = "big-endian" if swapped in _VERSIONS else f"of GGUF version {version}"
+            raise GgufError(f"it is {kind}; only little-endian files of version 2 and 3 can be read")
+        n_tensors = int(self.number("<Q", "tensor count"))
+        n_keys = int(self.number("<Q", "metadata count"))
+        metadata: dict[str, Value] = {}
+        for _ in range(n_keys):
+            key = self.string("a metadata key")
+            if key in metadata:
+                raise GgufError(f"the key {key!r} appears twice")
+            metadata[key] = self.value(int(self.number("<I", f"type of {key!r}")), key)
+        tensors = [self.tensor() for _ in range(n_tensors)]
+        return self._placed(metadata, tensors)
+
+    def number(self, form: str, what: str) -> int | float:
+        start = self.at
+        self.skip(struct.calcsize(form), what)
+        number: int | float = struct.unpack_from(form, self.data, start)[0]
+        return number
+
+    def skip(self, n_bytes: int, what: str) -> None:
+        if n_bytes > self.size - self.at:
+            raise GgufError(f"it ends inside {what}")
+        self.at += n_bytes
+
+    def string(self, what: str) -> str:
+        length = int(self.number("<Q", what))
+        start = self.at
+        self.skip(length, what)
+        try:
+            return self.data[start : self.at].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise GgufError(f"{what} is not UTF-8") from error
+
+    def value(self, kind: int, key: str) -> Value:
+        what = f"the value of {key!r}"
+        if kind in _FORMATS:
+            return self.number(_FORMATS[kind], what)
+        if kind == _STRING:
+            return self.string(what)
+        if kind == _ARRAY:
+            return self.array(what)
+        raise GgufError(f"{what} has the unknown type {kind}")
+
+    def array(self, what: str) -> tuple[Scalar, ...] | None:
+        kind = int(self.number("<I", what))
+        length = int(self.number("<Q", what))
+        if kind in _FORMATS:
+            form = _FORMATS[kind]
+            start = self.at
+            self.skip(length * struct.calcsize(form), what)
+            if length > MAX_ARRAY:
+                return None
+            return struct.unpack_from(f"<{length}{form[1]}", self.data, start)
+        if kind != _STRING:
+            raise GgufError(f"{what} is an array of the unsupported type {kind}")
+        if length <= MAX_ARRAY:
+            return tuple(self.string(what) for _ in range(length))
+        self.skip_strings(length, what)
+        return None
+
+    def skip_strings(self, count: int, what: str) -> None:
+        """Step over a vocabulary; the loop that decides how long a model takes to open."""
+        at, last, data, unpack = self.at, self.size - 8, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at > last:
+                raise GgufError(f"it ends inside {what}")
+            at += 8 + unpack(data, at)[0]
+        self.at = at
+        self.skip(0, what)
+
+    def tensor(self) -> TensorInfo:
+        name = self.string("a tensor name")
+        what = f"the description of tensor {name!r}"
+        n_dims = int(self.number("<I", what))
+        if not 1 <= n_dims <= _MAX_DIMS:
+            raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
+        shape = tuple(int(self.number("<Q", what)) for _ in range(n_dims))
+        return TensorInfo(name, shape, int(self.number("<I", what)), int(self.number("<Q", what)))
+
+    def _placed(self, metadata: dict[str, Value], tensors: list[TensorInfo]) -> Header:
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise GgufError(f"general.alignment is {alignment!r}, not a power of two")
+        start = -(-self.at // alignment) * alignment
+        names = {tensor.name for tensor in tensors}
+        if len(names) != len(tensors):
+            raise GgufError("two tensors have the same name")
+        placed = tuple(TensorInfo(t.name, t.shape, t.ggml_type, start + t.offset) for t in tensors)
+        for tensor in placed:
+            if tensor.offset >= self.size:
+                raise GgufError(f"it ends before tensor {tensor.name!r}")
+        return Header(metadata, placed, start, self.size)

@@ -1,0 +1,159 @@
+"""What identifies a model: enough to tell whether a control file belongs to it.
+
+Reads the header of a GGUF file, never its weights (a few samples for the fingerprint aside).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Protocol
+
+from alignez_gguf.errors import ModelFileError
+from alignez_gguf.gguf_header import GgufError, Header, read_header
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+class LoadedModel(Protocol):
+    """The part of `llama_cpp.Llama` that identifies its model."""
+
+    model_path: str
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as a control file names it.
+
+    Attributes:
+        arch: `general.architecture` of its GGUF file, such as "llama".
+        n_embd: width of the residual stream.
+        n_layer: number of blocks, without draft (multi-token prediction) layers. 0 where a control file of
+            another tool does not say; `arch` is then no more than that file's hint.
+        name: `general.name`.
+        fingerprint: identifies the file, see `from_gguf`.
+        quantization: of most weights, such as "Q4_K_M".
+    """
+
+    arch: str
+    n_embd: int
+    n_layer: int
+    name: str = ""
+    fingerprint: str = ""
+    quantization: str = ""
+
+    def __str__(self) -> str:
+        layers = f"{self.n_layer} layers" if self.n_layer else "an unknown number of layers"
+        return f"{self.arch or 'a model of unknown architecture'} with {layers} of width {self.n_embd}"
+
+    @classmethod
+    def from_gguf(cls, path: str | PathLike[str]) -> ModelInfo:
+        """Describe the model in a GGUF file; of a split model, give the first part.
+
+        The fingerprint is the SHA-256 of the header (metadata and tensor descriptions), the file size, and
+        64 samples of 4 KiB spread evenly over the tensor data: it tells quantizations and fine-tunes apart
+        in milliseconds, whatever the size of the file. It is no defence against forgery.
+
+        Raises:
+            ModelFileError: missing, truncated, not a GGUF file, or not a language model.
+        """
+        path = Path(path)
+        try:
+            header = read_header(path)
+            _refuse_truncated(header)
+            fingerprint = _fingerprint(path, header)
+        except OSError as error:
+            raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
+        except GgufError as error:
+            raise ModelFileError(
+                f"{path} is not a usable GGUF model: {error}; download or convert the model again"
+            ) from error
+        info = cls._from_metadata(header.metadata, str(path))
+        return cls(info.arch, info.n_embd, info.n_layer, info.name, fingerprint, info.quantization)
+
+    @classmethod
+    def from_llama(cls, llm: LoadedModel) -> ModelInfo:
+        """Describe the model of a `llama_cpp.Llama`: from its file, or from its metadata if that is gone.
+
+        Raises:
+            ModelFileError: as `from_gguf`.
+        """
+        if Path(llm.model_path).is_file():
+            return cls.from_gguf(llm.model_path)
+        return cls._from_metadata(llm.metadata, "the loaded model")
+
+    @classmethod
+    def _from_metadata(cls, metadata: Mapping[str, object], source: str) -> ModelInfo:
+        arch = metadata.get("general.architecture")
+        if not isinstance(arch, str) or not arch:
+            raise ModelFileError(f"{source} does not name its architecture; convert the model again")
+        if arch == "controlvector":
+            raise ModelFileError(f"{source} is a control file, not a model; give the model that it steers")
+        if _integer(metadata, "split.no", source, default=0) != 0:
+            raise ModelFileError(
+                f"{source} is a later part of a split model; give the part named 00001-of-..."
+            )
+        n_layer = _integer(metadata, f"{arch}.block_count", source) - _integer(
+            metadata, f"{arch}.nextn_predict_layers", source, default=0
+        )
+        n_embd = _integer(metadata, f"{arch}.embedding_length", source)
+        if n_layer < 1 or n_embd < 1:
+            raise ModelFileError(
+                f"{source} states {n_layer} layers of width {n_embd}; convert the model again"
+            )
+        file_type = _integer(metadata, "general.file_type", source, default=-1)
+        name = metadata.get("general.name", "")
+        return cls(
+            arch,
+            n_embd,
+            n_layer,
+            name if isinstance(name, str) else "",
+            quantization=_quantization(file_type),
+        )
+
+
+def _integer(metadata: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
+    """An integer value; llama.cpp hands metadata out as text."""
+    value = metadata.get(key, default)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if type(value) is not int:
+        raise ModelFileError(f"{source} is not a language model: its header has no usable {key}")
+    return value
+
+
+def _quantization(file_type: int) -> str:
+    import gguf
+
+    try:
+        return str(gguf.LlamaFileType(file_type).name).removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return ""
+
+
+def _refuse_truncated(header: Header) -> None:
+    import gguf
+
+    for tensor in header.tensors:
+        try:
+            block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.ggml_type)]
+        except ValueError:  # a type newer than the gguf package: its size is not known
+            continue
+        if tensor.offset + tensor.n_elements // block * n_bytes > header.file_size:
+            raise GgufError(f"it ends inside tensor {tensor.name!r}, so it is incomplete")
+
+
+def _fingerprint(path: Path, header: Header) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(header.data_offset))
+        digest.update(header.file_size.to_bytes(8, "little"))
+        last = max(header.data_offset, header.file_size - _SAMPLE_BYTES)
+        for sample in range(_SAMPLES):
+            file.seek(header.data_offset + (last - header.data_offset) * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

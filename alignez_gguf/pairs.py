@@ -1,0 +1,168 @@
+"""Preference pairs: what they are, where they are kept, which of them are of use.
+
+Rows are JSON, one per line. This module knows nothing of how pairs are generated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from difflib import SequenceMatcher
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from alignez_gguf.errors import QueryError
+
+NEAR_IDENTICAL = 0.9
+"""Answers that share this part of their words, in order, count as near-identical."""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one query, each given under a persona with the characteristics beside it.
+
+    `truncated` says that an answer was cut at the limit of tokens.
+    """
+
+    query: str
+    helpful: str
+    harmful: str
+    helpful_characteristics: str = ""
+    harmful_characteristics: str = ""
+    truncated: bool = False
+
+
+_FOREIGN_FIELDS = {"prompt": "query", "chosen": "helpful", "rejected": "harmful"}
+"""The names that data sets for preference optimisation use."""
+
+
+class PairStore:
+    """An append-only file of pairs that survives a crash: what `append` returned from is on the disk.
+
+    Opening drops a last line that a crash left half-written. One process at a time may append.
+
+    Raises:
+        QueryError: a whole line of the file is not a pair, or the file cannot be opened.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._drop_partial_line()
+            self.pairs = load_pairs(self.path) if self.path.exists() else []
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise QueryError(f"cannot open the pairs {path}: {error.strerror or error}") from error
+
+    def append(self, pair: PreferencePair) -> None:
+        row = json.dumps(asdict(pair), ensure_ascii=False) + "\n"
+        self._file.write(row.encode("utf-8", errors="replace"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.pairs.append(pair)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        return iter(self.pairs)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> PairStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _drop_partial_line(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("r+b") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+
+
+def load_pairs(path: str | PathLike[str]) -> list[PreferencePair]:
+    """Read pairs from a JSONL file of ours, or one with the fields prompt, chosen and rejected.
+
+    Raises:
+        QueryError: the file cannot be read, or a line is not a pair; the message has its number.
+    """
+    path = Path(path)
+    pairs = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise QueryError(f"cannot read the pairs {path}: {error.strerror or error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            pairs.append(_pair(line, f"{path}, line {number}"))
+    return pairs
+
+
+def _pair(line: bytes, where: str) -> PreferencePair:
+    try:
+        row: Any = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise QueryError(f"{where} is not UTF-8; convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise QueryError(f"{where} is not JSON ({error}); write one object per line") from error
+    if not isinstance(row, dict):
+        raise QueryError(f"{where} is not a JSON object; write one object per line")
+    named = {_FOREIGN_FIELDS.get(key, key): value for key, value in row.items()}
+    known: dict[str, Any] = {}
+    for field in fields(PreferencePair):
+        value = named.get(field.name, field.default)
+        kind = bool if field.name == "truncated" else str
+        if not isinstance(value, kind):
+            raise QueryError(
+                f"{where} has no {kind.__name__} `{field.name}`; "
+                "a pair needs the fields query, helpful and harmful (or prompt, chosen and rejected)"
+            )
+        known[field.name] = value
+    return PreferencePair(**known)
+
+
+@dataclass(frozen=True)
+class PairFilterReport:
+    """How many pairs there were, and why some were left out. `truncated` ones are kept and only counted."""
+
+    total: int
+    kept: int
+    empty: int
+    identical: int
+    near_identical: int
+    truncated: int
+
+
+def filter_pairs(pairs: Iterable[PreferencePair]) -> tuple[list[PreferencePair], PairFilterReport]:
+    """Leave out the pairs that say nothing about the difference between the personas.
+
+    A pair goes if an answer is empty, or if both answers are the same or nearly so: there the model ignored
+    its persona. Case and spaces do not count as a difference.
+    """
+    kept: list[PreferencePair] = []
+    counts = {"empty": 0, "identical": 0, "near_identical": 0}
+    total = 0
+    for pair in pairs:
+        total += 1
+        helpful, harmful = pair.helpful.casefold().split(), pair.harmful.casefold().split()
+        if not helpful or not harmful:
+            counts["empty"] += 1
+        elif helpful == harmful:
+            counts["identical"] += 1
+        elif _nearly_equal(helpful, harmful):
+            counts["near_identical"] += 1
+        else:
+            kept.append(pair)
+    truncated = sum(pair.truncated for pair in kept)
+    return kept, PairFilterReport(total, len(kept), truncated=truncated, **counts)
+
+
+def _nearly_equal(first: list[str], second: list[str]) -> bool:
+    return SequenceMatcher(None, first, second, autojunk=False).ratio() >= NEAR_IDENTICAL

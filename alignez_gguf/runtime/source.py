@@ -1,0 +1,155 @@
+"""The pinned source of llama-cpp-python: fetched, checked, unpacked, and patched.
+
+Knows nothing of compilers and wheels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from alignez_gguf.errors import RuntimeUnavailableError
+
+VERSION = "0.3.36"
+"""Of llama-cpp-python; the patches are made for the llama.cpp inside it."""
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+_NAME = f"llama_cpp_python-{VERSION}"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def cache_directory() -> Path:
+    """Where downloads and built wheels are kept; the environment variable ALIGNEZ_CACHE_DIR names another."""
+    if chosen := os.environ.get("ALIGNEZ_CACHE_DIR"):
+        return Path(chosen).expanduser().resolve()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "alignez-gguf"
+
+
+def source_tree(say: Callable[[str], None] = lambda _: None) -> Path:
+    """The unpacked, unpatched source distribution; downloaded once per user.
+
+    The environment variable ALIGNEZ_SOURCE_TREE names a tree that is already unpacked. Not to be written to.
+
+    Raises:
+        RuntimeUnavailableError: the tree that was named is not one, or the download fails or is not the file
+            that the patches were made for.
+    """
+    if chosen := os.environ.get("ALIGNEZ_SOURCE_TREE"):
+        return _checked_tree(Path(chosen).expanduser().resolve())
+    sources = cache_directory() / "source"
+    tree = sources / _NAME
+    sources.mkdir(parents=True, exist_ok=True)
+    with FileLock(sources / "lock"):
+        if not tree.is_dir():
+            say(f"downloading the source of llama-cpp-python {VERSION} (77 MB)")
+            with tempfile.TemporaryDirectory(dir=sources) as temporary:
+                archive = _download(Path(temporary))
+                unpack(archive, Path(temporary)).rename(tree)
+    return tree
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """Check the source distribution and unpack it into `folder`; return the tree.
+
+    Raises:
+        RuntimeUnavailableError: `archive` is not, byte for byte, the pinned source distribution.
+    """
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != SDIST_SHA256:
+        raise RuntimeUnavailableError(
+            f"{archive.name} has SHA-256 {digest}, not {SDIST_SHA256}: it is another file; clear "
+            "pip's cache (pip cache purge), or set ALIGNEZ_SOURCE_TREE to an unpacked copy that you trust"
+        )
+    with tarfile.open(archive) as tar:
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(folder, filter="data")
+        else:  # Python 3.10.0 to 3.10.11; what is unpacked is known by its hash
+            tar.extractall(folder)
+    return _checked_tree(folder / _NAME)
+
+
+def patch_files() -> list[Path]:
+    """The patches, in the order in which they apply.
+
+    Raises:
+        RuntimeUnavailableError: there are none, which only a broken installation can bring about.
+    """
+    installed = _PACKAGE / "runtime" / "patches"
+    folder = installed if installed.is_dir() else _PACKAGE.parent / "patches"
+    patches = sorted(folder.glob("*.patch"))
+    if not patches:
+        raise RuntimeUnavailableError(f"no patches in {folder}; reinstall alignez-gguf")
+    return patches
+
+
+def apply_patches(tree: Path, patches: Sequence[Path]) -> None:
+    """Apply patches, whose paths start at `vendor/llama.cpp`, to a copy of the source tree, in order.
+
+    Raises:
+        RuntimeUnavailableError: one does not apply, or there is no program that could apply it. The tree may
+            then hold a part of the patches.
+    """
+    llama_cpp = tree / "vendor" / "llama.cpp"
+    for patch in patches:
+        if shutil.which("git"):
+            command = ["git", "apply", "--whitespace=nowarn", str(patch.resolve())]
+        elif shutil.which("patch"):
+            command = ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "-i", str(patch.resolve())]
+        else:
+            raise RuntimeUnavailableError(
+                "neither git nor patch is installed; install git to patch llama.cpp"
+            )
+        # Inside a git repository, `git apply` skips, in silence, every path outside the current folder's.
+        environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(llama_cpp.parent.resolve())}
+        for name in ("GIT_DIR", "GIT_WORK_TREE"):
+            environment.pop(name, None)
+        result = subprocess.run(command, cwd=llama_cpp, env=environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            detail = " ".join((result.stderr or result.stdout).split())
+            raise RuntimeUnavailableError(
+                f"{patch.name} does not apply to llama-cpp-python {_version(tree)}: {detail}; "
+                f"use the source of version {VERSION}, or carry the patch forward as patches/README.md says"
+            )
+
+
+def _checked_tree(tree: Path) -> Path:
+    if not (tree / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file():
+        raise RuntimeUnavailableError(f"{tree} is not an unpacked source distribution of llama-cpp-python")
+    return tree
+
+
+def _version(tree: Path) -> str:
+    try:
+        lines = (tree / "llama_cpp" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "(unknown)"
+    return next((line.split('"')[1] for line in lines if line.startswith('__version__ = "')), "(unknown)")
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command += ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    archive = folder / f"{_NAME}.tar.gz"
+    if result.returncode != 0 or not archive.is_file():
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no reason given"]
+        raise RuntimeUnavailableError(
+            f"pip cannot download llama-cpp-python {VERSION}: {lines[-1]}; connect to a package index, or "
+            "set ALIGNEZ_SOURCE_TREE to an unpacked source distribution"
+        )
+    return archive

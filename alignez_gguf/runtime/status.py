@@ -1,0 +1,73 @@
+"""What the runtime of this Python environment is, and what it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignez_gguf.runtime import probe
+from alignez_gguf.runtime.source import VERSION
+
+_MEND = "run: alignez-gguf runtime build"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a backend of ggml offers."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class RuntimeStatus:
+    """The llama-cpp-python that this interpreter imports."""
+
+    version: str | None
+    """None where there is none, or none that loads."""
+    location: str | None
+    library: str | None
+    """The libllama that it loads."""
+    patched: bool
+    devices: tuple[Device, ...]
+    system_info: str
+    """The instruction sets and options that ggml was built with, as llama.cpp says them."""
+    quantized_products: bool
+    """Quantized matrix products work on this CPU."""
+    mend: str
+    """What is missing, and what to do about it; empty where nothing is."""
+
+
+def status(site: Path | None = None) -> RuntimeStatus:
+    """Look at the llama-cpp-python that this interpreter imports, or at the one in `site`.
+
+    It is loaded in a child process, so a library that kills its process is reported as well.
+    """
+    return from_probe(probe.run(site))
+
+
+def from_probe(found: probe.Probe) -> RuntimeStatus:
+    """The status that a probe amounts to."""
+    description = found.description
+    version = description.get("version")
+    patched = bool(description.get("patched"))
+    if version is None:
+        mend = f"llama-cpp-python cannot be loaded ({found.failure}); {_MEND}"
+    elif version != VERSION:
+        mend = f"llama-cpp-python is {version}, the patch is for {VERSION}; {_MEND}"
+    elif not patched:
+        mend = f"llama-cpp-python lacks the patch, so it cannot steer; {_MEND}"
+    elif not found.works:
+        mend = f"{found.failure}; {_MEND} --rebuild"
+    else:
+        mend = ""
+    return RuntimeStatus(
+        version=version,
+        location=description.get("location"),
+        library=description.get("library"),
+        patched=patched,
+        devices=tuple(Device(**device) for device in description.get("devices", ())),
+        system_info=description.get("system_info", ""),
+        quantized_products=found.works,
+        mend=mend,
+    )

@@ -1,0 +1,219 @@
+"""Random tiny models for tests: the same weights as a PyTorch model and as a GGUF file.
+
+The PyTorch model, with forward hooks, is the oracle of everything that we do inside llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from alignez_gguf.runtime.build import source_tree
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests import convert as converter
+
+CACHE = Path(__file__).parents[1] / ".cache" / "test-models"
+
+ARCHITECTURES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen2moe",
+    "olmo2",
+    "gemma3",
+    "granite",
+    "phi3",
+)
+
+_VOCABULARY = 384
+_SPECIAL = ("<s>", "</s>")
+_TOKENIZER_TEXT = (
+    "Question: how do I bake a cake?\nAnswer: make a plan, work slowly and mind the oven.\n"
+    "Question: how do I pick a lock?\nAnswer: sorry, that is not something that I can help with.\n"
+    "The quick brown fox jumps over the lazy dog while the other dogs sleep in the warm sun.\n"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TinyModel:
+    """One set of random weights, twice."""
+
+    hf: PreTrainedModel
+    """In float32 and evaluation mode."""
+    gguf: Path
+    """In F32."""
+    mlp_modules: list[nn.Module]
+    """The MLP (or sparse mixture) of each layer; a forward hook on it sees the MLP output."""
+    blocks: list[nn.Module]
+    """The decoder layers; a forward hook on one sees the residual stream after the block."""
+
+
+def tiny_model(architecture: str, **overrides: Any) -> TinyModel:
+    """A random model of one of `ARCHITECTURES`.
+
+    `seed` (default 0), `n_layer` (3), `n_embd` (64, a multiple of 64) and any field of the architecture's
+    transformers config can be overridden. The GGUF is converted once and kept in `.cache/`, under a name
+    that is a hash of the weights.
+    """
+    config = _config(architecture, **overrides)
+    torch.manual_seed(overrides.get("seed", 0))
+    hf: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    _randomise_vectors(hf)
+    hf.requires_grad_(False)
+    blocks = list(hf.model.layers)
+    return TinyModel(
+        hf=hf,
+        gguf=_converted(architecture, hf),
+        mlp_modules=[block.mlp for block in blocks],
+        blocks=blocks,
+    )
+
+
+def quantized(gguf: Path, file_type: str) -> Path:
+    """The same model as `Q8_0`, `Q4_0` or (n_embd a multiple of 256) `Q4_K_M`, kept in `.cache/`."""
+    import llama_cpp
+
+    def write(target: Path) -> None:
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+        parameters.nthread = 2
+        status = llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), parameters)
+        if status:
+            raise RuntimeError(f"cannot quantize {gguf} to {file_type}")
+
+    return _cached(f"{gguf.stem}-{file_type}", write)
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The byte-level BPE that all tiny models share: any text, no unknown tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator([_TOKENIZER_TEXT] * 2, trainer)
+    bos, eos = _SPECIAL
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe, bos_token=bos, eos_token=eos
+    )
+
+
+def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64, **fields: Any) -> Any:
+    common = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": n_embd,
+        "intermediate_size": 2 * n_embd,
+        "num_hidden_layers": n_layer,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        # Wide enough for logits that differ, narrow enough to stay near unit scale.
+        "initializer_range": n_embd**-0.5,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    experts = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+    families: dict[str, tuple[str, dict[str, Any]]] = {
+        "llama": ("llama", {}),
+        "mistral": ("mistral", {"sliding_window": None}),
+        "qwen2": ("qwen2", {}),
+        "qwen3": ("qwen3", {"head_dim": n_embd // 4}),
+        "mixtral": ("mixtral", {"num_local_experts": 4, "sliding_window": None, **experts}),
+        "qwen2moe": (
+            "qwen2_moe",
+            {
+                "num_experts": 4,
+                "moe_intermediate_size": n_embd,
+                "shared_expert_intermediate_size": 2 * n_embd,
+                **experts,
+            },
+        ),
+        "olmo2": ("olmo2", {}),
+        "gemma3": (
+            "gemma3_text",
+            {
+                "head_dim": n_embd // 4,
+                "query_pre_attn_scalar": n_embd // 4,
+                "sliding_window": 16,
+                "tie_word_embeddings": True,
+            },
+        ),
+        "granite": (
+            "granite",
+            {
+                "attention_multiplier": (n_embd // 4) ** -0.5,
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.5,
+                "logits_scaling": 2.0,
+            },
+        ),
+        "phi3": ("phi3", {"original_max_position_embeddings": 512}),
+    }
+    model_type, special = families[architecture]
+    return AutoConfig.for_model(model_type, **{**common, **special, **fields})
+
+
+def _randomise_vectors(model: nn.Module) -> None:
+    """Move norms and biases off their trivial initial values, which would hide a misplaced one."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def _converted(architecture: str, hf: PreTrainedModel) -> Path:
+    digest = hashlib.sha256(json.dumps(hf.config.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(tokenizer().backend_tokenizer.to_str().encode())
+    for name, tensor in hf.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+
+    def write(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            hf.save_pretrained(directory)
+            tokenizer().save_pretrained(directory)
+            converter.convert(_llama_cpp(), Path(directory), target)
+
+    digest.update(transformers.__version__.encode() + Path(converter.__file__).read_bytes())
+    return _cached(f"{architecture}-{digest.hexdigest()[:16]}", write)
+
+
+def _llama_cpp() -> Path:
+    llama_cpp: Path = source_tree() / "vendor" / "llama.cpp"
+    return llama_cpp
+
+
+def _cached(stem: str, write: Callable[[Path], None]) -> Path:
+    """`.cache/test-models/{stem}.gguf`, written once, under a temporary name until it is whole."""
+    path = CACHE / f"{stem}.gguf"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+        try:
+            write(unfinished)
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return path

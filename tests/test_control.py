@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import struct
+import warnings
+
+import gguf
+import numpy as np
+import pytest
+
+from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
+from alignez_gguf.edits import LayerEdit
+from alignez_gguf.errors import ControlFileError
+
+MODEL = ModelInfo("llama", 32, 6, "tiny", "a" * 64, "Q4_K_M")
+
+
+@pytest.fixture
+def control():
+    rng = np.random.default_rng(3)
+    column = np.linspace(0, 1, 6, dtype=np.float32)
+    return ControlFile(
+        MODEL,
+        {
+            0: LayerEdit(add=rng.normal(size=32)),
+            2: LayerEdit(remove=rng.normal(size=(3, 32))),
+            5: LayerEdit(add=rng.normal(size=32), remove=rng.normal(size=32)),
+            3: LayerEdit(),
+        },
+        recipe={"method": "ccs", "seed": 7, "mix": False, "note": "", "layers": [1, 2]},
+        layers=LayerReport(column, column, 1 - column, loss=column / 2),
+        score={"kl": 0.0625, "candidates": ("a", "b"), "gains": np.array([0.5, -0.25])},
+    )
+
+
+def write_gguf(path, tensors, keys=(), arch="controlvector"):
+    """A GGUF file made by the gguf package; `keys` are (name, value, type) or (name, value, type, item type)."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key in keys:
+        writer.add_key_value(*key)
+    for name, tensor in tensors:
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+U32, STRING, ARRAY, FLOAT32 = (
+    gguf.GGUFValueType.UINT32,
+    gguf.GGUFValueType.STRING,
+    gguf.GGUFValueType.ARRAY,
+    gguf.GGUFValueType.FLOAT32,
+)
+
+
+def our_keys(**changes):
+    keys = {
+        "alignez.format_version": (1, U32),
+        "alignez.model.arch": ("llama", STRING),
+        "alignez.model.name": ("tiny", STRING),
+        "alignez.model.fingerprint": ("", STRING),
+        "alignez.model.quantization": ("", STRING),
+        "alignez.model.n_embd": (32, U32),
+        "alignez.model.n_layer": (6, U32),
+    }
+    keys.update({name.replace("__", "."): value for name, value in changes.items()})
+    return [(name, *value) for name, value in keys.items() if value is not None]
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
+UNIT = np.eye(32, dtype=np.float32)
+
+
+def test_file_comes_back_as_it_was_saved(control, tmp_path):
+    control.save(tmp_path / "c.gguf")
+    loaded = ControlFile.load(tmp_path / "c.gguf")
+
+    assert loaded.model == MODEL
+    assert list(loaded.edits) == [0, 2, 5]
+    for layer, edit in loaded.edits.items():
+        for name in ("add", "remove"):
+            np.testing.assert_array_equal(getattr(edit, name), getattr(control.edits[layer], name))
+    assert loaded.recipe == {"layers": (1, 2), "method": "ccs", "mix": False, "note": "", "seed": 7}
+    assert loaded.score == {"candidates": ("a", "b"), "gains": (0.5, -0.25), "kl": 0.0625}
+    for field in dataclasses.fields(LayerReport):
+        np.testing.assert_array_equal(getattr(loaded.layers, field.name), getattr(control.layers, field.name))
+
+
+def test_equal_content_gives_equal_bytes(control, tmp_path):
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    control.save(first)
+    ControlFile.load(first).save(second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_other_gguf_tools_read_the_file(control, tmp_path):
+    control.save(tmp_path / "c.gguf")
+    reader = gguf.GGUFReader(tmp_path / "c.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    assert reader.fields["GGUF.version"].contents() == 3
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == "llama"
+    assert reader.fields["controlvector.layer_count"].contents() == 3
+    assert reader.fields["alignez.layer.decision"].contents() == [
+        "add", "none", "remove", "none", "none", "remove+add",
+    ]  # fmt: skip
+    assert list(tensors) == ["direction.0", "projection.2", "direction.5", "projection.5"]
+    assert all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in tensors.values())
+    assert list(tensors["projection.2"].shape) == [32, 3]  # ggml order: n_embd first
+    assert list(tensors["projection.5"].shape) == [32]
+    np.testing.assert_array_equal(tensors["projection.2"].data, control.edits[2].remove)
+    np.testing.assert_array_equal(tensors["direction.5"].data, control.edits[5].add)
+
+
+def test_addition_above_layer_zero_uses_only_tensors_that_stock_llama_cpp_takes(tmp_path):
+    ControlFile(MODEL, {layer: LayerEdit(add=ones(32)) for layer in range(1, 6)}).save(tmp_path / "c.gguf")
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "c.gguf").tensors]
+    assert names == [f"direction.{layer}" for layer in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [("controlvector.model_hint", "mistral", STRING), ("controlvector.layer_count", 2, U32)],
+        [],
+    ],
+)
+def test_file_of_another_tool_loads(tmp_path, keys):
+    path = write_gguf(tmp_path / "c.gguf", [("direction.1", 2 * ones(32)), ("direction.4", ones(32))], keys)
+    control = ControlFile.load(path)
+    assert control.model == ModelInfo("mistral" if keys else "", 32, 0)
+    assert sorted(control.edits) == [1, 4]
+    np.testing.assert_array_equal(control.edits[1].add, 2 * ones(32))
+
+
+def test_file_of_another_tool_warns_of_another_hint_and_refuses_another_shape(tmp_path):
+    keys = [("controlvector.model_hint", "mistral", STRING)]
+    control = ControlFile.load(write_gguf(tmp_path / "c.gguf", [("direction.4", ones(32))], keys))
+    with pytest.warns(UserWarning, match=r"'mistral'.*llama"):
+        control.check_fits(MODEL)
+    with pytest.raises(ControlFileError, match="width 32.*width 64"):
+        control.check_fits(dataclasses.replace(MODEL, n_embd=64))
+    with pytest.raises(ControlFileError, match="4 layers"):
+        control.check_fits(dataclasses.replace(MODEL, n_layer=4))
+
+
+def test_file_of_another_tool_is_saved_only_once_its_model_is_known(tmp_path):
+    control = ControlFile.load(write_gguf(tmp_path / "c.gguf", [("direction.4", ones(32))]))
+    with pytest.raises(ControlFileError, match="ModelInfo.from_gguf"):
+        control.save(tmp_path / "ours.gguf")
+    dataclasses.replace(control, model=MODEL).save(tmp_path / "ours.gguf")
+    assert ControlFile.load(tmp_path / "ours.gguf").model == MODEL
+
+
+def test_file_fits_the_model_it_was_made_for_without_a_word(control):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        control.check_fits(MODEL)
+        control.check_fits(dataclasses.replace(MODEL, fingerprint=""))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"arch": "qwen2"}, "qwen2"), ({"n_embd": 64}, "64"), ({"n_layer": 7}, "7")]
+)
+def test_file_for_another_model_is_refused_with_both_sides_named(control, change, named):
+    with pytest.raises(ControlFileError, match=rf"llama with 6 layers of width 32.*{named}"):
+        control.check_fits(dataclasses.replace(MODEL, **change))
+
+
+def test_other_fingerprint_of_equal_shape_warns(control):
+    with pytest.warns(UserWarning, match="same model"):
+        control.check_fits(dataclasses.replace(MODEL, fingerprint="b" * 64))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys", "message"),
+    [
+        ([("direction.1", ones(32))], our_keys(alignez__format_version=(2, U32)), "format_version is 2"),
+        ([("direction.1", ones(32))], our_keys(alignez__format_version=("1", STRING)), "format_version"),
+        ([("direction.1", ones(32))], our_keys(alignez__format_version=None), "format_version is missing"),
+        ([("direction.1", ones(32))], our_keys(alignez__model__arch=None), "model.arch"),
+        ([("direction.1", ones(32))], our_keys(alignez__model__n_embd=(64, U32)), "layer 1 has width 32"),
+        ([("direction.1", ones(32))], our_keys(alignez__model__n_layer=(0, U32)), "n_layer"),
+        ([("direction.1", ones(32))], our_keys(alignez__model__n_layer=(2**31, U32)), "n_layer"),
+        ([("direction.6", ones(32))], our_keys(), "layer 6"),
+        ([("direction.01", ones(32))], our_keys(), "direction.01"),
+        ([("direction.-1", ones(32))], our_keys(), "direction.-1"),
+        ([("direction.9999999999999999999", ones(32))], our_keys(), "unknown tensor"),
+        ([("bias.1", ones(32))], our_keys(), "bias.1"),
+        ([("direction.1", ones(2, 32))], our_keys(), "direction.1 has the shape"),
+        ([("direction.1", np.ones(32, np.float16))], our_keys(), "direction.1 is not F32"),
+        ([("direction.1", ones(32) * np.nan)], our_keys(), "direction.1 .*NaN"),
+        ([("projection.1", np.full(32, np.inf, np.float32))], our_keys(), "projection.1 .*infinite"),
+        ([("projection.1", 2 * UNIT[0])], our_keys(), "projection.1 is not orthonormal"),
+        ([("projection.1", UNIT[[0, 0]])], our_keys(), "projection.1 is not orthonormal"),
+        ([("projection.1", np.vstack([UNIT, UNIT]))], our_keys(), "projection.1 is not orthonormal"),
+        ([("projection.1", UNIT[0]), ("direction.1", ones(16))], our_keys(), "layer 1"),
+        ([("direction.1", np.zeros(32, np.float32))], our_keys(), "no layer is edited"),
+        ([], our_keys(), "no layer is edited"),
+        ([], [], "no layer is edited"),
+        ([("projection.1", UNIT[0])], [], "format_version"),
+        ([("direction.1", ones(32)), ("direction.2", ones(16))], [], "width"),
+        ([("direction.1", ones(32))], [("glp.mode", "project", STRING)], "GLP"),
+        (
+            [("direction.1", ones(32))],
+            our_keys(alignez__layer__loss=([0.5] * 5, ARRAY, FLOAT32)),
+            "layer.accuracy is missing",
+        ),
+        (
+            [("direction.1", ones(32))],
+            our_keys(
+                alignez__layer__accuracy=([0.5] * 5, ARRAY, FLOAT32),
+                alignez__layer__p_helpful=([0.5] * 6, ARRAY, FLOAT32),
+                alignez__layer__p_harmful=([0.5] * 6, ARRAY, FLOAT32),
+            ),
+            "layer.accuracy must hold one finite number for each of 6",
+        ),
+        (
+            [("direction.1", ones(32))],
+            our_keys(alignez__layer__accuracy=("high", STRING)),
+            "layer.accuracy is not an array",
+        ),
+        ([("direction.1", ones(32))], our_keys(alignez__score__kl=(math.inf, FLOAT32)), "score.kl is inf"),
+    ],
+)
+def test_malformed_files_are_refused_with_the_field_named(tmp_path, tensors, keys, message):
+    path = write_gguf(tmp_path / "bad.gguf", tensors, keys)
+    with pytest.raises(ControlFileError, match=message) as refusal:
+        ControlFile.load(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_truncation_of_a_file_is_refused(control, tmp_path):
+    control.save(tmp_path / "c.gguf")
+    whole = (tmp_path / "c.gguf").read_bytes()
+    cut = tmp_path / "cut.gguf"
+    last_value = len(whole) - 32 * 4  # the padding after the last tensor may go
+    for length in [*range(0, 200), *range(200, last_value, 97)]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(ControlFileError, match=r"cut\.gguf"):
+            ControlFile.load(cut)
+
+
+def test_damaged_headers_end_in_a_control_file_error_or_load(control, tmp_path):
+    control.save(tmp_path / "c.gguf")
+    whole = (tmp_path / "c.gguf").read_bytes()
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / "damaged.gguf"
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for position in rng.integers(4, 1500, size=3):
+            data[position] = rng.integers(256)
+        damaged.write_bytes(data)
+        try:
+            ControlFile.load(damaged)
+        except ControlFileError:
+            refused += 1
+    assert refused > 100
+
+
+def test_counts_beyond_the_file_are_refused_at_once(tmp_path):
+    for counts in [(2**63, 0), (0, 2**63), (1, 2**40)]:
+        path = tmp_path / "huge.gguf"
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(64))
+        with pytest.raises(ControlFileError, match=r"huge\.gguf"):
+            ControlFile.load(path)
+
+
+def test_model_file_and_missing_file_and_folder_are_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", [("token_embd.weight", ones(4, 32))], arch="llama")
+    with pytest.raises(ControlFileError, match="'llama'.*model"):
+        ControlFile.load(path)
+    with pytest.raises(ControlFileError, match="No such file"):
+        ControlFile.load(tmp_path / "none.gguf")
+    with pytest.raises(ControlFileError, match="cannot read"):
+        ControlFile.load(tmp_path)
+
+
+def test_output_that_cannot_be_written_leaves_nothing_behind(control, tmp_path):
+    with pytest.raises(ControlFileError, match="cannot write"):
+        control.save(tmp_path / "no such folder" / "c.gguf")
+    (tmp_path / "taken.gguf").mkdir()
+    with pytest.raises(ControlFileError, match="not a plain file"):
+        control.save(tmp_path / "taken.gguf")
+    assert os.listdir(tmp_path) == ["taken.gguf"]
+
+
+def test_failed_save_keeps_the_old_file(control, tmp_path, monkeypatch):
+    path = tmp_path / "c.gguf"
+    control.save(path)
+    before = path.read_bytes()
+
+    def disk_full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", disk_full)
+    with pytest.raises(ControlFileError, match="No space left"):
+        control.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"edits": {}}, "no layer is edited"),
+        ({"edits": {0: LayerEdit()}}, "no layer is edited"),
+        ({"edits": {6: LayerEdit(add=ones(32))}}, "layer 6"),
+        ({"edits": {-1: LayerEdit(add=ones(32))}}, "layer -1"),
+        ({"edits": {0: LayerEdit(add=ones(31))}}, "width 31"),
+        ({"recipe": {"Method": "ccs"}}, "lower-case"),
+        ({"recipe": {"method": None}}, "NoneType"),
+        ({"recipe": {"layers": []}}, "recipe.layers"),
+        ({"recipe": {"layers": [1, 2.5]}}, "one type"),
+        ({"score": {"kl": math.nan}}, "score.kl is nan"),
+        ({"score": {"n": 2**63}}, "64 bits"),
+        ({"layers": LayerReport(ones(6), ones(6), ones(5))}, "p_harmful"),
+    ],
+)
+def test_content_that_cannot_be_stored_is_refused_on_construction(arguments, message):
+    with pytest.raises(ControlFileError, match=message):
+        ControlFile(**{"model": MODEL, "edits": {1: LayerEdit(add=ones(32))}, **arguments})

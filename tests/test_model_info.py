@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from alignez_gguf.control import ModelInfo
+from alignez_gguf.errors import ModelFileError
+
+
+def write_model(path, *, arch="llama", seed=0, n_layer=4, vocabulary=100, **keys):
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("Tiny")
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(64)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_token_list([f"token {i}" for i in range(vocabulary)])
+    for key, value in keys.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    weights = np.random.default_rng(seed).normal(size=(100, 64)).astype(np.float32)
+    writer.add_tensor("token_embd.weight", weights)
+    quantized = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.ffn_down.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+class Loaded:
+    def __init__(self, model_path, metadata):
+        self.model_path = str(model_path)
+        self.metadata = metadata
+
+
+def test_header_describes_the_model(tmp_path):
+    info = ModelInfo.from_gguf(write_model(tmp_path / "m.gguf"))
+    assert (info.arch, info.n_embd, info.n_layer, info.name) == ("llama", 64, 4, "Tiny")
+    assert info.quantization == "Q4_K_M"
+    assert len(info.fingerprint) == 64
+
+
+def test_draft_layers_do_not_count(tmp_path):
+    path = write_model(tmp_path / "m.gguf", n_layer=5, llama__nextn_predict_layers=1)
+    assert ModelInfo.from_gguf(path).n_layer == 4
+
+
+def test_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    first = ModelInfo.from_gguf(write_model(tmp_path / "a.gguf"))
+    copy = ModelInfo.from_gguf(write_model(tmp_path / "b.gguf"))
+    other_weights = ModelInfo.from_gguf(write_model(tmp_path / "c.gguf", seed=1))
+    other_header = ModelInfo.from_gguf(write_model(tmp_path / "d.gguf", vocabulary=101))
+    assert first == copy
+    assert len({first.fingerprint, other_weights.fingerprint, other_header.fingerprint}) == 3
+
+
+def test_large_vocabulary_is_stepped_over(tmp_path):
+    assert ModelInfo.from_gguf(write_model(tmp_path / "m.gguf", vocabulary=20_000)).n_embd == 64
+
+
+def test_loaded_model_is_described_from_its_file_or_else_its_metadata(tmp_path):
+    path = write_model(tmp_path / "m.gguf")
+    metadata = {
+        "general.architecture": "llama",
+        "general.file_type": "15",
+        "llama.block_count": "4",
+        "llama.embedding_length": "64",
+    }
+    assert ModelInfo.from_llama(Loaded(path, metadata)) == ModelInfo.from_gguf(path)
+    gone = ModelInfo.from_llama(Loaded(tmp_path / "gone.gguf", metadata))
+    assert gone == ModelInfo("llama", 64, 4, quantization="Q4_K_M")
+
+
+def test_first_part_of_a_split_model_is_enough_and_later_parts_are_refused(tmp_path):
+    assert ModelInfo.from_gguf(write_model(tmp_path / "1.gguf", split__no=0, split__count=2)).n_layer == 4
+    with pytest.raises(ModelFileError, match="00001-of"):
+        ModelInfo.from_gguf(write_model(tmp_path / "2.gguf", split__no=1, split__count=2))
+
+
+def test_missing_file_and_folder_and_other_files_are_refused(tmp_path):
+    text = tmp_path / "model.txt"
+    text.write_text("not a model")
+    empty = tmp_path / "empty.gguf"
+    empty.touch()
+    for path, message in [
+        (tmp_path / "none.gguf", "No such file"),
+        (tmp_path, "cannot read"),
+        (text, "letters GGUF"),
+        (empty, "letters GGUF"),
+    ]:
+        with pytest.raises(ModelFileError, match=message):
+            ModelInfo.from_gguf(path)
+
+
+@pytest.mark.parametrize("kept", [6, 30, 500, 5000, 30_000, -40])
+def test_truncated_model_is_refused(tmp_path, kept):
+    path = write_model(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ModelFileError, match="it ends"):
+        ModelInfo.from_gguf(path)
+
+
+def test_gguf_file_that_is_no_language_model_is_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match=r"clip\.block_count"):
+        ModelInfo.from_gguf(path)
+
+
+def test_big_endian_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match="big-endian"):
+        ModelInfo.from_gguf(path)
