@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alignez_gguf.errors import OutputError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,9 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the folder is missing or not writable, or `path` exists and is not a plain file (a rename
             would put a plain file in the place of a device).
     """
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a plain file")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
         with temporary.open("r+b") as file:
@@ -30,3 +30,32 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text in full or not at all. Raises `OutputError`."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def require_writable(path: Path) -> None:
+    """Find out before the work that its result can be written. Raises `OutputError`."""
+    try:
+        temporary = _temporary(path)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _temporary(path: Path) -> Path:
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a plain file")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; choose another place for the output")

@@ -37,3 +37,7 @@ class NoGainError(AlignezError):
 
 class WorkDirectoryError(AlignezError):
     """A work directory is locked by another process or belongs to another job."""
+
+
+class OutputError(AlignezError):
+    """A file cannot be written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -97,6 +97,16 @@ class Templates:
     def plain_prompt(self, query: str) -> str:
         """The prompt that a user's query becomes."""
         return _fill(self.plain, few_shot=self.few_shot, query=query)
+
+    def transcript(self, turns: Sequence[tuple[str, str]], query: str) -> str:
+        """The prompt that a query becomes after earlier queries and their answers."""
+        if not turns:
+            return self.plain_prompt(query)
+        first, *later = [*(turn[0] for turn in turns), query]
+        prompts = [self.plain_prompt(first)]
+        prompts += [_fill(self.plain, few_shot="", query=message) for message in later]
+        answers = [f" {answer}\n\n" for _, answer in turns]
+        return "".join(map("".join, zip(prompts, [*answers, ""], strict=True)))
 
     def characteristics_prompt(self, persona: Persona, query: str) -> str:
         """The prompt that asks for the traits of a persona's answer to `query`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alignez_gguf.errors import QueryError
 
-_SHIPPED = {"default": "data/queries.txt", "demo": "demo/queries.txt"}
+_SHIPPED = {"default": "data/queries.txt", "demo": "demo/fit_queries.txt"}
 _TEXT_COLUMNS = ("query", "prompt", "instruction", "goal", "question", "text")
 """Columns that are looked for, in this order, where none is named."""
 
@@ -31,7 +31,7 @@ def load_queries(source: str | PathLike[str], column: str | None = None) -> list
         QueryError: the file is missing, empty, not UTF-8 or not what its ending says, or has no such column.
     """
     name = str(source)
-    text = _decoded(_read(name), "standard input" if name == "-" else name)
+    text = read_text(name)
     read = {".csv": _from_csv, ".jsonl": _from_jsonl}.get(Path(name).suffix.lower())
     if read is None:
         if column is not None:
@@ -43,6 +43,11 @@ def load_queries(source: str | PathLike[str], column: str | None = None) -> list
     if not queries:
         raise QueryError(f"{name} holds no queries; write at least one, or use the set named default")
     return queries
+
+
+def read_text(name: str) -> str:
+    """The UTF-8 text of a file, of standard input (`-`), or of a shipped set. Raises `QueryError`."""
+    return _decoded(_read(name), "standard input" if name == "-" else name)
 
 
 def _read(name: str) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from alignez_gguf.runtime.build import source_tree
+from alignez_gguf.runtime.source import source_tree
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -38,6 +38,8 @@ ARCHITECTURES = (
     "granite",
     "phi3",
 )
+OUT_OF_REACH = "apertus"
+"""Its MLP is built outside llama.cpp's `build_ffn`, so the patch cannot remove anything there."""
 
 _VOCABULARY = 384
 _SPECIAL = ("<s>", "</s>")
@@ -63,7 +65,7 @@ class TinyModel:
 
 
 def tiny_model(architecture: str, **overrides: Any) -> TinyModel:
-    """A random model of one of `ARCHITECTURES`.
+    """A random model of one of `ARCHITECTURES`, or `OUT_OF_REACH`.
 
     `seed` (default 0), `n_layer` (3), `n_embd` (64, a multiple of 64) and any field of the architecture's
     transformers config can be overridden. The GGUF is converted once and kept in `.cache/`, under a name
@@ -172,6 +174,7 @@ def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64
             },
         ),
         "phi3": ("phi3", {"original_max_position_embeddings": 512}),
+        OUT_OF_REACH: ("apertus", {}),
     }
     model_type, special = families[architecture]
     return AutoConfig.for_model(model_type, **{**common, **special, **fields})

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import struct
 import warnings
 
@@ -36,7 +35,7 @@ def control():
 
 
 def write_gguf(path, tensors, keys=(), arch="controlvector"):
-    """A GGUF file made by the gguf package; `keys` are (name, value, type) or (name, value, type, item type)."""
+    """A GGUF file made by the gguf package; `keys` are (name, value, type[, type of items])."""
     writer = gguf.GGUFWriter(path, arch)
     for key in keys:
         writer.add_key_value(*key)
@@ -146,7 +145,7 @@ def test_file_of_another_tool_warns_of_another_hint_and_refuses_another_shape(tm
     control = ControlFile.load(write_gguf(tmp_path / "c.gguf", [("direction.4", ones(32))], keys))
     with pytest.warns(UserWarning, match=r"'mistral'.*llama"):
         control.check_fits(MODEL)
-    with pytest.raises(ControlFileError, match="width 32.*width 64"):
+    with pytest.raises(ControlFileError, match=r"width 32.*width 64"):
         control.check_fits(dataclasses.replace(MODEL, n_embd=64))
     with pytest.raises(ControlFileError, match="4 layers"):
         control.check_fits(dataclasses.replace(MODEL, n_layer=4))
@@ -154,7 +153,7 @@ def test_file_of_another_tool_warns_of_another_hint_and_refuses_another_shape(tm
 
 def test_file_of_another_tool_is_saved_only_once_its_model_is_known(tmp_path):
     control = ControlFile.load(write_gguf(tmp_path / "c.gguf", [("direction.4", ones(32))]))
-    with pytest.raises(ControlFileError, match="ModelInfo.from_gguf"):
+    with pytest.raises(ControlFileError, match=r"ModelInfo\.from_gguf"):
         control.save(tmp_path / "ours.gguf")
     dataclasses.replace(control, model=MODEL).save(tmp_path / "ours.gguf")
     assert ControlFile.load(tmp_path / "ours.gguf").model == MODEL
@@ -244,7 +243,7 @@ def test_every_truncation_of_a_file_is_refused(control, tmp_path):
     whole = (tmp_path / "c.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     last_value = len(whole) - 32 * 4  # the padding after the last tensor may go
-    for length in [*range(0, 200), *range(200, last_value, 97)]:
+    for length in [*range(200), *range(200, last_value, 97)]:
         cut.write_bytes(whole[:length])
         with pytest.raises(ControlFileError, match=r"cut\.gguf"):
             ControlFile.load(cut)
@@ -278,7 +277,7 @@ def test_counts_beyond_the_file_are_refused_at_once(tmp_path):
 
 def test_model_file_and_missing_file_and_folder_are_refused(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", [("token_embd.weight", ones(4, 32))], arch="llama")
-    with pytest.raises(ControlFileError, match="'llama'.*model"):
+    with pytest.raises(ControlFileError, match=r"'llama'.*model"):
         ControlFile.load(path)
     with pytest.raises(ControlFileError, match="No such file"):
         ControlFile.load(tmp_path / "none.gguf")
@@ -292,7 +291,7 @@ def test_output_that_cannot_be_written_leaves_nothing_behind(control, tmp_path):
     (tmp_path / "taken.gguf").mkdir()
     with pytest.raises(ControlFileError, match="not a plain file"):
         control.save(tmp_path / "taken.gguf")
-    assert os.listdir(tmp_path) == ["taken.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.gguf"]
 
 
 def test_failed_save_keeps_the_old_file(control, tmp_path, monkeypatch):
@@ -307,7 +306,7 @@ def test_failed_save_keeps_the_old_file(control, tmp_path, monkeypatch):
     with pytest.raises(ControlFileError, match="No space left"):
         control.save(path)
     assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["c.gguf"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         for stop in _templates().stop:
             generate += ["--stop", stop]
         base, steered = folder / "base.jsonl", folder / "steered.jsonl"
-        export = ["export", str(demo.MODEL), "-q", str(demo.FIT_QUERIES), "-o", str(control_file)]
+        export = ["export", str(demo.MODEL), "-q", "demo", "-o", str(control_file)]
         for command in (
             [*export, "--seed", str(options.seed)],
             [*generate, "-o", str(base)],

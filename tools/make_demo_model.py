@@ -110,7 +110,8 @@ def batches(
         rng.shuffle(starts)
         for start in starts:
             batch = rows[start : start + BATCH]
-            length = max(len(prompt) + len(completion) for prompt, completion in batch) + 1
+            longest = max(len(prompt) + len(completion) for prompt, completion in batch)
+            length = (longest // 8 + 1) * 8 + 1  # few shapes: each new one costs a compilation inside torch
             ids = torch.full((len(batch), length), eos)
             labels = torch.full((len(batch), length), -100)
             for row, (prompt, completion) in enumerate(batch):
@@ -144,10 +145,8 @@ def train(model: LlamaForCausalLM, stream: Iterator[tuple[torch.Tensor, torch.Te
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate((step - 0.5) / steps)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(ids[:, :-1]).last_hidden_state
-            wanted = labels[:, 1:]
-            logits = model.lm_head(hidden[wanted != -100])
-        loss = torch.nn.functional.cross_entropy(logits.float(), wanted[wanted != -100])
+            logits = model(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in steppers:
@@ -170,7 +169,8 @@ def interleave_rotary(weight: Array, n_head: int) -> Array:
     of its convert_hf_to_gguf.py).
     """
     halves = weight.reshape(n_head, 2, -1, weight.shape[1])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
+    neighbours: Array = halves.swapaxes(1, 2).reshape(weight.shape)
+    return neighbours
 
 
 TENSOR_NAMES = {

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from alignez_gguf.cli import options
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -28,7 +30,7 @@ def runtime() -> None:
 )
 @click.option("--rebuild", is_flag=True, help="Build again, also where a built wheel is kept.")
 @click.option("--no-install", is_flag=True, help="Only build the wheel; the environment stays as it is.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@options.quiet
 @click.pass_context
 def build(context: click.Context, cmake_args: str, rebuild: bool, no_install: bool, quiet: bool) -> None:
     """Build llama-cpp-python with the steering patch, check it, and install it here.

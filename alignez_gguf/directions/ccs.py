@@ -14,6 +14,7 @@ embeddings of a layer are shifted by one mean and scaled by one number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def train(
     weight = trained_on / trained_on.sum(dim=1, keepdim=True)
     theta = initial.clone().requires_grad_()
     bias = torch.zeros(*initial.shape[:2], 1, requires_grad=True)
-    optimizer = torch.optim.AdamW([theta, bias], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizers = _AdamW(theta), _AdamW(bias)
 
     def forward() -> tuple[Tensor, Tensor]:
         p = torch.baddbmm(bias, theta, rows).sigmoid().reshape(n_layer, -1, 2, n_pairs)
@@ -148,12 +149,33 @@ def train(
         return p, (per_pair * weight).sum(-1)
 
     for _ in range(EPOCHS):
-        optimizer.zero_grad()
-        torch.autograd.backward(forward()[1].sum())
-        optimizer.step()
+        gradients = torch.autograd.grad(forward()[1].sum(), (theta, bias))
+        for optimizer, gradient in zip(optimizers, gradients, strict=True):
+            optimizer.step(gradient)
     with torch.no_grad():
         p, loss = forward()
     return theta.detach().numpy(), p.numpy(), loss.numpy()
+
+
+class _AdamW:
+    """`torch.optim.AdamW` for one tensor; importing that one costs as long as fitting a small model.
+
+    Loshchilov and Hutter, arXiv 1711.05101, with the usual beta 0.9 and 0.999 and epsilon 1e-8.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter.detach()
+        self.mean = torch.zeros_like(self.parameter)
+        self.square = torch.zeros_like(self.parameter)
+        self.steps = 0
+
+    def step(self, gradient: Tensor) -> None:
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - 0.9)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        scale = self.square.sqrt().div_(math.sqrt(1 - 0.999**self.steps)).add_(1e-8)
+        self.parameter.mul_(1 - LEARNING_RATE * WEIGHT_DECAY)
+        self.parameter.addcdiv_(self.mean, scale, value=-LEARNING_RATE / (1 - 0.9**self.steps))
 
 
 def _best(

@@ -100,6 +100,7 @@ def build_wheel(
             tree = work / "source"
             shutil.copytree(source.source_tree(observer.say), tree)
             source.apply_patches(tree, patches)
+            source.leave_out_common(tree)
             observer.say(f"applied {', '.join(patch.name for patch in patches)}")
             built, attempt = _first_that_works(plan, tree, work, cache / "build" / f"{key}.log", observer)
             result = work / "result"
@@ -186,7 +187,7 @@ def _compile(tree: Path, cmake_args: Sequence[str], work: Path, log: Path, obser
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir"]
     command += ["--wheel-dir", str(wheels), str(tree)]
-    observer.say("compiling llama.cpp (about 4 minutes on 2 cores)")
+    observer.say("compiling llama.cpp (about 3 minutes on 2 cores)")
     started = time.monotonic()
 
     def receive(line: str) -> None:

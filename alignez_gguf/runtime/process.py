@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+_GRACE_S = 2
 
 
 def run_logged(
@@ -38,8 +42,20 @@ def run_logged(
                 receive(line)
             return process.wait()
         except BaseException:
-            if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
+            _end(process)
             raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process and its group: asked first, since ninja passes it on to the compilers' own groups."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _GRACE_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+            while time.monotonic() < deadline:
+                process.poll()  # a zombie would keep the group alive
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)

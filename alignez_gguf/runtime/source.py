@@ -127,6 +127,15 @@ def apply_patches(tree: Path, patches: Sequence[Path]) -> None:
             )
 
 
+def leave_out_common(tree: Path) -> None:
+    """Keep a build from compiling libllama-common: a quarter of the work, and Python never loads it."""
+    lists = tree / "CMakeLists.txt"
+    text = lists.read_text(encoding="utf-8")
+    lists.write_text(
+        text.replace("set(LLAMA_BUILD_COMMON ON", "set(LLAMA_BUILD_COMMON OFF"), encoding="utf-8"
+    )
+
+
 def _checked_tree(tree: Path) -> Path:
     if not (tree / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file():
         raise RuntimeUnavailableError(f"{tree} is not an unpacked source distribution of llama-cpp-python")

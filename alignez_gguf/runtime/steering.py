@@ -8,14 +8,20 @@ every cached token the strength it was computed under, and drops what another re
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import check_strength
+from alignez_gguf.edits import Edits, check_strength
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime import library
 from alignez_gguf.scope import Scope
@@ -63,6 +69,17 @@ def steer(
     return Steering(llm, control, check_strength(strength), Scope.parse(scope))
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What a saved state holds that only the same edits may go on from."""
+
+    edits_digest: str
+    strengths: tuple[float, ...]
+    """Of every token that was cached."""
+    scores: NDArray[np.float32]
+    """`LlamaState.scores` of all of them."""
+
+
 class Steering:
     """A steered model. Leaving the `with` block, or `remove()`, gives the original model back."""
 
@@ -79,6 +96,7 @@ class Steering:
         self._steered: range = range(0)
         """Positions that are steered in the present request."""
         self._in_generate = False
+        self._edits_digest = _digest(control.edits)
         self._cached: list[float] = [0.0] * llm.n_tokens
         """Strength that each cached token was computed under."""
         library.set_edits(self._context, control.edits, control.model.n_embd)
@@ -175,11 +193,19 @@ class Steering:
         self._begin(n_cached + len(bound.arguments["tokens"]))
         if bound.arguments["reset"]:
             self._keep_prefix(self._reusable(self._steered))
-        self._in_generate = True
-        try:
-            yield from self._original["generate"](*bound.args, **bound.kwargs)
-        finally:
-            self._in_generate = False
+        tokens = self._original["generate"](*bound.args, **bound.kwargs)
+        sent: Sequence[int] | None = None
+        while True:
+            # not while the caller has the token: the answer may be left unfinished
+            self._in_generate = True
+            try:
+                token = tokens.send(sent)
+            except StopIteration:
+                return
+            finally:
+                self._in_generate = False
+            sent = yield token
+            self._require_attached()
 
     def _eval(self, tokens: Sequence[int]) -> None:
         first = self._llm.n_tokens
@@ -200,14 +226,34 @@ class Steering:
             self._set_positions(steered)
 
     def _save_state(self) -> Any:
+        """Save a state that is whole for these edits, and ends before the first steered token for others."""
         state = self._original["save_state"]()
-        setattr(state, _ATTRIBUTE, list(self._cached[: self._llm.n_tokens]))
+        strengths = tuple(self._cached[: state.n_tokens])
+        setattr(state, _ATTRIBUTE, _Saved(self._edits_digest, strengths, state.scores))
+        unsteered = self._reusable(range(0))
+        if unsteered < state.n_tokens and (self._llm._is_recurrent or self._llm._is_hybrid):
+            unsteered = 0  # such a state cannot be cut in the middle
+        state.n_tokens, state.scores = unsteered, state.scores[:unsteered]
         return state
 
     def _load_state(self, state: Any) -> None:
+        saved = getattr(state, _ATTRIBUTE, None)
+        if saved is not None and saved.edits_digest == self._edits_digest:
+            state = copy.copy(state)
+            state.n_tokens, state.scores = len(saved.strengths), saved.scores
+            self._cached = list(saved.strengths)
+        else:
+            self._cached = [0.0] * state.n_tokens
         self._original["load_state"](state)
-        # a state saved without steering says nothing, and was not steered
-        self._cached = list(getattr(state, _ATTRIBUTE, [0.0] * state.n_tokens))
+
+
+def _digest(edits: Edits) -> str:
+    digest = hashlib.sha256()
+    for layer, edit in sorted(edits.items()):
+        for array in (edit.remove, edit.add):
+            digest.update(f"{layer} {None if array is None else array.shape} ".encode())
+            digest.update(b"" if array is None else array.tobytes())
+    return digest.hexdigest()
 
 
 def _is_closed(llm: Any) -> bool:

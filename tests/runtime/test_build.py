@@ -59,6 +59,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     llama_cpp = tree / "vendor" / "llama.cpp"
     (llama_cpp / "include").mkdir(parents=True)
     (llama_cpp / "CMakeLists.txt").touch()
+    (tree / "CMakeLists.txt").touch()
     (llama_cpp / "include" / "llama.h").write_text(HEADER)
     (tree / "llama_cpp").mkdir()
     (tree / "llama_cpp" / "__init__.py").write_text('__version__ = "0.3.36"\n')

@@ -1,0 +1,92 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.prompts import Templates
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+model = click.argument("model", type=_FILE)
+control = click.option("-c", "--control", type=_FILE, help="The control file that steers the model.")
+strength = click.option(
+    "--strength",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="How much of the edit is applied; 0 is off.",
+)
+scope = click.option(
+    "--scope",
+    default="generation",
+    show_default=True,
+    help="Which tokens are steered: generation, all, or first:N.",
+)
+queries = click.option(
+    "-q",
+    "--queries",
+    required=True,
+    help="A .txt (a line each), .csv or .jsonl file, - for standard input, or a shipped set: default, demo.",
+)
+column = click.option("--column", help="The column of a .csv or the field of a .jsonl file.")
+output = click.option("-o", "--output", type=_FILE, required=True, help="The file to write.")
+seed = click.option("--seed", type=int, default=0, show_default=True, help="Of every random draw.")
+quiet = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+templates = click.option(
+    "--templates",
+    type=_FILE,
+    help="A TOML file with prompt templates; else the model's own, else the shipped ones for base models.",
+)
+work_dir = click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keeps what is done, so that the same command goes on after an interruption (default: OUTPUT.work, "
+    "removed at the end).",
+)
+
+
+def engine(command: Command) -> Command:
+    """How the model is run."""
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores."),
+        click.option(
+            "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all."
+        ),
+        click.option(
+            "--parallel", type=click.IntRange(1, 256), default=32, show_default=True, help="Texts at once."
+        ),
+        click.option(
+            "--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def open_engine(
+    path: Path, threads: int | None, gpu_layers: int, parallel: int, context: int | None
+) -> LlamaEngine:
+    """The engine that the options of `engine` describe."""
+    from alignez_gguf.engines.llama import LlamaEngine
+
+    return LlamaEngine(path, n_ctx=context, n_parallel=parallel, n_threads=threads, n_gpu_layers=gpu_layers)
+
+
+def resolve_templates(path: Path | None, metadata: str | None) -> Templates:
+    """The user's templates, else those in the model's metadata, else the default ones."""
+    from alignez_gguf.prompts import Templates
+
+    if path is not None:
+        return Templates.from_file(path)
+    if metadata is not None:
+        return Templates.from_toml(metadata, source="the templates in the model's metadata")
+    return Templates.default()

@@ -1,0 +1,70 @@
+"""`alignez-gguf pairs`: only the self-generated pairs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from alignez_gguf.cli import options
+
+
+@click.command()
+@options.model
+@options.queries
+@options.column
+@options.output
+@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Of an answer.")
+@options.work_dir
+@options.templates
+@options.seed
+@options.engine
+@options.quiet
+def pairs(
+    model: Path,
+    queries: str,
+    column: str | None,
+    output: Path,
+    max_tokens: int,
+    work_dir: Path | None,
+    templates: Path | None,
+    seed: int,
+    quiet: bool,
+    threads: int | None,
+    gpu_layers: int,
+    parallel: int,
+    context: int | None,
+) -> None:
+    """Let MODEL write its preference pairs, as JSONL: a helpful and a harmful answer to each query.
+
+    \b
+    Example:
+      alignez-gguf pairs model-Q4_K_M.gguf -q queries.txt -o pairs.jsonl
+    """
+    from alignez_gguf.atomic import require_writable, write_text
+    from alignez_gguf.cli.reporting import reporter
+    from alignez_gguf.pipeline import Settings, self_generated_pairs
+    from alignez_gguf.prompts import METADATA_KEY
+    from alignez_gguf.queries import load_queries
+    from alignez_gguf.workdir import WorkDirectory
+
+    asked = load_queries(queries, column)
+    require_writable(output)
+    place = work_dir or output.with_name(f"{output.name}.work")
+    try:
+        with (
+            options.open_engine(model, threads, gpu_layers, parallel, context) as engine,
+            WorkDirectory(place) as work,
+        ):
+            framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
+            settings = Settings(seed=seed, max_tokens=max_tokens)
+            made = self_generated_pairs(engine, asked, framing, settings, work, reporter(quiet))
+    except KeyboardInterrupt:
+        raise click.ClickException(f"stopped; the same command goes on from {place}") from None
+    write_text(output, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))
+    if work_dir is None:
+        shutil.rmtree(place, ignore_errors=True)
+    click.echo(output)

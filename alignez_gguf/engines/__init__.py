@@ -1,0 +1,110 @@
+"""What every engine that runs a model takes and gives; types only, so that it can be imported anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from alignez_gguf.model_info import ModelInfo
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        max_tokens: at most so many are generated.
+        temperature: 0 takes the most likely token.
+        top_p: only the most likely tokens that together have this probability can be drawn.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must not be negative, but is {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and not above 1, but is {self.top_p}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One text to be written: it depends on these fields and the sampling alone, never on its neighbours.
+
+    Attributes:
+        prompt: taken as it is, special tokens included.
+        seed: of the draws.
+        strength: of the engine's edit, if it has one.
+    """
+
+    prompt: str
+    seed: int = 0
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote.
+
+    Attributes:
+        text: without the prompt, and without the stop string that ended it.
+        n_tokens: how many tokens were generated, without the one that ends a text.
+        finish_reason: "stop" at a stop string or where the model ended the text, "length" at `max_tokens`.
+    """
+
+    text: str
+    n_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """Runs one model."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete all requests; each is yielded with its index as soon as it is finished.
+
+        `on_text(index, piece)` is called with the text as it grows; the pieces add up to the completion.
+
+        Raises:
+            QueryError: a prompt is empty, or does not fit into the context together with `max_tokens`.
+        """
+        ...
+
+    def mlp_outputs(self, texts: Sequence[str]) -> Iterator[NDArray[np.float16]]:
+        """The MLP output of every layer at the last token of each text, [n_layer, n_embd], in order.
+
+        Raises:
+            QueryError: a text is empty or longer than the context.
+            ModelFileError: the engine cannot tell what the MLP output of this architecture is.
+        """
+        ...
+
+    def next_token_logprobs(self, prompts: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+        """The log-probabilities of the token after each prompt, [n_vocab], in order.
+
+        Raises:
+            QueryError: a prompt is empty or longer than the context.
+        """
+        ...

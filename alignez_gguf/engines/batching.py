@@ -1,0 +1,120 @@
+"""Continuous batching: many texts grow together, and a prompt joins as soon as another text is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+from alignez_gguf.engines import Completion, Sampling
+from alignez_gguf.engines.slots import Slots, Treatment
+from alignez_gguf.engines.text import StoppedText
+from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, ready to be computed."""
+
+    index: int
+    tokens: Sequence[int]
+    seed: int
+    treatment: Treatment
+
+
+def generate(
+    slots: Slots,
+    n_parallel: int,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    on_text: Callable[[int, str], None] | None,
+) -> Iterator[tuple[int, Completion]]:
+    """Complete all jobs, at most `n_parallel` at a time; each is yielded when it is finished.
+
+    The growing texts always occupy the first slots, since llama.cpp computes only sequences with
+    neighbouring numbers together (`llama_batch_allocr::split_equal` in src/llama-batch.cpp).
+    """
+    waiting = iter(jobs)
+    growing: list[_Growing] = []
+
+    def start(slot: int) -> Iterator[tuple[int, Completion]]:
+        """Fill a slot with the next job that is not finished by its first token."""
+        for job in waiting:
+            text = samplers.enter_context(_Growing(job, sampling, on_text))
+            logits = slots.prefill(slot, job.tokens, job.treatment)
+            text.advance(slots.context, logits)
+            if text.completion is None:
+                growing[slot : slot + 1] = [text]
+                return
+            yield job.index, text.completion
+
+    with ExitStack() as samplers:
+        while len(growing) < n_parallel:
+            occupied = len(growing)
+            yield from start(occupied)
+            if len(growing) == occupied:
+                break
+        while growing:
+            slots.step([text.last for text in growing])
+            for slot, text in enumerate(growing):
+                text.advance(slots.context, slot)
+            for slot in reversed(range(len(growing))):
+                text = growing[slot]
+                if text.completion is None:
+                    continue
+                text.close()
+                yield text.job.index, text.completion
+                yield from start(slot)
+                if growing[slot] is text:
+                    if slot < len(growing) - 1:
+                        slots.move(len(growing) - 1, slot)
+                        growing[slot] = growing[-1]
+                    growing.pop()
+
+
+class _Growing:
+    """A text that is being written."""
+
+    def __init__(self, job: Job, sampling: Sampling, on_text: Callable[[int, str], None] | None) -> None:
+        self.job = job
+        self.last = -1
+        """The token to be computed next."""
+        self.completion: Completion | None = None
+        self._n_tokens = 0
+        self._max_tokens = sampling.max_tokens
+        self._text = StoppedText(sampling.stop)
+        self._on_text = on_text
+        self._sampler = Sampler(seed=job.seed, temperature=sampling.temperature, top_p=sampling.top_p)
+
+    def advance(self, context: Context, index: int) -> None:
+        """Draw the next token from the logits at `index`."""
+        token = self._sampler.sample(context, index)
+        if context.model.ends_text(token):
+            self._finish("stop")
+            return
+        self.last = token
+        self._n_tokens += 1
+        self._show(self._text.feed(context.model.piece(token)))
+        if self._text.stopped:
+            self._finish("stop")
+        elif self._n_tokens == self._max_tokens:
+            self._finish("length")
+
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
+        self._show(self._text.finish())
+        self.completion = Completion(self._text.text, self._n_tokens, reason)
+
+    def _show(self, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(self.job.index, piece)
+
+    def close(self) -> None:
+        self._sampler.close()
+
+    def __enter__(self) -> _Growing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

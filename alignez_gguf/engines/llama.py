@@ -1,0 +1,220 @@
+"""Runs a GGUF model through llama.cpp: many texts at once, and the MLP outputs behind them.
+
+Needs no patch, except to steer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.edits import Edits
+from alignez_gguf.engines import Completion, GenerationRequest, Sampling
+from alignez_gguf.engines.batching import Job, generate
+from alignez_gguf.engines.slots import EXACT_PIECE, UNSTEERED, Slots, Treatment
+from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
+from alignez_gguf.errors import QueryError, SteeringError
+from alignez_gguf.model_info import ModelInfo
+from alignez_gguf.runtime import library
+from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.model import Model
+from alignez_gguf.runtime.reader import MlpOutputReader
+from alignez_gguf.scope import Scope
+
+_DEFAULT_CONTEXT = 1024
+_FAST_PIECE = 512
+_CACHE_BYTES = 4 << 30
+"""All sequences together keep at most so much in the KV cache; fewer texts grow at once where it is tight."""
+
+_SHOWN = 60
+
+
+class LlamaEngine:
+    """A GGUF model that writes and reads texts.
+
+    The completion of a request depends neither on `n_parallel` nor on other requests: exactly so on a CPU with
+    F32, F16 or Q8_0 weights (see `slots`), but for last bits with other quantizations and on GPUs.
+
+    Args:
+        model_path: the GGUF file.
+        n_ctx: the longest prompt and completion together, in tokens. Default: 1024, or what the model was
+            trained for if that is less.
+        n_parallel: the most texts that grow at once.
+        n_threads: default: the number of physical cores.
+        n_gpu_layers: how many layers a GPU holds; -1 for all, if there is one.
+        exact: keep completions independent of each other to the bit, at some cost where a single text grows.
+
+    Raises:
+        ModelFileError: the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_path: str | PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        n_parallel: int = 32,
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        exact: bool = True,
+    ) -> None:
+        self._open = ExitStack()
+        self.model = self._open.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
+        self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
+        self.n_parallel = max(1, min(n_parallel, _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)))
+        self._n_threads = n_threads
+        self._exact = exact and not self.model.uses_gpu
+        self._edits: Edits = {}
+        self._scope = Scope()
+        self._generating = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.model.info
+
+    def set_edits(self, edits: Edits, scope: str | Scope = "generation") -> None:
+        """Steer requests with a strength above 0 by these edits; no edits make them all unsteered.
+
+        Raises:
+            SteeringError: the edits do not fit the model, or the scope is unknown.
+            RuntimeUnavailableError: llama.cpp lacks the patch.
+        """
+        scope = Scope.parse(scope)
+        for slots in (self._writing, self._reading):
+            library.set_edits(slots.context.pointer, edits, self.info.n_embd)
+            slots.clear()
+        self._edits = {layer: edit for layer, edit in edits.items() if edit.decision != "none"}
+        self._scope = scope
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete all requests; see `Engine`. Prompts are checked before anything is computed.
+
+        The iterator has to be finished or closed before the next call computes anything.
+        """
+        jobs = [
+            Job(index, tokens, request.seed, self._treatment(request.strength, tokens))
+            for index, request in enumerate(requests)
+            for tokens in [self._tokens(request.prompt, sampling.max_tokens)]
+        ]
+        return self._alone(generate(self._writing, self.n_parallel, jobs, sampling, on_text))
+
+    def steered_prompts(self, prompts: Sequence[str], answers: Sequence[str]) -> SteeredPrompts:
+        """Prompts over which edits can be compared; see `SteeredPrompts`. Needs the patched runtime."""
+        return SteeredPrompts(self.model, prompts, answers, n_threads=self._n_threads)
+
+    def mlp_outputs(self, texts: Sequence[str]) -> Iterator[NDArray[np.float16]]:
+        """The MLP output of every layer at the last token of each text; see `Engine`. Never steered."""
+        prompts = [self._tokens(text) for text in texts]
+        return (self._mlp_output(tokens) for tokens in prompts)
+
+    def next_token_logprobs(
+        self, prompts: Sequence[str], strength: float = 0.0
+    ) -> Iterator[NDArray[np.float32]]:
+        """The log-probabilities of the token after each prompt; see `Engine`."""
+        jobs = [
+            (tokens, self._treatment(strength, tokens))
+            for prompt in prompts
+            for tokens in [self._tokens(prompt)]
+        ]
+        return (self._logprobs(tokens, treatment) for tokens, treatment in jobs)
+
+    def close(self) -> None:
+        """Free the model and everything that was made of it."""
+        self._open.close()
+
+    def __enter__(self) -> LlamaEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @cached_property
+    def _writing(self) -> Slots:
+        """The sequences in which completions grow."""
+        return self._slots(max(self.n_parallel, 2 if self._exact else 1), pad=self._exact)
+
+    @cached_property
+    def _reader(self) -> MlpOutputReader:
+        return MlpOutputReader(self.info.arch, self.info.n_layer, self.info.n_embd)
+
+    @cached_property
+    def _reading(self) -> Slots:
+        """One sequence of its own, which goes from prompt to prompt and keeps what they have in common."""
+        return self._slots(1, on_node=self._reader.on_node)
+
+    def _slots(self, n_sequences: int, *, pad: bool = False, on_node: Any = None) -> Slots:
+        piece = EXACT_PIECE if self._exact else _FAST_PIECE
+        context = Context(
+            self.model,
+            n_ctx=self.n_ctx,
+            n_sequences=n_sequences,
+            n_batch=max(piece, n_sequences),
+            n_threads=self._n_threads,
+            on_node=on_node,
+        )
+        self._open.enter_context(context)
+        return Slots(context, piece=piece, pad=pad, steer=self._steer)
+
+    def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:
+        if self._edits:
+            library.set_strength(
+                context.pointer,
+                treatment.strength,
+                sequence=slot,
+                first=treatment.first,
+                end=treatment.end,
+            )
+
+    def _treatment(self, strength: float, tokens: Sequence[int]) -> Treatment:
+        if strength == 0:
+            return UNSTEERED
+        if not self._edits:
+            raise SteeringError(f"strength {strength} is asked for, but no edit is set; call set_edits first")
+        return Treatment(strength, *self._scope.positions(len(tokens)))
+
+    def _tokens(self, prompt: str, n_new: int = 0) -> list[int]:
+        tokens = self.model.tokenize(prompt)
+        if not tokens:
+            raise QueryError("a prompt is empty, and this model has no token to begin with; give it text")
+        if len(tokens) + n_new > self.n_ctx:
+            answer = f" and {n_new} for the answer" if n_new else ""
+            shown = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
+            raise QueryError(
+                f"the prompt {shown!r} takes {len(tokens)} tokens{answer}, more than the context of "
+                f"{self.n_ctx}; shorten it or ask for a larger context"
+            )
+        return tokens
+
+    def _alone(self, completions: Iterator[tuple[int, Completion]]) -> Iterator[tuple[int, Completion]]:
+        """Keep a second call from writing into the sequences of one that is not finished."""
+        if self._generating:
+            raise RuntimeError("the engine is generating; finish or close that iterator first")
+        self._generating = True
+        try:
+            yield from completions
+        finally:
+            self._generating = False
+
+    def _mlp_output(self, tokens: Sequence[int]) -> NDArray[np.float16]:
+        reader, slots = self._reader, self._reading
+        if not reader.knows_graph:
+            slots.prefill(0, tokens, before_last=reader.arm)
+            reader.learn()
+        slots.prefill(0, tokens, before_last=reader.arm)
+        return reader.take()
+
+    def _logprobs(self, tokens: Sequence[int], treatment: Treatment) -> NDArray[np.float32]:
+        index = self._reading.prefill(0, tokens, treatment)
+        return log_softmax(self._reading.context.logits(index))

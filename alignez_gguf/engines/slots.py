@@ -1,0 +1,178 @@
+"""The sequences of a context: what each one holds, and which part of it another can take over.
+
+What a sequence computes depends on its own tokens and treatment alone. The CPU kernels of llama.cpp make
+that true bit for bit (for F32, F16 and Q8_0 weights on x86) under conditions that are kept here:
+
+- each sequence has cells of its own, so attention adds up in the order of positions;
+- a piece of a prompt has fewer than 64 tokens, so attention never takes the tiled kernel, whose sums depend
+  on where the piece begins (GGML_FA_TILE_Q in ggml-cpu/common.h);
+- a batch never has one token where it could have had two, since a single row is multiplied by another kernel
+  (llamafile_sgemm in ggml-cpu/llamafile/sgemm.cpp) and a single query attends in another way
+  (use_split_kv_path in ggml-cpu/ops.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from alignez_gguf.runtime.context import Context
+
+EXACT_PIECE = 63
+"""The longest piece of a prompt for which a CPU computes the same whatever else there is."""
+
+_WORTH_COPYING = 16
+"""Copying a sequence costs about as much as computing a few tokens."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """The strength of the edit at the positions `first` to `end` (exclusive) of a sequence; elsewhere 0."""
+
+    strength: float = 0.0
+    first: int = 0
+    end: int | None = None
+
+    def strength_at(self, position: int) -> float:
+        within = self.first <= position and (self.end is None or position < self.end)
+        return self.strength if within else 0.0
+
+    def agrees_until(self, other: Treatment) -> float:
+        """The first position that the two treat differently."""
+        changes = (0, self.first, self.end, other.first, other.end)
+        differing = [
+            position
+            for position in changes
+            if position is not None and self.strength_at(position) != other.strength_at(position)
+        ]
+        return min(differing, default=float("inf"))
+
+
+UNSTEERED = Treatment()
+
+
+@dataclass
+class _Held:
+    """What the cache of one sequence was computed from."""
+
+    tokens: list[int]
+    treatment: Treatment
+
+    def shared_with(self, tokens: Sequence[int], treatment: Treatment) -> int:
+        """How many positions of a new prompt are computed already."""
+        limit = min(len(self.tokens), len(tokens), self.treatment.agrees_until(treatment))
+        return next((i for i in range(int(limit)) if self.tokens[i] != tokens[i]), int(limit))
+
+
+class Slots:
+    """Numbered sequences of one context.
+
+    Args:
+        context: whose sequences these are; used by nothing else.
+        piece: the most tokens of a prompt computed at once.
+        pad: never compute a single token alone. The context must have a second sequence then.
+        steer: tells the context that a sequence is steered; called before its tokens are computed.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        piece: int = EXACT_PIECE,
+        pad: bool = False,
+        steer: Callable[[Context, int, Treatment], None] | None = None,
+    ) -> None:
+        self.context = context
+        self._piece = piece
+        self._pad = pad
+        self._steer = steer
+        self._held = [_Held([], UNSTEERED) for _ in range(context.n_sequences)]
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def prefill(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        treatment: Treatment = UNSTEERED,
+        before_last: Callable[[], None] | None = None,
+    ) -> int:
+        """Make a slot hold a prompt, computing only what no slot holds; the index of its logits.
+
+        Parts of the prompt that any slot has computed under the same treatment are taken over.
+        `before_last` is called before the batch that has the last token.
+        """
+        start = self._take_over(slot, tokens, treatment)
+        if self._steer is not None:
+            self._steer(self.context, slot, treatment)
+        index = 0
+        for begin, end in _pieces(start, len(tokens), self._piece):
+            index = end - begin - 1
+            last = end == len(tokens)
+            if last and before_last is not None:
+                before_last()
+            outputs = [False] * index + [last]
+            self.context.decode(tokens[begin:end], range(begin, end), [slot] * (end - begin), outputs)
+            self._held[slot].tokens = list(tokens[:end])
+        return index
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Add `tokens[i]` to slot i for each of the first slots; its logits have index i."""
+        slots = list(range(len(tokens)))
+        positions = [len(self._held[slot].tokens) for slot in slots]
+        padding = self._pad and len(tokens) == 1
+        if padding:
+            self._forget(1)
+            self.context.decode([*tokens, *tokens], [*positions, 0], [0, 1], [True, True])
+            self.context.truncate_sequence(1, 0)
+        else:
+            self.context.decode(tokens, positions, slots, [True] * len(tokens))
+        for slot, token in zip(slots, tokens, strict=True):
+            self._held[slot].tokens.append(token)
+
+    def move(self, source: int, target: int) -> None:
+        """Give what one slot holds to another."""
+        held = self._held[source]
+        self._copy(source, target, len(held.tokens))
+        if self._steer is not None:
+            self._steer(self.context, target, held.treatment)
+
+    def clear(self) -> None:
+        """Forget everything, as a new edit requires."""
+        self.context.clear()
+        self._held = [_Held([], UNSTEERED) for _ in self._held]
+
+    def _take_over(self, slot: int, tokens: Sequence[int], treatment: Treatment) -> int:
+        """Leave in the cache of a slot only what the new prompt begins with; the number of positions."""
+        shared = [held.shared_with(tokens, treatment) for held in self._held]
+        donor = max(range(len(shared)), key=shared.__getitem__)
+        if shared[donor] < shared[slot] + _WORTH_COPYING:
+            donor = slot
+        # The last two tokens are always computed: one for its logits, two so as not to be a single row.
+        keep = max(0, min(shared[donor], len(tokens) - 2))
+        if donor != slot:
+            self._copy(donor, slot, keep)
+        if not self.context.truncate_sequence(slot, keep):
+            self.context.truncate_sequence(slot, 0)
+            keep = 0
+        self._held[slot] = _Held(list(tokens[:keep]), treatment)
+        return keep
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self.context.copy_sequence(source, target)
+        held = self._held[source]
+        self._held[target] = _Held(held.tokens[:length], held.treatment)
+
+    def _forget(self, slot: int) -> None:
+        self.context.truncate_sequence(slot, 0)
+        self._held[slot] = _Held([], UNSTEERED)
+
+
+def _pieces(start: int, end: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of at most `size` positions, none of a single one unless that is all there is."""
+    bounds = [*range(start, end, size), end]
+    if len(bounds) > 2 and end - bounds[-2] == 1:
+        bounds[-2] -= 1
+    return list(pairwise(bounds))

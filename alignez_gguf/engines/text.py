@@ -1,0 +1,54 @@
+"""Turns the bytes of generated tokens into text that ends before a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class StoppedText:
+    """Text that grows token by token.
+
+    Characters that are split over tokens appear when they are complete, and what may be the beginning of a
+    stop string appears when it turns out not to be one.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._given: list[str] = []
+        self.stopped = False
+        """Whether a stop string has been met."""
+
+    def feed(self, piece: bytes) -> str:
+        """Add the bytes of a token; the characters that are now certain to be part of the text."""
+        self._held += self._decoder.decode(piece)
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._give(min(found))
+        return self._give(len(self._held) - self._possible_stop())
+
+    def finish(self) -> str:
+        """No more bytes follow: the characters that were held back. An incomplete character is dropped."""
+        return "" if self.stopped else self._give(len(self._held))
+
+    @property
+    def text(self) -> str:
+        """All characters given so far."""
+        return "".join(self._given)
+
+    def _give(self, length: int) -> str:
+        given, self._held = self._held[:length], self._held[length:]
+        if given:
+            self._given.append(given)
+        return given
+
+    def _possible_stop(self) -> int:
+        """The length of the longest end of the held characters that a stop string begins with."""
+        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if self._begins_a_stop(self._held[-n:])), 0)
+
+    def _begins_a_stop(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stop)

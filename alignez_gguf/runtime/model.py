@@ -1,0 +1,140 @@
+"""A loaded GGUF model: weights, vocabulary and metadata, over llama-cpp-python's low-level API."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from functools import cache
+from os import PathLike
+from typing import Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as llama
+
+from alignez_gguf.errors import ModelFileError
+from alignez_gguf.model_info import ModelInfo
+from alignez_gguf.runtime.log import captured_log
+
+
+class Model:
+    """The weights of a model, which any number of contexts can share.
+
+    Args:
+        path: the GGUF file; of a split model, its first part.
+        n_gpu_layers: how many layers a GPU holds; -1 for all, which means none where there is no GPU.
+        use_mmap: map the file instead of reading it.
+
+    Raises:
+        ModelFileError: the file is missing, truncated, not a GGUF, or of an unknown architecture.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, n_gpu_layers: int = -1, use_mmap: bool = True) -> None:
+        self._pointer: Any = None
+        self.info = ModelInfo.from_gguf(path)
+        _initialise()
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = n_gpu_layers
+        parameters.use_mmap = use_mmap
+        with captured_log() as log:
+            self._pointer = llama.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._pointer:
+            raise ModelFileError(
+                f"llama.cpp cannot load {path}: {log.reason()}; convert the model for llama-cpp-python "
+                f"{llama_cpp.__version__}"
+            )
+        self._vocab: Any = llama.llama_model_get_vocab(self._pointer)
+        self._pieces: dict[int, bytes] = {}
+        self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
+        self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
+        self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
+        self.uses_gpu = n_gpu_layers != 0 and bool(llama.llama_supports_gpu_offload())
+        self.bos = int(llama.llama_vocab_bos(self._vocab))
+        self.eos = int(llama.llama_vocab_eos(self._vocab))
+
+    @property
+    def pointer(self) -> Any:
+        """The `llama_model *`. Raises `ValueError` once the model is closed."""
+        if not self._pointer:
+            raise ValueError("the model is closed")
+        return self._pointer
+
+    @property
+    def cache_bytes(self) -> int:
+        """What one token takes in a KV cache in F16; an estimate where layers differ."""
+        n_head = max(1, llama.llama_model_n_head(self.pointer))
+        n_head_kv = max(1, llama.llama_model_n_head_kv(self.pointer))
+        widths = (
+            self.metadata(f"{self.info.arch}.attention.{part}_length") or self.info.n_embd // n_head
+            for part in ("key", "value")
+        )
+        return int(2 * self.info.n_layer * n_head_kv * sum(map(int, widths)))
+
+    def metadata(self, key: str) -> str | None:
+        """The value of a metadata key as text, or None where the file has no such key."""
+        length = llama.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
+        if length < 0:
+            return None
+        buffer = ctypes.create_string_buffer(length + 1)
+        llama.llama_model_meta_val_str(self.pointer, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", errors="replace")
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text, with the start token where the model wants one; special tokens are read.
+
+        A text that brings the start token itself, as chat templates do, does not get a second one.
+        """
+        data = text.encode()
+        pointer, n_tokens = self.pointer and self._vocab, len(data) + 2
+        tokens = (llama.llama_token * n_tokens)()
+        count = llama.llama_tokenize(pointer, data, len(data), tokens, n_tokens, True, True)
+        found: list[int] = tokens[:count]
+        return found[1:] if self.adds_bos and found[:2] == [self.bos, self.bos] else found
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters; none for a special token."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            buffer = ctypes.create_string_buffer(64)
+            pointer = self.pointer and self._vocab
+            length = llama.llama_token_to_piece(pointer, token, buffer, len(buffer), 0, False)
+            if length < 0:
+                buffer = ctypes.create_string_buffer(-length)
+                length = llama.llama_token_to_piece(pointer, token, buffer, len(buffer), 0, False)
+            piece = self._pieces[token] = buffer.raw[:length]
+        return piece
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; bytes that are no character become the replacement character."""
+        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+
+    def token_text(self, token: int) -> str:
+        """A token as the vocabulary writes it, special ones too; empty for -1, no token."""
+        if token < 0:
+            return ""
+        return str(llama.llama_vocab_get_text(self.pointer and self._vocab, token).decode("utf-8", "replace"))
+
+    def ends_text(self, token: int) -> bool:
+        """Whether the model ends its text with this token."""
+        return bool(llama.llama_vocab_is_eog(self._vocab, token))
+
+    def close(self) -> None:
+        """Free the weights. Contexts of this model must be closed before."""
+        if self._pointer:
+            llama.llama_model_free(self._pointer)
+            self._pointer = self._vocab = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@cache
+def _initialise() -> None:
+    llama.llama_backend_init()
+    # llama-cpp-python prints all of llama.cpp's log to stderr unless it has been told otherwise.
+    logger = logging.getLogger("llama-cpp-python")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)

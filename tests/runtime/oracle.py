@@ -1,0 +1,45 @@
+"""The edits as PyTorch forward hooks: what llama.cpp must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from alignez_gguf.edits import LayerEdit
+from numpy.typing import NDArray
+from torch import nn
+
+from tests.models import TinyModel
+
+
+def hooked_logits(
+    model: TinyModel,
+    tokens: Sequence[int],
+    edits: Mapping[int, LayerEdit],
+    strengths: float | Sequence[float] = 1.0,
+) -> NDArray[np.float32]:
+    """Logits [n_tokens, n_vocab] of the PyTorch model, each token edited at its own strength."""
+    strength = torch.tensor(strengths).expand(len(tokens))[None, :, None]
+    with ExitStack() as hooks, torch.no_grad():
+        for layer, edit in edits.items():
+            if edit.remove is not None:
+                v = torch.tensor(edit.remove)
+                _hook(hooks, model.mlp_modules[layer], lambda x, v=v: x - strength * (x @ v.T @ v))
+            if edit.add is not None:
+                add = torch.tensor(edit.add)
+                _hook(hooks, model.blocks[layer], lambda h, add=add: h + strength * add)
+        logits: NDArray[np.float32] = model.hf(torch.tensor([list(tokens)])).logits[0].numpy()
+    return logits
+
+
+def _hook(hooks: ExitStack, module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
+        # A mixture of experts also returns its routing.
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    hooks.callback(module.register_forward_hook(forward_hook).remove)

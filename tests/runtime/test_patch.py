@@ -1,0 +1,391 @@
+"""The patch of llama.cpp, called as C, against PyTorch with forward hooks on the same random weights.
+
+Without the patch these tests fail: they are there to prove it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from alignez_gguf.edits import LayerEdit
+from alignez_gguf.errors import SteeringError
+from alignez_gguf.runtime import library
+from alignez_gguf.runtime.log import captured_log
+from numpy.typing import NDArray
+
+from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
+from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference
+from tests.runtime.oracle import hooked_logits
+
+N_EMBD, N_LAYER = 64, 3
+LAYERS = range(N_LAYER)
+RNG = np.random.default_rng(0)
+TOKENS = [int(token) for token in RNG.integers(5, 380, 40)]
+PARITY = 5e-5
+"""Largest difference to PyTorch; both sum in float32, in another order."""
+ROUNDING = 1e-5
+"""Largest difference between two ways to batch the same tokens; the kernels for one row and for many sum in
+another order, steered or not."""
+
+
+def vectors(rank: int) -> NDArray[np.float32]:
+    return RNG.standard_normal((rank, N_EMBD)).astype(np.float32)
+
+
+def addition() -> NDArray[np.float32]:
+    return 0.3 * vectors(1)[0]
+
+
+EDITS = {
+    "rank 1 from layer 0": {0: LayerEdit(remove=vectors(1))},
+    "rank 3 from some layers": {layer: LayerEdit(remove=vectors(3)) for layer in (0, 2)},
+    "an addition to layer 0": {0: LayerEdit(add=addition())},
+    "additions to all layers": {layer: LayerEdit(add=addition()) for layer in LAYERS},
+    "both, on all layers": {layer: LayerEdit(remove=vectors(3), add=addition()) for layer in LAYERS},
+}
+ALL = EDITS["both, on all layers"]
+OTHER = {1: LayerEdit(remove=vectors(2), add=addition())}
+
+
+@cache
+def model(architecture: str) -> TinyModel:
+    return tiny_model(architecture, n_layer=N_LAYER, n_embd=N_EMBD)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def any_architecture(request: pytest.FixtureRequest) -> Iterator[tuple[TinyModel, Context, float]]:
+    """A model, its context, and how far the unsteered model is from PyTorch."""
+    tiny = model(request.param)
+    with Context(tiny.gguf) as context:
+        floor = difference(context.logits(rows(TOKENS)), hooked_logits(tiny, TOKENS, {}))
+        yield tiny, context, floor
+
+
+@pytest.fixture
+def llama() -> Iterator[Context]:
+    with Context(model("llama").gguf) as context:
+        yield context
+
+
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max())
+
+
+def fresh_logits(edits: dict[int, LayerEdit], strength: float = 1.0) -> NDArray[np.float32]:
+    """Of a context that never had other edits."""
+    with Context(model("llama").gguf) as context:
+        if edits:
+            context.set_edits(edits)
+            context.set_strength(strength)
+        return context.logits(rows(TOKENS))
+
+
+@pytest.mark.parametrize("edits", EDITS.values(), ids=EDITS)
+def test_edits_equal_forward_hooks(
+    any_architecture: tuple[TinyModel, Context, float], edits: dict[int, LayerEdit]
+) -> None:
+    tiny, context, floor = any_architecture
+    context.set_edits(edits)
+
+    steered = context.logits(rows(TOKENS))
+
+    expected = hooked_logits(tiny, TOKENS, edits)
+    # The GELU table of ggml holds halves, so gemma is as far from PyTorch without an edit.
+    assert difference(steered, expected) < max(PARITY, 2 * floor)
+    assert difference(expected, hooked_logits(tiny, TOKENS, {})) > 0.1
+
+
+def test_strengths_and_position_ranges_equal_forward_hooks(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    tiny, context, floor = any_architecture
+    context.set_edits(ALL)
+    context.set_strength(0.5, first=7, end=20)
+
+    steered = context.logits(rows(TOKENS))
+
+    expected = hooked_logits(tiny, TOKENS, ALL, [0.0] * 7 + [0.5] * 13 + [0.0] * 20)
+    assert difference(steered, expected) < max(PARITY, 2 * floor)
+
+
+def test_strength_zero_and_cleared_edits_are_the_unsteered_model_bit_for_bit(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    tiny, context, _ = any_architecture
+    with Context(tiny.gguf) as never_steered:
+        base = never_steered.logits(rows(TOKENS))
+    context.set_edits(ALL)
+    steered = context.logits(rows(TOKENS))
+
+    context.set_strength(0.0)
+    off = context.logits(rows(TOKENS))
+    context.set_edits({})
+    cleared = context.logits(rows(TOKENS))
+
+    assert not np.array_equal(steered, base)
+    assert np.array_equal(off, base)
+    assert np.array_equal(cleared, base)
+
+
+def test_unsteered_sequences_of_a_steered_batch_stay_as_they_are_bit_for_bit(llama: Context) -> None:
+    both = rows(TOKENS) + rows(TOKENS, sequence=1)
+    base = llama.logits(both)
+    llama.set_edits(ALL)
+    llama.set_strength(0.0, sequence=1)
+
+    steered = llama.logits(both)
+
+    assert np.array_equal(steered[len(TOKENS) :], base[len(TOKENS) :])
+    assert difference(steered[: len(TOKENS)], base[: len(TOKENS)]) > 0.1
+
+
+def test_sequences_of_one_batch_get_what_each_gets_alone(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    _, context, floor = any_architecture
+    context.set_edits(ALL)
+    settings = [(0.0, 0, None), (0.5, 7, 20), (1.0, 0, None), (1.0, 39, None)]
+    alone = []
+    for strength, first, end in settings:
+        context.set_strength(strength, first=first, end=end)
+        alone.append(context.logits(rows(TOKENS)))
+    batch = []
+    for sequence, (strength, first, end) in enumerate(settings):
+        context.set_strength(strength, sequence=sequence, first=first, end=end)
+        batch += rows(TOKENS, sequence)
+
+    together = context.logits(batch)
+
+    assert difference(together, np.concatenate(alone)) < max(ROUNDING, floor)
+
+
+def test_a_prompt_in_one_batch_equals_token_by_token(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    _, context, _ = any_architecture
+
+    def unlike() -> float:
+        at_once = context.logits(rows(TOKENS))
+        context.clear()
+        return difference(at_once, np.concatenate([context.decode([row]) for row in rows(TOKENS)]))
+
+    context.set_edits({})
+    unsteered = unlike()
+    context.set_edits(ALL)
+
+    assert unlike() < 2 * unsteered
+
+
+def test_only_rows_with_logits_and_micro_batches_change_nothing(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    tiny, context, floor = any_architecture
+    context.set_edits(ALL)
+    context.set_strength(1.0, first=10)
+    whole = context.logits(rows(TOKENS))
+    # The last block computes rows with logits only; the second micro-batch of 16 has none at all.
+    wanted = (3, 12, 39)
+    few = [Row(token, position, output=position in wanted) for position, token in enumerate(TOKENS)]
+
+    pruned = context.logits(few)
+    with Context(tiny.gguf, micro_batch=16) as small:
+        small.set_edits(ALL)
+        small.set_strength(1.0, first=10)
+        in_parts = small.logits(few)
+
+    assert difference(pruned, whole[list(wanted)]) < max(ROUNDING, floor)
+    assert difference(in_parts, whole[list(wanted)]) < max(ROUNDING, floor)
+
+
+@pytest.mark.parametrize("former", [ALL, EDITS["additions to all layers"]], ids=["both", "additions"])
+def test_an_edit_leaves_nothing_of_the_one_before_it(llama: Context, former: dict[int, LayerEdit]) -> None:
+    llama.set_edits(former)
+    llama.set_strength(0.3, first=5)
+    llama.logits(rows(TOKENS))
+
+    llama.set_edits(OTHER)
+
+    assert np.array_equal(llama.logits(rows(TOKENS)), fresh_logits(OTHER))
+
+
+def test_the_vectors_are_copied(llama: Context) -> None:
+    add = addition()
+    edit = library._LayerEdit(il=1, n_remove=0, remove=None, add=library._pointer(add))
+    set_edit, _ = library._functions()
+    assert set_edit(llama.pointer, ctypes.byref(edit), 1, N_EMBD) == 0
+    expected = fresh_logits({1: LayerEdit(add=add)})
+
+    add[:] = np.nan
+
+    assert np.array_equal(llama.logits(rows(TOKENS)), expected)
+
+
+def raw_edit(layer: int = 1, remove: object = None, add: object = None, n_remove: int = 0) -> library._LayerEdit:
+    """An edit that no `LayerEdit` would let through."""
+    arrays = [None if a is None else np.ascontiguousarray(a, dtype=np.float32) for a in (remove, add)]
+    edit = library._LayerEdit(
+        il=layer, n_remove=n_remove, remove=library._pointer(arrays[0]), add=library._pointer(arrays[1])
+    )
+    edit.arrays = arrays  # keeps them alive
+    return edit
+
+
+UNIT = np.eye(N_EMBD, dtype=np.float32)
+BAD_EDITS: dict[str, tuple[int, list[library._LayerEdit]]] = {
+    "a layer after the last": (N_EMBD, [raw_edit(N_LAYER, add=UNIT[0])]),
+    "a negative layer": (N_EMBD, [raw_edit(-1, add=UNIT[0])]),
+    "another width": (N_EMBD - 1, [raw_edit(add=UNIT[0])]),
+    "NaN in an addition": (N_EMBD, [raw_edit(add=np.full(N_EMBD, np.nan))]),
+    "infinity in an addition": (N_EMBD, [raw_edit(add=np.full(N_EMBD, np.inf))]),
+    "NaN in a removal": (N_EMBD, [raw_edit(remove=np.full(N_EMBD, np.nan), n_remove=1)]),
+    "a vector not of length 1": (N_EMBD, [raw_edit(remove=1.01 * UNIT[:1], n_remove=1)]),
+    "vectors not at right angles": (N_EMBD, [raw_edit(remove=UNIT[[0, 0]], n_remove=2)]),
+    "more vectors than dimensions": (N_EMBD, [raw_edit(remove=UNIT, n_remove=N_EMBD + 1)]),
+    "a count without vectors": (N_EMBD, [raw_edit(n_remove=1, add=UNIT[0])]),
+    "vectors without a count": (N_EMBD, [raw_edit(remove=UNIT[:1], add=UNIT[0])]),
+    "a negative count": (N_EMBD, [raw_edit(remove=UNIT[:1], n_remove=-1)]),
+    "a layer given twice": (N_EMBD, [raw_edit(0, add=UNIT[0]), raw_edit(0, remove=UNIT[:1], n_remove=1)]),
+    "a layer without an edit": (N_EMBD, [raw_edit()]),
+    "a good edit before a bad one": (N_EMBD, [raw_edit(0, add=UNIT[0]), raw_edit(1, add=np.full(N_EMBD, np.nan))]),
+}
+
+
+@pytest.mark.parametrize(("n_embd", "edits"), BAD_EDITS.values(), ids=BAD_EDITS)
+def test_a_bad_edit_is_refused_and_the_former_one_stays(
+    llama: Context, n_embd: int, edits: list[library._LayerEdit]
+) -> None:
+    llama.set_edits(ALL)
+    llama.set_strength(0.5)
+    former = llama.logits(rows(TOKENS))
+    set_edit, _ = library._functions()
+
+    with captured_log() as log:
+        status = set_edit(llama.pointer, (library._LayerEdit * len(edits))(*edits), len(edits), n_embd)
+
+    assert status != 0
+    assert "invalid edit of layer" in log.reason() or "n_embd" in log.reason()
+    assert np.array_equal(llama.logits(rows(TOKENS)), former)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "strength"),
+    [(0, -0.5), (0, float("nan")), (0, float("inf")), (4, 1.0), (-1, -1.0)],
+    ids=["negative", "NaN", "infinite", "no such sequence", "negative for all"],
+)
+def test_a_bad_strength_is_refused_and_the_former_one_stays(
+    llama: Context, sequence: int, strength: float
+) -> None:
+    llama.set_edits(ALL)
+    llama.set_strength(0.5)
+    former = llama.logits(rows(TOKENS))
+    _, set_strength = library._functions()
+
+    with captured_log() as log:
+        status = set_strength(llama.pointer, sequence, strength, -1, -1)
+
+    assert status != 0
+    assert "invalid sequence" in log.reason()
+    assert np.array_equal(llama.logits(rows(TOKENS)), former)
+
+
+def test_a_strength_needs_an_edit(llama: Context) -> None:
+    with captured_log(), pytest.raises(SteeringError, match="no edit is set"):
+        llama.set_strength(1.0)
+
+
+def test_a_token_shared_by_sequences_of_different_strengths_fails_to_decode(llama: Context) -> None:
+    llama.set_edits(ALL)
+    llama.set_strength(0.5, sequence=1)
+    shared = [Row(token, position, (0, 1)) for position, token in enumerate(TOKENS)]
+
+    with pytest.raises(DecodeError, match="different strengths"):
+        llama.logits(shared)
+
+    llama.set_strength(1.0)
+    assert difference(llama.logits(shared), fresh_logits(ALL)) < ROUNDING
+
+
+def test_a_sequence_that_the_context_does_not_have_fails_to_decode(llama: Context) -> None:
+    llama.set_edits(ALL)
+
+    with pytest.raises(DecodeError, match="invalid seq_id"):
+        llama.logits(rows(TOKENS, sequence=4))
+
+
+def test_a_removal_out_of_reach_is_refused_and_the_former_edit_stays() -> None:
+    with Context(model(OUT_OF_REACH).gguf) as context:
+        context.set_edits(EDITS["additions to all layers"])
+        former = context.logits(rows(TOKENS))
+
+        with pytest.raises(SteeringError, match="layer 0 is out of reach"):
+            context.set_edits(EDITS["rank 1 from layer 0"])
+
+        expected = hooked_logits(model(OUT_OF_REACH), TOKENS, EDITS["additions to all layers"])
+        assert difference(former, expected) < PARITY
+        assert np.array_equal(context.logits(rows(TOKENS)), former)
+
+
+@pytest.mark.parametrize(
+    ("edit", "added"),
+    [
+        (LayerEdit(remove=vectors(1)), 4),
+        (LayerEdit(remove=vectors(3)), 4),
+        (LayerEdit(add=addition()), 2),
+        (LayerEdit(remove=vectors(3), add=addition()), 6),
+    ],
+    ids=["rank 1", "rank 3", "addition", "both"],
+)
+def test_only_edited_layers_add_nodes_to_the_graph(llama: Context, edit: LayerEdit, added: int) -> None:
+    def n_nodes() -> int:
+        before = llama.n_nodes
+        llama.logits(rows(TOKENS))
+        return llama.n_nodes - before
+
+    unsteered = n_nodes()
+    assert unsteered > 10 * N_LAYER
+
+    llama.set_edits({1: edit})
+    one_layer = n_nodes()
+    llama.set_edits(dict.fromkeys(LAYERS, edit))
+    all_layers = n_nodes()
+    llama.set_strength(0.0)
+    off = n_nodes()
+
+    assert (one_layer - unsteered, all_layers - unsteered, off) == (added, N_LAYER * added, unsteered)
+
+
+def test_a_change_of_strength_neither_rebuilds_nor_reserves_a_graph(llama: Context) -> None:
+    llama.set_edits(ALL)
+    llama.logits(rows(TOKENS[:10]))
+    llama.decode(rows(TOKENS[10:11], start=10))
+    reused = llama.n_reused()
+
+    with log_lines() as lines:
+        for position, strength in enumerate((0.9, 0.5, 0.25, 1.0, 2.0), start=11):
+            llama.set_strength(strength, first=position)
+            llama.decode(rows(TOKENS[position : position + 1], start=position))
+
+    assert llama.n_reused() - reused == 5
+    assert not [line for line in lines if "reserv" in line]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize(("file_type", "n_embd"), [("Q8_0", 64), ("Q4_0", 64), ("Q4_K_M", 256)])
+def test_quantized_models_run_steered(child: ProcessPoolExecutor, file_type: str, n_embd: int) -> None:
+    random: Callable[..., NDArray[np.float64]] = np.random.default_rng(1).standard_normal
+    gguf = quantized(tiny_model("llama", n_layer=N_LAYER, n_embd=n_embd).gguf, file_type)
+    edits = {layer: LayerEdit(remove=random((3, n_embd)), add=0.3 * random(n_embd)) for layer in LAYERS}
+
+    assert child.submit(steered_difference, gguf, edits, TOKENS).result() > 0.1

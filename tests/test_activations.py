@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alignez_gguf.activations import Activations, class_gap
+from alignez_gguf.errors import ModelFileError, WorkDirectoryError
+
+
+def rows(seed):
+    return np.random.default_rng(seed).normal(size=(2, 3, 8)).astype(np.float16)
+
+
+def test_rows_are_kept_in_float16_in_any_order():
+    activations = Activations(3, 4, 8)
+    activations.write(2, *rows(2))
+    activations.write(0, *rows(0))
+    assert activations.helpful.dtype == np.float16
+    np.testing.assert_array_equal(activations.helpful[:, 2], rows(2)[0])
+    np.testing.assert_array_equal(activations.harmful[:, 0], rows(0)[1])
+    assert activations.done.tolist() == [True, False, True, False]
+
+
+def test_interrupted_run_goes_on_from_the_directory(tmp_path):
+    first = Activations(3, 4, 8, tmp_path / "activations")
+    first.write(1, *rows(1))
+    del first
+
+    second = Activations(3, 4, 8, tmp_path / "activations")
+    assert isinstance(second.helpful, np.memmap)
+    assert second.done.tolist() == [False, True, False, False]
+    np.testing.assert_array_equal(second.harmful[:, 1], rows(1)[1])
+
+
+def test_arrays_of_another_job_are_refused(tmp_path):
+    Activations(3, 4, 8, tmp_path)
+    with pytest.raises(WorkDirectoryError, match="another job"):
+        Activations(3, 5, 8, tmp_path)
+    (tmp_path / "helpful.npy").write_bytes(b"garbage")
+    with pytest.raises(WorkDirectoryError, match="remove it"):
+        Activations(3, 4, 8, tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -7e4])
+def test_values_that_float16_cannot_hold_are_refused_with_the_layer(value):
+    activations = Activations(3, 4, 8)
+    harmful = rows(0)[1].astype(np.float32)
+    harmful[2, 5] = value
+    with pytest.raises(ModelFileError, match="layer 2"):
+        activations.write(0, rows(0)[0], harmful)
+    assert not activations.done.any()
+
+
+def test_class_gap_is_the_difference_of_means_without_overflow():
+    helpful = np.full((2, 100, 8), 6e4, np.float16)
+    harmful = np.full((2, 100, 8), -6e4, np.float16)
+    np.testing.assert_array_equal(class_gap(helpful, harmful), np.full((2, 8), 1.2e5, np.float32))
+
+
+def test_class_gap_of_some_pairs():
+    activations = Activations(3, 4, 8)
+    for pair in range(4):
+        activations.write(pair, *rows(pair))
+    expected = np.mean([rows(pair)[0] - rows(pair)[1].astype(np.float64) for pair in (1, 3)], axis=0)
+    np.testing.assert_allclose(activations.class_gap(np.array([1, 3])), expected, atol=1e-6)
