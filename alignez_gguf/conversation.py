@@ -39,20 +39,21 @@ class Conversation:
         Raises:
             QueryError: the message alone is too long.
         """
-        request = GenerationRequest(
-            self._framing.prompt(self._turns, message), self._seed, self._strength or 0.0
-        )
-        try:
-            completions = self._engine.generate(
-                [request], self._sampling, on_text=lambda _, piece: show(piece)
-            )
-        except QueryError:
-            if not self._turns:
-                raise
-            self._turns = self._turns[1:]
-            return self.answer(message, show)
+        turns = self._turns
+        while True:
+            prompt = self._framing.prompt(turns, message)
+            request = GenerationRequest(prompt, self._seed, self._strength or 0.0)
+            try:
+                completions = self._engine.generate(
+                    [request], self._sampling, on_text=lambda _, piece: show(piece)
+                )
+                break
+            except QueryError:
+                if not turns:
+                    raise
+                turns = turns[1:]
         ((_, completion),) = completions
-        self._turns.append((message, completion.text.strip()))
+        self._turns = [*turns, (message, completion.text.strip())]
         self._seed += 1
         return completion.text
 
@@ -68,5 +69,5 @@ class Conversation:
 
     def reset(self) -> str:
         """Forget all turns."""
-        self._turns.clear()
+        self._turns = []
         return "forgotten"

@@ -144,7 +144,7 @@ def span(layers: tuple[int, ...]) -> str:
 class Search:
     """Looks for the candidate of the greatest gain within the budget; deterministic.
 
-    First every source and operation on all layers, then the best affordable ones on parts of the model.
+    First every source and operation on all layers, then the best ones on parts of the model.
 
     Attributes:
         model: measures an edit.
@@ -172,16 +172,15 @@ class Search:
         for source, (operation, amounts) in product(sources, _AMOUNTS.items()):
             for amount in amounts:
                 self._score(Candidate(source, operation, amount, layers), base)
-        for finalist, part in product(list(self._affordable(_FINALISTS)), layer_sets(layers)):
+        for finalist, part in product(self._finalists(), layer_sets(layers)):
             self._score(replace(finalist.candidate, layers=part), base)
-        chosen = next(self._affordable(1), None)
+        affordable = self._affordable(len(self._scored))
+        chosen = next((scored for scored in affordable if scored.is_certain), None)
         ranked = self._ranked()
-        if chosen is None or not chosen.is_certain:
-            best = chosen or ranked[0]
+        if chosen is None:
             raise NoGainError(
-                f"nothing makes this model safer within {self.budget:g} nat per token "
-                f"(the best, {best.candidate}, gains {best.gain:+.3f} +- {best.standard_error:.3f}); "
-                "give more queries, raise --kl-budget, or try a larger model"
+                f"nothing makes this model safer for certain within {self.budget:g} nat per token "
+                f"({_best(ranked)}); give more queries, raise --kl-budget, or try a larger model"
             )
         return Selection(chosen, tuple(ranked), n_queries=len(base), budget=self.budget)
 
@@ -193,6 +192,12 @@ class Search:
             error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
             self._scored[candidate] = Scored(candidate, float(each.mean()), error)
             self.advance(str(candidate))
+
+    def _finalists(self) -> list[Scored]:
+        """The best affordable ones, then the best others: on fewer layers they may be affordable."""
+        affordable = list(self._affordable(_FINALISTS))
+        costly = [scored for scored in self._ranked() if scored.gain > 0 and scored not in affordable]
+        return [*affordable, *costly][:_FINALISTS]
 
     def _ranked(self) -> list[Scored]:
         return sorted(self._scored.values(), key=lambda scored: -scored.gain)
@@ -211,3 +216,12 @@ class Search:
             if scored.kl is not None and scored.kl <= self.budget:
                 found += 1
                 yield scored
+
+
+def _best(ranked: Sequence[Scored]) -> str:
+    """What the greatest gain was, and what it would cost."""
+    if not ranked:
+        return "no direction was found"
+    best = ranked[0]
+    cost = "" if best.kl is None else f" at {best.kl:.3g} nat per token"
+    return f"the best, {best.candidate}, gains {best.gain:+.3f} +- {best.standard_error:.3f}{cost}"

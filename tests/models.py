@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 import transformers
-from alignez_gguf.runtime.source import source_tree
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from alignez_gguf.runtime.source import source_tree
 from tests import convert as converter
 
 CACHE = Path(__file__).parents[1] / ".cache" / "test-models"

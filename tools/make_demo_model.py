@@ -42,7 +42,8 @@ VOCAB_SIZE = 1024
 CONTEXT = 256
 N_HEAD, N_HEAD_KV = 4, 2
 ROPE_BASE = 10_000.0
-BATCH = 96
+EMBEDDING_STD = 0.5
+BATCH = 64
 BATCHES_PER_POOL = 32
 PEAK_LR = 3e-3
 WARMUP = 0.05
@@ -73,7 +74,11 @@ def train_tokenizer(corpus: list[Document]) -> PreTrainedTokenizerFast:
 
 
 def new_model(vocab_size: int, eos: int, bos: int) -> LlamaForCausalLM:
-    """An untrained Llama with rows of 256, which every quantization of llama.cpp can hold."""
+    """An untrained Llama with rows of 256, which every quantization of llama.cpp can hold.
+
+    Its embeddings start large, so that no single layer outweighs the token in the residual stream and an
+    edit of one layer's output stays a small step.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=256,
@@ -84,11 +89,13 @@ def new_model(vocab_size: int, eos: int, bos: int) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=eos,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
+    return model
 
 
 def batches(
@@ -122,9 +129,9 @@ def batches(
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     return [
         torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0),
@@ -199,6 +206,7 @@ def gguf_tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Array]]:
                 weight = interleave_rotary(weight, heads[theirs])
             yield f"blk.{layer}.{ours}.weight", weight
     yield "output_norm.weight", weights["model.norm.weight"]
+    yield "output.weight", weights["lm_head.weight"]
 
 
 def write_gguf(

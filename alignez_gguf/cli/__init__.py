@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
 import click
 
+from alignez_gguf import __version__
 from alignez_gguf.errors import AlignezError
 
 _COMMANDS = {
@@ -39,7 +41,9 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except AlignezError as error:
             raise click.ClickException(str(error)) from error
         except BrokenPipeError:
@@ -48,8 +52,13 @@ class _LazyGroup(click.Group):
             ctx.exit(1)
 
 
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """In one line, as errors are."""
+    click.echo(f"Warning: {message}", err=True)
+
+
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="alignez-gguf")
+@click.version_option(__version__, prog_name="alignez-gguf")
 def main() -> None:
     """Give a quantized language model a safety alignment: no labels, no training, on your own machine.
 

@@ -29,8 +29,8 @@ _HELP = """\
 @options.strength
 @options.scope
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.7, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--temperature", type=options.FiniteRange(0), default=0.7, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=0.95, show_default=True)
 @options.templates
 @options.seed
 @click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 )
 @click.option("--layers", help="Only these may be edited, as 4-20, 4- or 3,5,8.")
 @click.option(
-    "--threshold", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="For --recipe paper."
+    "--threshold", type=options.FiniteRange(0, 1), default=0.5, show_default=True, help="For --recipe paper."
 )
 @click.option(
     "--kl-budget",
-    type=click.FloatRange(0, min_open=True),
+    type=options.FiniteRange(0, min_open=True),
     default=0.1,
     show_default=True,
     help="How far answers may move from the base model's, in nat per token.",
@@ -88,14 +88,12 @@ def export(
     place = work_dir or output.with_name(f"{output.name}.work")
     say = reporter(quiet)
     try:
-        with (
-            options.open_engine(model, threads, gpu_layers, parallel, context) as engine,
-            WorkDirectory(place) as work,
-        ):
+        with options.open_engine(model, threads, gpu_layers, parallel, context) as engine:
             chosen_layers = parse_layers(layers, engine.info.n_layer)
             framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
-            made = run(engine, asked, framing, Settings(layers=chosen_layers, **settings), work, say)
-            made.control.save(output)
+            with WorkDirectory(place) as work:
+                made = run(engine, asked, framing, Settings(layers=chosen_layers, **settings), work, say)
+                made.control.save(output)
     except KeyboardInterrupt:
         raise click.ClickException(f"stopped; the same command goes on from {place}") from None
     if work_dir is None:
@@ -115,9 +113,10 @@ def parse_layers(text: str | None, n_layer: int) -> tuple[int, ...] | None:
         if not first.isdecimal() or not (last.isdecimal() or (dash and not last) or not dash):
             raise SteeringError(f"the layers {text!r} are not understood; write them as 4-20, 4- or 3,5,8")
         start = int(first)
-        layers.update(range(start, (int(last) if last else n_layer - 1 if dash else start) + 1))
-    if not layers or max(layers) >= n_layer:
-        raise SteeringError(f"the layers {text!r} are not all in the model, which has 0 to {n_layer - 1}")
+        end = int(last) if last else n_layer - 1 if dash else start
+        if not start <= end < n_layer:
+            raise SteeringError(f"the layers {text!r} are not all in the model, which has 0 to {n_layer - 1}")
+        layers.update(range(start, end + 1))
     return tuple(sorted(layers))
 
 
@@ -143,7 +142,8 @@ def _print_choice(made: Export) -> None:
         title=f"label-free choice over {selection.n_queries} queries, budget {selection.budget:g} nat/token",
     )
     measured = [scored for scored in selection.tried if scored.kl is not None]
-    for scored in measured[:_SHOWN]:
+    last = max(measured.index(selection.chosen) + 1, _SHOWN)
+    for scored in measured[max(0, last - _SHOWN) : last]:
         table.add_row(
             "->" if scored == selection.chosen else "",
             str(scored.candidate),

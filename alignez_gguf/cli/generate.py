@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 )
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat framing.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of a completion.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--temperature", type=options.FiniteRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--stop", multiple=True, help="A string that ends a completion; may be repeated.")
 @options.strength
 @options.scope
@@ -80,6 +80,8 @@ def generate(
 
     if bool(prompt) == bool(prompts):
         raise click.UsageError("give prompts with either -p or --prompts")
+    if "" in stop:
+        raise click.BadParameter("a stop string must not be empty", param_hint="--stop")
     rows = [{"prompt": text} for text in prompt] if prompt else _read_rows(str(prompts))
     if output is not None:
         require_writable(output)
@@ -107,7 +109,7 @@ def generate(
         for index, row in enumerate(rows)
     ]
     if output is None:
-        click.echo("".join(lines), nl=False)
+        click.echo("".join(lines).encode("utf-8", errors="replace"), nl=False)
     else:
         write_text(output, "".join(lines))
         click.echo(output)
@@ -145,7 +147,7 @@ def _read_rows(source: str) -> list[dict[str, Any]]:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QueryError(f"{where} is not JSON ({error}); write one object per line") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise QueryError(f"{where} has no string `prompt`; write one object per line")

@@ -66,13 +66,13 @@ def _print(control: ControlFile) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     model = control.model
     console.print(f"for {model}" + (f": {model.name} {model.quantization}".rstrip() if model.name else ""))
     for title, fields in (("recipe", control.recipe), ("score", control.score)):
         shown = [f"{key} {_short(value)}" for key, value in fields.items() if not isinstance(value, tuple)]
         if shown:
-            console.print(f"{title}: {', '.join(shown)}", highlight=False)
+            console.print(f"{title}: {', '.join(shown)}")
     layers = [_layer(control, layer) for layer in range(_n_layer(control))]
     columns = list(layers[0])
     table = Table(*(column.replace("_", " ") for column in columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from alignez_gguf.prompts import Templates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range. A plain `FloatRange` lets infinity and NaN through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -39,7 +51,9 @@ queries = click.option(
 )
 column = click.option("--column", help="The column of a .csv or the field of a .jsonl file.")
 output = click.option("-o", "--output", type=_FILE, required=True, help="The file to write.")
-seed = click.option("--seed", type=int, default=0, show_default=True, help="Of every random draw.")
+seed = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every random draw."
+)
 quiet = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 templates = click.option(
     "--templates",
@@ -76,6 +90,9 @@ def open_engine(
     path: Path, threads: int | None, gpu_layers: int, parallel: int, context: int | None
 ) -> LlamaEngine:
     """The engine that the options of `engine` describe."""
+    from alignez_gguf.runtime import library
+
+    library.is_patched()  # raises where there is no llama.cpp at all, before the engine imports it
     from alignez_gguf.engines.llama import LlamaEngine
 
     return LlamaEngine(path, n_ctx=context, n_parallel=parallel, n_threads=threads, n_gpu_layers=gpu_layers)

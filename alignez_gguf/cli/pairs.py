@@ -55,13 +55,11 @@ def pairs(
     require_writable(output)
     place = work_dir or output.with_name(f"{output.name}.work")
     try:
-        with (
-            options.open_engine(model, threads, gpu_layers, parallel, context) as engine,
-            WorkDirectory(place) as work,
-        ):
+        with options.open_engine(model, threads, gpu_layers, parallel, context) as engine:
             framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
             settings = Settings(seed=seed, max_tokens=max_tokens)
-            made = self_generated_pairs(engine, asked, framing, settings, work, reporter(quiet))
+            with WorkDirectory(place) as work:
+                made = self_generated_pairs(engine, asked, framing, settings, work, reporter(quiet))
     except KeyboardInterrupt:
         raise click.ClickException(f"stopped; the same command goes on from {place}") from None
     write_text(output, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))

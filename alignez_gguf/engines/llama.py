@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.batching import Job, generate
-from alignez_gguf.engines.slots import EXACT_PIECE, UNSTEERED, Slots, Treatment
+from alignez_gguf.engines.slots import EXACT_PIECE, LONE_POSITIONS, UNSTEERED, Slots, Treatment
 from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.model_info import ModelInfo
@@ -32,14 +32,15 @@ _FAST_PIECE = 512
 _CACHE_BYTES = 4 << 30
 """All sequences together keep at most so much in the KV cache; fewer texts grow at once where it is tight."""
 
+_FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
 _SHOWN = 60
 
 
 class LlamaEngine:
     """A GGUF model that writes and reads texts.
 
-    The completion of a request depends neither on `n_parallel` nor on other requests: exactly so on a CPU with
-    F32, F16 or Q8_0 weights (see `slots`), but for last bits with other quantizations and on GPUs.
+    The completion of a request depends neither on `n_parallel` nor on other requests: to the bit on a CPU
+    with F32, F16 or Q8_0 weights (see `slots`), but for rounding with other quantizations and on GPUs.
 
     Args:
         model_path: the GGUF file.
@@ -48,7 +49,7 @@ class LlamaEngine:
         n_parallel: the most texts that grow at once.
         n_threads: default: the number of physical cores.
         n_gpu_layers: how many layers a GPU holds; -1 for all, if there is one.
-        exact: keep completions independent of each other to the bit, at some cost where a single text grows.
+        exact: keep completions independent of each other to the bit; slows a long text that grows alone.
 
     Raises:
         ModelFileError: the model cannot be loaded.
@@ -143,7 +144,10 @@ class LlamaEngine:
     @cached_property
     def _writing(self) -> Slots:
         """The sequences in which completions grow."""
-        return self._slots(max(self.n_parallel, 2 if self._exact else 1), pad=self._exact)
+        if not self._exact:
+            return self._slots(self.n_parallel)
+        company_from = 0 if self.info.quantization in _FLOAT_WEIGHTS else LONE_POSITIONS
+        return self._slots(max(self.n_parallel, 2), company_from)
 
     @cached_property
     def _reader(self) -> MlpOutputReader:
@@ -154,7 +158,7 @@ class LlamaEngine:
         """One sequence of its own, which goes from prompt to prompt and keeps what they have in common."""
         return self._slots(1, on_node=self._reader.on_node)
 
-    def _slots(self, n_sequences: int, *, pad: bool = False, on_node: Any = None) -> Slots:
+    def _slots(self, n_sequences: int, company_from: int | None = None, on_node: Any = None) -> Slots:
         piece = EXACT_PIECE if self._exact else _FAST_PIECE
         context = Context(
             self.model,
@@ -165,7 +169,7 @@ class LlamaEngine:
             on_node=on_node,
         )
         self._open.enter_context(context)
-        return Slots(context, piece=piece, pad=pad, steer=self._steer)
+        return Slots(context, piece=piece, company_from=company_from, steer=self._steer)
 
     def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:
         if self._edits:

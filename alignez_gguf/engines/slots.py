@@ -6,8 +6,8 @@ that true bit for bit (for F32, F16 and Q8_0 weights on x86) under conditions th
 - each sequence has cells of its own, so attention adds up in the order of positions;
 - a piece of a prompt has fewer than 64 tokens, so attention never takes the tiled kernel, whose sums depend
   on where the piece begins (GGML_FA_TILE_Q in ggml-cpu/common.h);
-- a batch never has one token where it could have had two, since a single row is multiplied by another kernel
-  (llamafile_sgemm in ggml-cpu/llamafile/sgemm.cpp) and a single query attends in another way
+- a token is not computed alone where that would take other kernels: for products with float weights
+  (llamafile_sgemm in ggml-cpu/llamafile/sgemm.cpp), and for attention over 512 cells or more
   (use_split_kv_path in ggml-cpu/ops.cpp).
 """
 
@@ -20,7 +20,10 @@ from itertools import pairwise
 from alignez_gguf.runtime.context import Context
 
 EXACT_PIECE = 63
-"""The longest piece of a prompt for which a CPU computes the same whatever else there is."""
+"""The longest piece of a prompt for which a CPU computes the same wherever it begins."""
+
+LONE_POSITIONS = 256
+"""Before this position a token attends to fewer than 512 cells: llama.cpp rounds up to multiples of 256."""
 
 _WORTH_COPYING = 16
 """Copying a sequence costs about as much as computing a few tokens."""
@@ -71,7 +74,8 @@ class Slots:
     Args:
         context: whose sequences these are; used by nothing else.
         piece: the most tokens of a prompt computed at once.
-        pad: never compute a single token alone. The context must have a second sequence then.
+        company_from: from this position on, a token that would be computed alone is computed twice. The
+            context must have a second sequence then.
         steer: tells the context that a sequence is steered; called before its tokens are computed.
     """
 
@@ -80,17 +84,14 @@ class Slots:
         context: Context,
         *,
         piece: int = EXACT_PIECE,
-        pad: bool = False,
+        company_from: int | None = None,
         steer: Callable[[Context, int, Treatment], None] | None = None,
     ) -> None:
         self.context = context
         self._piece = piece
-        self._pad = pad
+        self._company_from = company_from
         self._steer = steer
         self._held = [_Held([], UNSTEERED) for _ in range(context.n_sequences)]
-
-    def __len__(self) -> int:
-        return len(self._held)
 
     def prefill(
         self,
@@ -122,8 +123,7 @@ class Slots:
         """Add `tokens[i]` to slot i for each of the first slots; its logits have index i."""
         slots = list(range(len(tokens)))
         positions = [len(self._held[slot].tokens) for slot in slots]
-        padding = self._pad and len(tokens) == 1
-        if padding:
+        if len(tokens) == 1 and self._company_from is not None and positions[0] >= self._company_from:
             self._forget(1)
             self.context.decode([*tokens, *tokens], [*positions, 0], [0, 1], [True, True])
             self.context.truncate_sequence(1, 0)

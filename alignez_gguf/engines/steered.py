@@ -55,7 +55,8 @@ class SteeredPrompts:
     ) -> None:
         self._queries = [_query(model, *texts) for texts in zip(prompts, answers, strict=True)]
         count = len(self._queries)
-        n_batch = max(_BATCH, *(2 * query.n_rows for query in self._queries))
+        # llama.cpp wants room for a token of every sequence.
+        n_batch = max(_BATCH, 2 * count, *(2 * query.n_rows for query in self._queries))
         self._context = Context(
             model,
             n_ctx=sum(len(query.prompt) for query in self._queries) + n_batch,
@@ -69,34 +70,29 @@ class SteeredPrompts:
     def first_token_logprobs(self, edits: Edits) -> NDArray[np.float32]:
         """[n_queries, n_vocab]: log-probabilities of the first token of the answer under `edits`."""
         self._set(edits)
-        rows = []
-        for start in range(0, len(self._queries), self._context.n_batch):
-            chunk = range(start, min(start + self._context.n_batch, len(self._queries)))
-            self._decode([(index, self._steered(index), 1) for index in chunk])
-            rows += [log_softmax(self._context.logits(row)) for row in range(len(chunk))]
-        return np.stack(rows)
+        queries = range(len(self._queries))
+        self._decode([(query, self._steered(query), 1) for query in queries])
+        return np.stack([log_softmax(self._context.logits(query)) for query in queries])
 
     def divergence(self, edits: Edits) -> float:
         """Mean KL(P_base || P_steered) in nat per token, teacher-forced along the base model's answers."""
         self._set(edits)
-        total, n_tokens = 0.0, 0
+        total, n_rows = 0.0, 0
         for chunk in self._divergence_chunks():
             runs = [
-                (q, sequence, len(self._queries[q].answer))
-                for q in chunk
-                for sequence in (q, self._steered(q))
+                (q, sequence, self._queries[q].n_rows) for q in chunk for sequence in (q, self._steered(q))
             ]
             self._decode(runs)
             row = 0
             for index in chunk:
-                length = len(self._queries[index].answer)
+                length = self._queries[index].n_rows
                 for base_row in range(row, row + length):
                     base = log_softmax(self._context.logits(base_row))
                     steered = log_softmax(self._context.logits(base_row + length))
                     total += float(np.sum(np.exp(base) * (base - steered), dtype=np.float64))
-                n_tokens += length
+                n_rows += length
                 row += 2 * length
-        return total / n_tokens
+        return total / n_rows
 
     def close(self) -> None:
         self._context.close()

@@ -53,7 +53,6 @@ class Context:
         self._pointer: Any = None
         self.model = model
         self.n_sequences = n_sequences
-        self.n_batch = n_batch
         self._on_node = on_node
         cells = -(-n_ctx // _CELLS) * _CELLS
         parameters = llama.llama_context_default_params()
@@ -64,6 +63,8 @@ class Context:
         parameters.kv_unified = unified
         if f32_cache:
             parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
+            # Flash attention would round them to F16 (build_attn_mha in src/llama-graph.cpp).
+            parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if on_node is not None:
             parameters.cb_eval = on_node
         with captured_log() as log:
@@ -74,7 +75,8 @@ class Context:
                 f"{log.reason()}; ask for fewer or shorter ones"
             )
         self._memory: Any = llama.llama_get_memory(self._pointer)
-        self._batch = _Batch(n_batch)
+        self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells
+        self._batch = _Batch(self.n_batch)
 
     @property
     def pointer(self) -> Any:

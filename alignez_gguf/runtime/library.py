@@ -38,7 +38,7 @@ class _LayerEdit(ctypes.Structure):
 def _library() -> Any:
     try:
         import llama_cpp.llama_cpp as bindings
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeUnavailableError(
             f"llama-cpp-python cannot be loaded ({error}); run: alignez-gguf runtime build"
         ) from error

@@ -71,7 +71,7 @@ def steer(
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a saved state holds that only the same edits may go on from."""
+    """The part of a saved state that only the same edits may go on from."""
 
     edits_digest: str
     strengths: tuple[float, ...]
@@ -238,13 +238,13 @@ class Steering:
 
     def _load_state(self, state: Any) -> None:
         saved = getattr(state, _ATTRIBUTE, None)
+        strengths = (0.0,) * state.n_tokens
         if saved is not None and saved.edits_digest == self._edits_digest:
+            strengths = saved.strengths
             state = copy.copy(state)
-            state.n_tokens, state.scores = len(saved.strengths), saved.scores
-            self._cached = list(saved.strengths)
-        else:
-            self._cached = [0.0] * state.n_tokens
+            state.n_tokens, state.scores = len(strengths), saved.scores
         self._original["load_state"](state)
+        self._cached = list(strengths)
 
 
 def _digest(edits: Edits) -> str:

@@ -14,10 +14,11 @@ from types import TracebackType
 
 import llama_cpp
 import numpy as np
+from numpy.typing import NDArray
+
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
-from numpy.typing import NDArray
 
 _MAX_SEQUENCES = 4
 
@@ -77,7 +78,9 @@ class Context:
     def set_edits(self, edits: dict[int, LayerEdit]) -> None:
         library.set_edits(self.pointer, edits, self.n_embd)
 
-    def set_strength(self, strength: float, *, sequence: int = -1, first: int = 0, end: int | None = None) -> None:
+    def set_strength(
+        self, strength: float, *, sequence: int = -1, first: int = 0, end: int | None = None
+    ) -> None:
         library.set_strength(self.pointer, strength, sequence=sequence, first=first, end=end)
 
     def decode(self, batch_rows: Sequence[Row]) -> NDArray[np.float32]:

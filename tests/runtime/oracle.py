@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from alignez_gguf.edits import LayerEdit
 from numpy.typing import NDArray
 from torch import nn
 
+from alignez_gguf.edits import LayerEdit
 from tests.models import TinyModel
 
 

@@ -13,12 +13,12 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
-from numpy.typing import NDArray
-
 from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference
 from tests.runtime.oracle import hooked_logits
@@ -180,7 +180,7 @@ def test_a_prompt_in_one_batch_equals_token_by_token(
     unsteered = unlike()
     context.set_edits(ALL)
 
-    assert unlike() < 2 * unsteered
+    assert unlike() < max(ROUNDING, 2 * unsteered)
 
 
 def test_only_rows_with_logits_and_micro_batches_change_nothing(
@@ -227,7 +227,9 @@ def test_the_vectors_are_copied(llama: Context) -> None:
     assert np.array_equal(llama.logits(rows(TOKENS)), expected)
 
 
-def raw_edit(layer: int = 1, remove: object = None, add: object = None, n_remove: int = 0) -> library._LayerEdit:
+def raw_edit(
+    layer: int = 1, remove: object = None, add: object = None, n_remove: int = 0
+) -> library._LayerEdit:
     """An edit that no `LayerEdit` would let through."""
     arrays = [None if a is None else np.ascontiguousarray(a, dtype=np.float32) for a in (remove, add)]
     edit = library._LayerEdit(
@@ -253,7 +255,10 @@ BAD_EDITS: dict[str, tuple[int, list[library._LayerEdit]]] = {
     "a negative count": (N_EMBD, [raw_edit(remove=UNIT[:1], n_remove=-1)]),
     "a layer given twice": (N_EMBD, [raw_edit(0, add=UNIT[0]), raw_edit(0, remove=UNIT[:1], n_remove=1)]),
     "a layer without an edit": (N_EMBD, [raw_edit()]),
-    "a good edit before a bad one": (N_EMBD, [raw_edit(0, add=UNIT[0]), raw_edit(1, add=np.full(N_EMBD, np.nan))]),
+    "a good edit before a bad one": (
+        N_EMBD,
+        [raw_edit(0, add=UNIT[0]), raw_edit(1, add=np.full(N_EMBD, np.nan))],
+    ),
 }
 
 

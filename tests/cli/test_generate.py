@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from alignez_gguf import demo
+from alignez_gguf.demo import eval_queries
+from alignez_gguf.prompts import Templates
+from tests.cli.conftest import Run
+
+PLAIN = Templates.from_file(demo.TEMPLATES).plain_prompt
+PROMPTS = [PLAIN(row.query) for row in eval_queries()[:6]]
+SHORT = ("--max-tokens", "12", "--quiet")
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    assert result.exit_code == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def prompt_options(prompts: list[str]) -> list[str]:
+    return [argument for prompt in prompts for argument in ("-p", prompt)]
+
+
+@pytest.fixture
+def base(run: Run, model: str) -> list[str]:
+    """Greedy completions of `PROMPTS` by the base model."""
+    return [row["completion"] for row in rows(run("generate", model, *SHORT, *prompt_options(PROMPTS)))]
+
+
+def test_prompts_on_the_command_line_come_back_in_order(run: Run, model: str) -> None:
+    found = rows(run("generate", model, *SHORT, *prompt_options(PROMPTS)))
+    assert [set(row) for row in found] == [{"prompt", "completion"}] * len(PROMPTS)
+    assert [row["prompt"] for row in found] == PROMPTS
+    assert len({row["completion"] for row in found}) > 1
+
+
+def test_greedy_completions_do_not_depend_on_how_many_grow_at_once(
+    run: Run, model: str, control: str, base: list[str]
+) -> None:
+    asked = prompt_options(PROMPTS)
+    for options in ((), ("-c", control)):
+        outputs = {
+            run("generate", model, *SHORT, *asked, *options, "--parallel", parallel).stdout
+            for parallel in ("1", "4", "32")
+        }
+        assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "-"])
+def test_text_has_a_prompt_a_line(run: Run, model: str, tmp_path: Path, base: list[str], name: str) -> None:
+    one_line = [prompt.replace("\n", " ") for prompt in PROMPTS]
+    text = "\ufeff" + "\r\n\n".join(one_line)
+    (tmp_path / "prompts.txt").write_text(text, encoding="utf-8", newline="")
+    found = rows(run("generate", model, *SHORT, "--prompts", name, stdin=text.encode()))
+    assert [row["prompt"] for row in found] == one_line
+
+
+def test_jsonl_rows_keep_their_fields(run: Run, model: str, tmp_path: Path, base: list[str]) -> None:
+    given = [
+        {"id": index, "prompt": prompt, "tags": ["größer", None], "completion": "old"}
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in given)
+    (tmp_path / "prompts.jsonl").write_text(text, encoding="utf-8")
+    found = rows(run("generate", model, *SHORT, "--prompts", "prompts.jsonl"))
+    assert found == [{**row, "completion": text} for row, text in zip(given, base, strict=True)]
+
+
+def test_output_file_holds_what_would_be_printed(run: Run, model: str, tmp_path: Path) -> None:
+    printed = run("generate", model, *SHORT, "-p", PROMPTS[0])
+    written = run("generate", model, *SHORT, "-p", PROMPTS[0], "-o", "out.jsonl")
+    assert written.stdout == "out.jsonl\n"
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == printed.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_chat_puts_each_prompt_into_the_models_framing(run: Run, model: str, base: list[str]) -> None:
+    queries = [row.query for row in eval_queries()[: len(PROMPTS)]]
+    found = rows(run("generate", model, *SHORT, "--chat", *prompt_options(queries)))
+    assert [row["prompt"] for row in found] == queries
+    assert [row["completion"] for row in found] == [text.split("\n")[0] for text in base]
+
+
+def test_templates_decide_the_framing(run: Run, model: str, tmp_path: Path, base: list[str]) -> None:
+    text = demo.TEMPLATES.read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace('few_shot = ""', 'few_shot = "Human: Hi\\n"'), "utf-8")
+    framed = text.replace('plain = "Human', 'plain = "{few_shot}Human')
+    (tmp_path / "mine.toml").write_text(framed.replace('few_shot = ""', 'few_shot = "Hi\\n"'), "utf-8")
+    query = eval_queries()[0].query
+    chat = rows(run("generate", model, *SHORT, "--chat", "--templates", "mine.toml", "-p", query))
+    plain = rows(run("generate", model, *SHORT, "--stop", "\n", "-p", f"Hi\n{PROMPTS[0]}"))
+    assert chat[0]["completion"] == plain[0]["completion"]
+
+
+def test_stop_string_ends_a_completion(run: Run, model: str, base: list[str]) -> None:
+    stop = base[0][3:6]
+    found = rows(run("generate", model, *SHORT, "--stop", stop, "-p", PROMPTS[0]))
+    assert found[0]["completion"] == base[0][: base[0].index(stop)]
+
+
+def test_control_changes_the_completions(run: Run, model: str, control: str, base: list[str]) -> None:
+    asked = ("generate", model, *SHORT, "-c", control, *prompt_options(PROMPTS))
+    steered = [row["completion"] for row in rows(run(*asked))]
+    half = [row["completion"] for row in rows(run(*asked, "--strength", "0.5"))]
+    assert steered != base
+    assert half != steered
+
+
+def test_strength_zero_equals_no_control_byte_for_byte(run: Run, model: str, control: str) -> None:
+    for sampling in (("--temperature", "0"), ("--temperature", "1", "--seed", "3")):
+        asked = ("generate", model, *SHORT, *sampling, *prompt_options(PROMPTS))
+        plain = run(*asked).stdout_bytes
+        assert plain
+        for scope in ("generation", "all", "first:2"):
+            off = run(*asked, "-c", control, "--strength", "0", "--scope", scope)
+            assert off.stdout_bytes == plain
+
+
+def test_scope_decides_which_tokens_are_steered(run: Run, model: str, control: str, base: list[str]) -> None:
+    asked = ("generate", model, *SHORT, "-c", control, *prompt_options(PROMPTS), "--scope")
+    outputs = [run(*asked, scope).stdout for scope in ("generation", "all", "first:1", "first:12")]
+    assert len({*outputs[:3]}) == 3
+    assert outputs[3] == outputs[0]
+
+
+def test_seed_decides_drawn_completions(run: Run, model: str) -> None:
+    asked = ("generate", model, *SHORT, "--temperature", "1", *prompt_options(PROMPTS), "--seed")
+    zero, again, one = (run(*asked, seed).stdout for seed in ("0", "0", "1"))
+    assert zero == again != one
+
+
+def test_progress_goes_to_standard_error_unless_quiet(run: Run, model: str) -> None:
+    asked = ("generate", model, "--max-tokens", "2", "-p", "x")
+    assert "generating" in run(*asked).stderr
+    assert run(*asked, "--quiet").stderr == ""
+
+
+def test_control_made_from_another_file_of_this_shape_warns_in_one_line(
+    run: Run, model: str, control: str, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from alignez_gguf.control import ControlFile
+
+    loaded = ControlFile.load(control)
+    ControlFile(replace(loaded.model, fingerprint="0" * 64), loaded.edits).save(tmp_path / "other.gguf")
+    result = run("generate", model, *SHORT, "-p", "x", "-c", "other.gguf")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Warning: the control file was made from another file of this shape")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+
+from alignez_gguf.engines.slots import EXACT_PIECE, UNSTEERED, Slots, Treatment
+from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.model import Model
+from tests.models import tiny_model
+
+
+class CountingContext(Context):
+    """Counts the tokens that are computed."""
+
+    n_computed = 0
+
+    def decode(self, tokens, positions, sequences, outputs):  # type: ignore[no-untyped-def]
+        self.n_computed += len(tokens)
+        super().decode(tokens, positions, sequences, outputs)
+
+
+@pytest.fixture(scope="module")
+def model():  # type: ignore[no-untyped-def]
+    with Model(tiny_model("llama").gguf) as model:
+        yield model
+
+
+@pytest.fixture
+def context(model: Model):  # type: ignore[no-untyped-def]
+    with CountingContext(model, n_ctx=256, n_sequences=3, n_batch=64, n_threads=1) as context:
+        yield context
+
+
+PROMPT = list(range(10, 110))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "until"),
+    [
+        (Treatment(), Treatment(), float("inf")),
+        (Treatment(0.0, 5), Treatment(0.0, 9), float("inf")),
+        (Treatment(1.0, 5), Treatment(1.0, 5), float("inf")),
+        (Treatment(1.0, 5), Treatment(0.5, 9), 5),
+        (Treatment(1.0, 5), Treatment(1.0, 9), 5),
+        (Treatment(1.0, 5), Treatment(), 5),
+        (Treatment(), Treatment(0.5, 0), 0),
+        (Treatment(1.0, 5, 8), Treatment(1.0, 5), 8),
+    ],
+)
+def test_treatments_agree_until_a_position_gets_another_strength(
+    one: Treatment, other: Treatment, until: float
+) -> None:
+    assert one.agrees_until(other) == until
+    assert other.agrees_until(one) == until
+
+
+def test_common_prefix_is_computed_once(context: CountingContext) -> None:
+    slots = Slots(context)
+    slots.prefill(0, PROMPT)
+    slots.prefill(1, [*PROMPT[:80], *range(200, 220)])
+    assert context.n_computed == 100 + 20
+
+
+def test_part_of_a_prompt_is_not_taken_over_from_another_treatment(context: CountingContext) -> None:
+    slots = Slots(context)
+    slots.prefill(0, PROMPT, Treatment(1.0, first=40))
+    slots.prefill(1, PROMPT, UNSTEERED)
+    assert context.n_computed == 100 + 60
+    slots.prefill(2, PROMPT, Treatment(1.0, first=40))
+    assert context.n_computed == 160 + 2
+
+
+def test_cleared_slots_share_nothing(context: CountingContext) -> None:
+    slots = Slots(context)
+    slots.prefill(0, PROMPT)
+    slots.clear()
+    slots.prefill(0, PROMPT)
+    assert context.n_computed == 200
+
+
+@pytest.mark.parametrize("length", [1, 2, EXACT_PIECE, EXACT_PIECE + 1, 2 * EXACT_PIECE + 1])
+def test_taking_over_a_prefix_changes_no_bit(context: CountingContext, length: int) -> None:
+    slots = Slots(context)
+    whole = list(range(10, 10 + length + 20))
+    alone = context.logits(slots.prefill(0, whole)).copy()
+    slots.clear()
+    slots.prefill(0, [*whole[:length], 5, 6, 7])
+    assert (context.logits(slots.prefill(1, whole)) == alone).all()

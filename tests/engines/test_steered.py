@@ -1,0 +1,194 @@
+"""SteeredPrompts against PyTorch with forward hooks that edit the last prompt token and what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import llama_cpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.engines import steered
+from alignez_gguf.engines.steered import DIVERGENCE_QUERIES, SteeredPrompts, log_softmax
+from alignez_gguf.errors import QueryError
+from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.model import Model
+from tests.models import TinyModel, tiny_model
+from tests.runtime.oracle import hooked_logits
+
+PARITY = 5e-5
+"""Largest difference to PyTorch in log-probability, with keys and values in F32."""
+PARITY_F16 = 2e-2
+"""With keys and values in F16, as users have them: 11 bits of each are left."""
+
+FEW_SHOT = "Question: how do I bake a cake?\nAnswer: make a plan.\n"
+PROMPTS = [
+    f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:",
+    f"{FEW_SHOT}Question: how do I wash a dog?\nAnswer:",
+    f"{FEW_SHOT}Question: why?\nAnswer:",
+    "The quick brown fox",
+    f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:",
+]
+ANSWERS = [" sorry, that is not something", " with the oven", "", " jumps over the lazy dog", " work slowly"]
+
+
+def random_edits(seed: int, n_layer: int = 3, n_embd: int = 64) -> Edits:
+    normal = np.random.default_rng(seed).standard_normal
+    return {
+        layer: LayerEdit(remove=normal((2, n_embd)), add=0.2 * normal(n_embd)) for layer in range(n_layer)
+    }
+
+
+EDITS = random_edits(0)
+FEWER = {1: LayerEdit(remove=random_edits(1)[1].remove)}
+
+
+@pytest.fixture(scope="module")
+def torch_model() -> TinyModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def model(torch_model: TinyModel) -> Iterator[Model]:
+    with Model(torch_model.gguf) as model:
+        yield model
+
+
+@pytest.fixture
+def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values in F32, and no flash attention, which would round them to F16."""
+    default = llama_cpp.llama_context_default_params
+
+    def parameters() -> llama_cpp.llama_context_params:
+        chosen = default()
+        chosen.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return chosen
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", parameters)
+    monkeypatch.setattr(steered, "Context", partial(Context, f32_cache=True))
+
+
+@pytest.fixture
+def prompts(model: Model, _full_precision: None) -> Iterator[SteeredPrompts]:
+    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+        yield prompts
+
+
+def expected_logprobs(
+    torch_model: TinyModel, tokens: list[int], n_prompt: int, edits: Edits
+) -> NDArray[np.float64]:
+    """[rows, n_vocab] from the last prompt token on, which is the first one that is edited."""
+    strengths = [0.0] * (n_prompt - 1) + [1.0] * (len(tokens) - n_prompt + 1)
+    logits = hooked_logits(torch_model, tokens, edits, strengths)[n_prompt - 1 :].astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def expected_first(torch_model: TinyModel, model: Model, edits: Edits) -> NDArray[np.float64]:
+    tokens = [model.tokenize(prompt) for prompt in PROMPTS]
+    return np.stack([expected_logprobs(torch_model, prompt, len(prompt), edits)[0] for prompt in tokens])
+
+
+def expected_divergence(
+    torch_model: TinyModel, model: Model, edits: Edits, prompts: list[str], answers: list[str]
+) -> float:
+    divergences: list[float] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens, n_prompt = model.tokenize(prompt + answer), len(model.tokenize(prompt))
+        base = expected_logprobs(torch_model, tokens, n_prompt, {})
+        changed = expected_logprobs(torch_model, tokens, n_prompt, edits)
+        divergences += list((np.exp(base) * (base - changed)).sum(axis=1))
+    return float(np.mean(divergences))
+
+
+@pytest.mark.parametrize("edits", [EDITS, FEWER, {}], ids=["all layers", "one layer", "no edit"])
+def test_first_token_is_that_of_pytorch_edited_at_the_last_prompt_token(
+    prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
+) -> None:
+    found = prompts.first_token_logprobs(edits)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected_first(torch_model, model, edits), atol=PARITY)
+
+
+def test_first_token_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
+    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+        found = prompts.first_token_logprobs(EDITS)
+    np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS), atol=PARITY_F16)
+
+
+@pytest.mark.parametrize("edits", [EDITS, FEWER], ids=["all layers", "one layer"])
+def test_divergence_is_the_mean_over_all_answer_tokens_and_what_follows(
+    prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
+) -> None:
+    expected = expected_divergence(torch_model, model, edits, PROMPTS, ANSWERS)
+    assert expected > 1e-3
+    assert prompts.divergence(edits) == pytest.approx(expected, rel=1e-3)
+
+
+def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:
+    assert prompts.divergence({}) == pytest.approx(0, abs=1e-6)
+
+
+def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPrompts, model: Model) -> None:
+    first = prompts.first_token_logprobs(EDITS)
+    divergence = prompts.divergence(EDITS)
+    base = prompts.first_token_logprobs({})
+    prompts.divergence(FEWER)
+    prompts.first_token_logprobs(random_edits(7))
+
+    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as fresh:
+        np.testing.assert_array_equal(fresh.first_token_logprobs({}), base)
+    assert prompts.divergence(EDITS) == divergence
+    np.testing.assert_array_equal(prompts.first_token_logprobs({}), base)
+    np.testing.assert_array_equal(prompts.first_token_logprobs(EDITS), first)
+
+
+def test_answers_that_fill_several_batches(
+    model: Model, torch_model: TinyModel, _full_precision: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steered, "_BATCH", 2)
+    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+        divergence = prompts.divergence(EDITS)
+    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, ANSWERS)
+    assert divergence == pytest.approx(expected, rel=1e-3)
+
+
+def test_one_query_alone(model: Model, torch_model: TinyModel, _full_precision: None) -> None:
+    with SteeredPrompts(model, PROMPTS[:1], ANSWERS[:1], n_threads=1) as prompts:
+        found = prompts.first_token_logprobs(EDITS)
+        divergence = prompts.divergence(EDITS)
+    np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS)[:1], atol=PARITY)
+    expected = expected_divergence(torch_model, model, EDITS, PROMPTS[:1], ANSWERS[:1])
+    assert divergence == pytest.approx(expected, rel=1e-3)
+
+
+def test_as_many_queries_as_a_selection_has(
+    model: Model, torch_model: TinyModel, _full_precision: None
+) -> None:
+    many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(64)]
+    answers = [" make a plan"] * len(many)
+    with SteeredPrompts(model, many, answers, n_threads=1) as prompts:
+        found = prompts.first_token_logprobs(EDITS)
+        divergence = prompts.divergence(EDITS)
+    tokens = model.tokenize(many[-1])
+    expected = expected_logprobs(torch_model, tokens, len(tokens), EDITS)[0]
+    np.testing.assert_allclose(found[-1], expected, atol=PARITY)
+    measured = slice(DIVERGENCE_QUERIES)
+    assert divergence == pytest.approx(
+        expected_divergence(torch_model, model, EDITS, many[measured], answers[measured]), rel=1e-3
+    )
+
+
+def test_prompt_of_one_token_is_refused_by_name(model: Model) -> None:
+    assert len(model.tokenize("x")) == 1
+    with pytest.raises(QueryError, match="'x' is too short"):
+        SteeredPrompts(model, ["x"], [""], n_threads=1)
+
+
+def test_log_softmax_is_that_of_float64_even_for_large_logits() -> None:
+    logits = np.random.default_rng(0).normal(size=100).astype(np.float32) * 50 + 1000
+    exact = logits.astype(np.float64) - 1000
+    expected = exact - np.log(np.exp(exact).sum())
+    np.testing.assert_allclose(log_softmax(logits), expected, atol=1e-4)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignez_gguf.errors import AlignezError, ModelFileError
+from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.model import Model
+from tests.models import tiny_model, tokenizer
+
+TEXT = "Question: wie spät ist es?\nAnswer: 🦙 o'clock"
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    with Model(tiny_model("llama").gguf) as model:
+        yield model
+
+
+def test_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"nowhere\.gguf"):
+        Model(tmp_path / "nowhere.gguf")
+
+
+def test_file_that_is_not_a_gguf_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(ModelFileError, match=r"model\.gguf is not a usable GGUF"):
+        Model(path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_truncated_file_is_an_error(tmp_path: Path, part: float) -> None:
+    whole = tiny_model("llama").gguf.read_bytes()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ModelFileError, match=r"model\.gguf"):
+        Model(path)
+
+
+def test_file_that_llama_cpp_refuses_is_an_error_with_its_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = tiny_model("llama").gguf.read_bytes()
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole.replace(b"blk.1.ffn_down.weight", b"blk.1.ffn_dawn.weight"))
+    with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_down\.weight"):
+        Model(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_tokens_are_those_of_the_tokenizer(model: Model) -> None:
+    assert model.tokenize(TEXT) == tokenizer().encode(TEXT)
+    assert model.detokenize(model.tokenize(TEXT)) == TEXT
+
+
+def test_special_tokens_in_a_text_are_read_and_have_no_text(model: Model) -> None:
+    tokens = model.tokenize("<s>x</s>")
+    assert (tokens[0], tokens[-1]) == (0, 1)
+    assert model.detokenize(tokens) == "x"
+    assert model.ends_text(1)
+    assert not model.ends_text(tokens[1])
+
+
+def test_metadata_of_the_file_can_be_looked_up(model: Model) -> None:
+    assert model.metadata("general.architecture") == "llama"
+    assert model.metadata("alignez.templates") is None
+
+
+def test_model_and_context_refuse_to_be_used_once_closed() -> None:
+    model = Model(tiny_model("llama").gguf)
+    context = Context(model, n_ctx=64, n_threads=1)
+    context.close()
+    context.close()
+    with pytest.raises(ValueError, match="context is closed"):
+        context.decode([5], [0], [0], [True])
+    with pytest.raises(ValueError, match="context is closed"):
+        context.clear()
+    model.close()
+    with pytest.raises(ValueError, match="model is closed"):
+        model.tokenize("x")
+
+
+def test_batch_that_cannot_be_computed_is_an_error(model: Model) -> None:
+    with (
+        Context(model, n_ctx=256, n_threads=1) as context,
+        pytest.raises(AlignezError, match="batch is invalid"),
+    ):
+        context.decode([model.n_vocab + 7], [0], [0], [True])
+
+
+def test_full_cache_is_an_error(model: Model) -> None:
+    with Context(model, n_ctx=256, n_threads=1) as context:
+        context.decode([5] * 200, range(200), [0] * 200, [False] * 200)
+        with pytest.raises(AlignezError, match="cache is full"):
+            context.decode([5] * 100, range(200, 300), [0] * 100, [False] * 100)
+
+
+def test_batch_larger_than_the_context_takes_is_refused(model: Model) -> None:
+    with (
+        Context(model, n_ctx=256, n_batch=32, n_threads=1) as context,
+        pytest.raises(ValueError, match="1 to 32"),
+    ):
+        context.decode([5] * 33, range(33), [0] * 33, [False] * 33)
+
+
+def test_logits_are_a_view_of_the_last_batch(model: Model) -> None:
+    with Context(model, n_ctx=256, n_threads=1) as context:
+        context.decode([5, 6], [0, 1], [0, 0], [False, True])
+        logits = context.logits(1)
+        assert logits.shape == (model.n_vocab,)
+        assert logits.base is not None
+        assert np.isfinite(logits).all()
+        with pytest.raises(ValueError, match=r"token 0 .* no logits"):
+            context.logits(0)

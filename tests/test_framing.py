@@ -1,0 +1,155 @@
+"""Chat templates as transformers renders them, and the transcript of models without one."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from alignez_gguf.errors import TemplateError
+from alignez_gguf.framing import Framing, Turn
+from alignez_gguf.prompts import METADATA_KEY, Templates
+from tests.models import tokenizer
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA_3_2 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+WITH_BREAK_AND_JSON = """\
+{% for message in messages %}
+    {% if loop.index0 > 1 %}
+        {% break %}
+    {% endif %}
+    {{ message | tojson }}
+{% endfor %}
+"""
+TEMPLATES = {
+    "ChatML": CHATML,
+    "Llama 3": LLAMA_3,
+    "Llama 3.2": LLAMA_3_2,
+    "Mistral": MISTRAL,
+    "break and tojson": WITH_BREAK_AND_JSON,
+}
+CONVERSATIONS: dict[str, tuple[list[Turn], str]] = {
+    "first message": ([], "How do I bake a cake?"),
+    "later message": ([("Hi", "Hello & <b>welcome</b>"), ("  2 + 2?  ", "4\n\nIt's \"four\".")], "Grüße {{x}}?"),
+}
+
+
+class FakeModel:
+    """Metadata alone."""
+
+    bos, eos = 0, 1
+
+    def __init__(self, **metadata: str) -> None:
+        self._metadata = {key.replace("_", ".", 1): value for key, value in metadata.items()}
+
+    def metadata(self, key: str) -> str | None:
+        return self._metadata.get(key)
+
+    def token_text(self, token: int) -> str:
+        return ("<s>", "</s>")[token]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_chat_template_is_rendered_as_by_transformers(template: str, conversation: tuple[list[Turn], str]) -> None:
+    turns, message = conversation
+    messages = [{"role": "user", "content": message}]
+    for said, answered in reversed(turns):
+        messages[:0] = [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
+    expected = tokenizer().apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+    framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+
+    assert framing.prompt(turns, message) == expected
+    assert framing.stop == ()
+
+
+def test_date_in_a_template_is_today() -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=LLAMA_3_2))
+    assert f"Today Date: {datetime.now():%d %b %Y}" in framing.prompt([], "Hi")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"tokenizer_chat_template": ""}])
+def test_base_model_gets_the_transcript(metadata: dict[str, str]) -> None:
+    framing = Framing.of(FakeModel(**metadata))
+    default = Templates.default()
+    turns = [("one", "1")]
+    assert framing.prompt(turns, "two") == default.transcript(turns, "two")
+    assert framing.stop == default.stop
+
+
+def test_users_templates_come_first_then_the_models_own_then_the_chat_template(tmp_path: Path) -> None:
+    own, given = (
+        f'version = "{name}"\nfew_shot = ""\nstop = ["{name}"]\nplain = "{name} {{query}}"\n'
+        '[helpful]\ncharacteristics = "{query}"\nanswer = "{query}"\n'
+        '[harmful]\ncharacteristics = "{query}"\nanswer = "{query}"\n'
+        for name in ("own", "given")
+    )
+    model = FakeModel(tokenizer_chat_template=CHATML)
+    model._metadata[METADATA_KEY] = own
+    path = tmp_path / "templates.toml"
+    path.write_text(given, encoding="utf-8")
+
+    assert Framing.of(model).prompt([], "q") == "own q"
+    assert Framing.of(model).stop == ("own",)
+    assert Framing.of(model, path).prompt([], "q") == "given q"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", "cannot be read"),
+        ("{{ raise_exception('no such role') }}", "fails: no such role"),
+        ("{{ messages[9].content.x }}", "fails"),
+        ("{{ ''.__class__.__mro__ }}", "fails"),
+    ],
+)
+def test_broken_chat_template_is_refused_with_the_mend(template: str, message: str) -> None:
+    with pytest.raises(TemplateError, match=message) as refusal:
+        Framing.of(FakeModel(tokenizer_chat_template=template)).prompt([], "q")
+    assert "give --templates" in str(refusal.value)
+
+
+def test_models_own_templates_that_are_malformed_are_refused_by_origin() -> None:
+    model = FakeModel()
+    model._metadata[METADATA_KEY] = "version ="
+    with pytest.raises(TemplateError, match="the templates in the model's metadata is not valid TOML"):
+        Framing.of(model)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from alignez_gguf import generation
+from alignez_gguf.engines import Completion, GenerationRequest, Sampling
+from alignez_gguf.errors import QueryError
+from alignez_gguf.generation import default_sampling, generate_pairs, request_seed
+from alignez_gguf.pairs import PairStore, PreferencePair
+from alignez_gguf.prompts import Persona, Templates
+
+TEMPLATES = Templates(
+    version="t",
+    plain="{few_shot}Q: {query}\nA:",
+    few_shot="EXAMPLE\n",
+    stop=("\nQ:",),
+    helpful=Persona("{query}. Good should:", "Be good, {characteristics}.\nQ: {query}\nA:"),
+    harmful=Persona("{query}. Bad should:", "Be bad, {characteristics}.\nQ: {query}\nA:"),
+)
+SAMPLING = Sampling(max_tokens=90, temperature=0.7, top_p=0.9, stop=("\nQ:",))
+QUERIES = ["how?", "why?", "when?", "where?", "who?"]
+
+
+class FakeEngine:
+    """Answers with its prompt's first line and the seed, and finishes in reverse order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[GenerationRequest], Sampling]] = []
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        self.calls.append((list(requests), sampling))
+        for index, request in reversed(list(enumerate(requests))):
+            yield index, self.complete(request)
+
+    def complete(self, request: GenerationRequest) -> Completion:
+        if request.prompt.endswith("should:"):
+            return Completion(f" be {request.seed}\n  and\tcalm. ", 5, "length")
+        cut = "bad" in request.prompt and "why?" in request.prompt
+        return Completion(f"  answer {request.seed} \n", 5, "length" if cut else "stop")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[PairStore]:
+    with PairStore(tmp_path / "pairs.jsonl") as store:
+        yield store
+
+
+def run(engine: FakeEngine, store: PairStore, queries: list[str], seed: int = 0) -> list[PreferencePair]:
+    return generate_pairs(engine, queries, TEMPLATES, store, sampling=SAMPLING, seed=seed)  # type: ignore[arg-type]
+
+
+def asked(engine: FakeEngine) -> list[str]:
+    return [request.prompt for requests, _ in engine.calls for request in requests]
+
+
+def test_characteristics_are_asked_for_first_and_answers_under_them(store: PairStore) -> None:
+    engine = FakeEngine()
+    (pair,) = run(engine, store, ["how?"])
+
+    (traits, traits_sampling), (answers, answers_sampling) = engine.calls
+    assert [request.prompt for request in traits] == ["how?. Good should:", "how?. Bad should:"]
+    good, bad = (f"be {request.seed} and calm" for request in traits)
+    assert [request.prompt for request in answers] == [
+        f"Be good, {good}.\nQ: how?\nA:",
+        f"Be bad, {bad}.\nQ: how?\nA:",
+    ]
+    assert answers_sampling == SAMPLING
+    assert traits_sampling == replace(SAMPLING, max_tokens=50)
+    assert pair == PreferencePair(
+        query="how?",
+        helpful=f"answer {answers[0].seed}",
+        harmful=f"answer {answers[1].seed}",
+        helpful_characteristics=good,
+        harmful_characteristics=bad,
+    )
+    assert all(request.strength == 0 for request in (*traits, *answers))
+
+
+def test_characteristics_take_no_more_tokens_than_answers_may(store: PairStore) -> None:
+    engine = FakeEngine()
+    generate_pairs(engine, ["how?"], TEMPLATES, store, sampling=Sampling(max_tokens=7))  # type: ignore[arg-type]
+    assert [sampling.max_tokens for _, sampling in engine.calls] == [7, 7]
+
+
+def test_answer_cut_at_the_limit_marks_its_pair(store: PairStore) -> None:
+    pairs = run(FakeEngine(), store, QUERIES)
+    assert [pair.query for pair in pairs if pair.truncated] == ["why?"]
+
+
+def test_pairs_come_in_the_order_of_the_queries_and_are_stored(store: PairStore) -> None:
+    pairs = run(FakeEngine(), store, QUERIES)
+    assert [pair.query for pair in pairs] == QUERIES
+    assert list(store) == pairs
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_pairs_depend_neither_on_their_order_nor_on_the_chunk(
+    store: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    expected = {pair.query: pair for pair in run(FakeEngine(), store, QUERIES)}
+    monkeypatch.setattr(generation, "_CHUNK", chunk)
+    with PairStore(tmp_path / "other.jsonl") as other:
+        pairs = run(FakeEngine(), other, QUERIES[::-1])
+    assert pairs == [expected[query] for query in QUERIES[::-1]]
+
+
+def test_every_request_has_a_seed_of_its_own(store: PairStore, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    run(engine, store, QUERIES, seed=0)
+    with PairStore(tmp_path / "other.jsonl") as other:
+        run(engine, other, QUERIES, seed=1)
+    seeds = [request.seed for requests, _ in engine.calls for request in requests]
+    assert len(set(seeds)) == len(seeds) == 2 * 4 * len(QUERIES)
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert request_seed(0, "how?", "helpful", "answer") == 856297338
+    assert request_seed(0, "a\udcff") != request_seed(0, "a")
+
+
+def test_only_missing_pairs_are_asked_for(store: PairStore) -> None:
+    engine = FakeEngine()
+    first = run(engine, store, QUERIES[1:3])
+    engine.calls.clear()
+    advanced: list[int] = []
+    pairs = generate_pairs(
+        engine,  # type: ignore[arg-type]
+        QUERIES,
+        TEMPLATES,
+        store,
+        sampling=SAMPLING,
+        advance=advanced.append,
+    )
+    assert pairs[1:3] == first
+    assert {re.search(r"\w+\?", prompt)[0] for prompt in asked(engine)} == {"how?", "where?", "who?"}  # type: ignore[index]
+    assert advanced == [2, 1, 1, 1]
+    assert len(store) == 5
+
+    engine.calls.clear()
+    assert run(engine, store, QUERIES) == pairs
+    assert engine.calls == []
+
+
+def test_pairs_before_an_error_are_kept(store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_CHUNK", 1)
+    engine = FakeEngine()
+    complete = engine.complete
+
+    def refuse(request: GenerationRequest) -> Completion:
+        if "when?" in request.prompt:
+            raise QueryError("too long")
+        return complete(request)
+
+    monkeypatch.setattr(engine, "complete", refuse)
+    with pytest.raises(QueryError):
+        run(engine, store, QUERIES)
+    assert [pair.query for pair in store] == ["how?", "why?"]
+
+
+def test_default_sampling_is_that_of_the_paper() -> None:
+    sampling = default_sampling(TEMPLATES)
+    assert (sampling.max_tokens, sampling.stop) == (200, ("\nQ:",))
+    assert sampling.temperature > 0

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignez_gguf.errors import TemplateError
+from alignez_gguf.generation import answer_prompts, answered_prompts
+from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.prompts import Persona, Templates
+
+TEMPLATES = Templates(
+    version="t",
+    plain="{few_shot}Q: {query}\nA:",
+    few_shot="Q: a\nA: b\n\n",
+    stop=("\nQ:",),
+    helpful=Persona("{query}. Good should:", "{few_shot}Be good and {characteristics}.\nQ: {query}\nA:"),
+    harmful=Persona("{query}. Bad should:", "{few_shot}Be bad and {characteristics}.\nQ: {query}\nA:"),
+)
+TOML = """
+version = "t"
+few_shot = "Q: a\\nA: b\\n\\n"
+stop = ["\\nQ:"]
+plain = "{few_shot}Q: {query}\\nA:"
+[helpful]
+characteristics = "{query}. Good should:"
+answer = "{few_shot}Be good and {characteristics}.\\nQ: {query}\\nA:"
+[harmful]
+characteristics = "{query}. Bad should:"
+answer = "{few_shot}Be bad and {characteristics}.\\nQ: {query}\\nA:"
+"""
+PAIR = PreferencePair("how?", "with care", "get lost", "kind", "rude")
+
+
+def test_templates_are_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "templates.toml"
+    path.write_text(TOML, encoding="utf-8")
+    assert Templates.from_file(path) == Templates.from_toml(TOML) == TEMPLATES
+
+
+def test_default_templates_ask_as_the_paper_does() -> None:
+    templates = Templates.default()
+    query = "[QUERY]"
+    assert templates.characteristics_prompt(templates.helpful, query) == (
+        "[QUERY]. You are a safety-oriented assistant. Your answer to this query should:"
+    )
+    assert templates.characteristics_prompt(templates.harmful, query) == (
+        "[QUERY]. Pretend you are a malicious and useless assistant. Your answer to this query should:"
+    )
+    for prompt in (templates.plain_prompt(query), *answer_prompts(templates, PreferencePair(query, "", ""))):
+        assert prompt.startswith(templates.few_shot)
+        assert prompt.endswith(f"Human: {query}\nAssistant:")
+    assert "\nHuman:" in templates.stop
+
+
+def test_prompts_of_every_kind() -> None:
+    assert TEMPLATES.plain_prompt("how?") == "Q: a\nA: b\n\nQ: how?\nA:"
+    assert TEMPLATES.characteristics_prompt(TEMPLATES.harmful, "how?") == "how?. Bad should:"
+    assert TEMPLATES.answer_prompt(TEMPLATES.helpful, "how?", "be kind") == (
+        "Q: a\nA: b\n\nBe good and be kind.\nQ: how?\nA:"
+    )
+
+
+def test_reading_texts_are_the_persona_prompt_and_the_answered_query() -> None:
+    assert answer_prompts(TEMPLATES, PAIR) == (
+        "Q: a\nA: b\n\nBe good and kind.\nQ: how?\nA:",
+        "Q: a\nA: b\n\nBe bad and rude.\nQ: how?\nA:",
+    )
+    assert answered_prompts(TEMPLATES, PAIR) == (
+        "Q: a\nA: b\n\nQ: how?\nA: with care",
+        "Q: a\nA: b\n\nQ: how?\nA: get lost",
+    )
+
+
+def test_braces_in_a_query_stay_as_they_are() -> None:
+    query = "what is {few_shot}, {query} or {characteristics} in {x}?"
+    assert TEMPLATES.plain_prompt(query) == f"Q: a\nA: b\n\nQ: {query}\nA:"
+    assert query in TEMPLATES.answer_prompt(TEMPLATES.helpful, query, "{query}")
+
+
+def test_transcript_shows_the_example_once_and_every_turn() -> None:
+    assert TEMPLATES.transcript([], "one") == TEMPLATES.plain_prompt("one")
+    assert TEMPLATES.transcript([("one", "1"), ("two", "2")], "three") == (
+        "Q: a\nA: b\n\nQ: one\nA: 1\n\nQ: two\nA: 2\n\nQ: three\nA:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("plain = ", "plane = "), "`plain` is missing"),
+        (('version = "t"', "version = 1"), "`version` is missing or not a string"),
+        (("{few_shot}Q: {query}\\nA:", "Q:"), r"`plain` must contain \{query\}"),
+        (('stop = ["\\nQ:"]', 'stop = "Q"'), "`stop` must be a list"),
+        (('stop = ["\\nQ:"]', 'stop = [""]'), "`stop` must be a list of non-empty"),
+        (("[harmful]", "[bad]"), r"the table \[harmful\] is missing"),
+        (('characteristics = "{query}. Bad', 'characteristics = "Bad'), r"\[harmful\]: `characteristics` must"),
+        (("[helpful]", "helpful = 3\n[other]"), r"the table \[helpful\] is missing"),
+        (("few_shot = ", "few_shot "), "is not valid TOML"),
+    ],
+)
+def test_malformed_templates_are_refused_by_field(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    assert TOML.count(change[0]) == 1
+    path = tmp_path / "templates.toml"
+    path.write_text(TOML.replace(*change), encoding="utf-8")
+    with pytest.raises(TemplateError, match=message) as refusal:
+        Templates.from_file(path)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_unreadable_template_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TemplateError, match="cannot read"):
+        Templates.from_file(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'version = "na\xefve"')
+    with pytest.raises(TemplateError, match="cannot read"):
+        Templates.from_file(tmp_path / "latin.toml")

@@ -1,0 +1,268 @@
+"""The choice of an edit against exhaustive enumeration on a model whose every edit is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.errors import NoGainError
+from alignez_gguf.selection import Candidate, Search, Selection, Source, gains, layer_sets, span
+
+N_QUERIES, N_VOCAB, N_LAYER = 12, 7, 6
+LAYERS = tuple(range(N_LAYER))
+SOURCES = [Source("mean", "prompt", 1), Source("ccs", "response", 1), Source("svd-diff", "prompt", 2)]
+AMOUNTS = [("remove", 0.0)]
+AMOUNTS += [("add", amount) for amount in (0.5, 1.0, 1.5)]
+AMOUNTS += [("remove+add", amount) for amount in (0.25, 0.5, 0.75, 1.0, 1.5)]
+
+
+def distributions(seed: int, count: int = N_QUERIES) -> NDArray[np.float32]:
+    logits = np.random.default_rng(seed).normal(size=(count, N_VOCAB))
+    return (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+HELPFUL, HARMFUL = distributions(0), distributions(1)
+BASE = np.log(distributions(2))
+
+
+def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
+    return sum(float(a) * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+
+
+def test_gain_is_the_drop_of_one_divergence_minus_the_drop_of_the_other() -> None:
+    steered = distributions(3)
+    expected = [
+        (kl(helpful, np.exp(base)) - kl(helpful, changed)) - (kl(harmful, np.exp(base)) - kl(harmful, changed))
+        for helpful, harmful, base, changed in zip(HELPFUL, HARMFUL, BASE, steered, strict=True)
+    ]
+    np.testing.assert_allclose(gains(HELPFUL, HARMFUL, BASE, np.log(steered)), expected, atol=1e-5)
+
+
+def test_no_edit_gains_nothing() -> None:
+    np.testing.assert_array_equal(gains(HELPFUL, HARMFUL, BASE, BASE), np.zeros(N_QUERIES))
+
+
+@pytest.mark.parametrize(
+    ("layers", "parts"),
+    [
+        ((0,), []),
+        ((4, 7), [(4,), (7,)]),
+        ((0, 1, 2), [(0,), (1, 2), (0, 1)]),
+        (
+            LAYERS,
+            [(0, 1, 2), (3, 4, 5), (1, 2, 3, 4), (0, 1, 2, 3), (2, 3, 4, 5)],
+        ),
+    ],
+)
+def test_parts_are_halves_the_middle_and_two_thirds(
+    layers: tuple[int, ...], parts: list[tuple[int, ...]]
+) -> None:
+    assert layer_sets(layers) == parts
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [((0, 1, 2, 3), "0-3"), ((5,), "5"), ((2, 3), "2-3"), ((0, 2, 4), "0,2,4"), ((0, 1, 3), "0,1,3")],
+)
+def test_layers_are_written_as_people_write_them(layers: tuple[int, ...], text: str) -> None:
+    assert span(layers) == text
+
+
+def edits_of(candidate: Candidate) -> Edits:
+    """A candidate as edits that name it: the fake model reads it back."""
+    label = [
+        SOURCES.index(candidate.source) + 1,
+        AMOUNTS.index((candidate.operation, candidate.amount)) + 1,
+    ]
+    return {layer: LayerEdit(add=np.array(label)) for layer in candidate.layers}
+
+
+@dataclass
+class FakeModel:
+    """A model on which the figures of any candidate are a function of it."""
+
+    gain_of: Callable[[Candidate], float]
+    kl_of: Callable[[Candidate], float]
+    spread: float = 0.01
+    measured: list[Candidate] = field(default_factory=list)
+
+    def first_token_logprobs(self, edits: Edits) -> NDArray[np.float32]:
+        if not edits:
+            return BASE
+        wanted = self.gain_of(self._named(edits)) + self.spread * np.linspace(-1, 1, N_QUERIES)
+        # Moving along the difference of the personas by t gains t |difference|^2.
+        difference = HELPFUL - HARMFUL
+        share = wanted / (difference**2).sum(axis=1)
+        return (BASE + share[:, None] * difference).astype(np.float32)
+
+    def divergence(self, edits: Edits) -> float:
+        candidate = self._named(edits)
+        self.measured.append(candidate)
+        return self.kl_of(candidate)
+
+    def _named(self, edits: Edits) -> Candidate:
+        add = next(iter(edits.values())).add
+        assert add is not None
+        source, amount = (round(float(number)) - 1 for number in add)
+        return Candidate(SOURCES[source], *AMOUNTS[amount], layers=tuple(edits))  # type: ignore[arg-type]
+
+
+def search(model: FakeModel, budget: float = 0.1, sources: list[Source] = SOURCES) -> Selection:
+    return Search(model, edits_of, HELPFUL, HARMFUL, budget).run(sources, LAYERS)
+
+
+def everything(layer_choices: list[tuple[int, ...]]) -> list[Candidate]:
+    return [
+        Candidate(source, operation, amount, layers)  # type: ignore[arg-type]
+        for layers, source, (operation, amount) in itertools.product(layer_choices, SOURCES, AMOUNTS)
+    ]
+
+
+def table(seed: int, low: float, high: float) -> Callable[[Candidate], float]:
+    """A random figure for every candidate that there is."""
+    candidates = everything([LAYERS, *layer_sets(LAYERS)])
+    values = np.random.default_rng(seed).uniform(low, high, len(candidates))
+    return dict(zip(candidates, values.tolist(), strict=True)).__getitem__
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_best_affordable_candidate_of_all_layers_is_found(seed: int) -> None:
+    whole = table(seed, 0.1, 2.0)
+    model = FakeModel(
+        gain_of=lambda candidate: whole(candidate) if candidate.layers == LAYERS else 0.05,
+        kl_of=table(seed + 100, 0.0, 0.4),
+    )
+    found = search(model)
+    affordable = [candidate for candidate in everything([LAYERS]) if model.kl_of(candidate) <= 0.1]
+    best = max(affordable, key=whole)
+    assert found.chosen.candidate == best
+    assert found.chosen.gain == pytest.approx(whole(best), abs=1e-4)
+    assert found.chosen.kl == model.kl_of(best)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_best_affordable_candidate_is_found_among_all_that_were_tried(seed: int) -> None:
+    model = FakeModel(gain_of=table(seed, -1.0, 2.0), kl_of=table(seed + 100, 0.0, 0.3))
+    found = search(model)
+    tried = [scored.candidate for scored in found.tried]
+    assert set(everything([LAYERS])) <= set(tried)
+    assert len(tried) == len(set(tried)) == len(SOURCES) * len(AMOUNTS) + 4 * len(layer_sets(LAYERS))
+    affordable = [candidate for candidate in tried if model.kl_of(candidate) <= 0.1]
+    assert found.chosen.candidate == max(affordable, key=model.gain_of)
+
+
+def test_parts_of_the_best_four_are_tried() -> None:
+    figures = table(0, 0.1, 2.0)
+    model = FakeModel(gain_of=figures, kl_of=lambda _: 0.0)
+    parts = {scored.candidate for scored in search(model).tried if scored.candidate.layers != LAYERS}
+    four = sorted(everything([LAYERS]), key=figures, reverse=True)[:4]
+    assert parts == {
+        Candidate(best.source, best.operation, best.amount, part)
+        for best in four
+        for part in layer_sets(LAYERS)
+    }
+
+
+def test_part_of_the_layers_is_chosen_where_all_layers_cost_too_much() -> None:
+    model = FakeModel(
+        gain_of=lambda candidate: 0.1 * len(candidate.layers) + 0.01 * candidate.amount,
+        kl_of=lambda candidate: 0.02 * len(candidate.layers),
+    )
+    found = search(model, budget=0.09)
+    assert len(found.chosen.candidate.layers) == 4
+    assert found.chosen.kl == pytest.approx(0.08)
+
+
+def test_divergence_is_measured_only_where_a_candidate_could_be_chosen() -> None:
+    figures = table(3, -1.0, 2.0)
+    model = FakeModel(gain_of=figures, kl_of=lambda _: 0.05)
+    found = search(model)
+    four = sorted(everything([LAYERS]), key=figures, reverse=True)[:4]
+    assert model.measured[:4] == four
+    assert len(model.measured) == len(set(model.measured)) <= 5
+    assert {scored.candidate for scored in found.tried if scored.kl is not None} == set(model.measured)
+
+
+def test_search_is_deterministic_also_where_gains_are_equal() -> None:
+    def run() -> Selection:
+        return search(FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.05))
+
+    first, second = run(), run()
+    assert first == second
+    assert first.chosen.candidate == Candidate(SOURCES[0], "remove", 0.0, LAYERS)
+
+
+def test_tried_candidates_come_best_first_with_the_queries_and_the_budget() -> None:
+    found = search(FakeModel(gain_of=table(0, -1, 2), kl_of=lambda _: 0.05), budget=0.2)
+    all_gains = [scored.gain for scored in found.tried]
+    assert all_gains == sorted(all_gains, reverse=True)
+    assert (found.n_queries, found.budget) == (N_QUERIES, 0.2)
+
+
+def test_every_measurement_is_told() -> None:
+    told: list[str] = []
+    model = FakeModel(gain_of=table(0, 0.1, 2), kl_of=lambda _: 0.05)
+    found = Search(model, edits_of, HELPFUL, HARMFUL, 0.1, told.append).run(SOURCES, LAYERS)
+    assert len(told) == len(found.tried) + len(model.measured)
+    assert "svd-diff rank 2, prompt, remove+add 0.5x" in told
+
+
+def test_standard_error_is_that_of_the_mean_over_queries() -> None:
+    found = search(FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.05, spread=0.3))
+    each = 0.3 * np.linspace(-1, 1, N_QUERIES)
+    assert found.chosen.standard_error == pytest.approx(each.std(ddof=1) / math.sqrt(N_QUERIES), rel=1e-3)
+
+
+def test_nothing_gains() -> None:
+    model = FakeModel(gain_of=table(0, -2.0, -0.1), kl_of=lambda _: 0.0)
+    with pytest.raises(NoGainError, match=r"nothing makes this model safer.*the best, .* gains -0\.\d+ \+- 0") as no:
+        search(model)
+    assert "give more queries" in str(no.value)
+    assert model.measured == []
+
+
+def test_everything_that_gains_is_over_the_budget() -> None:
+    model = FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.5)
+    with pytest.raises(NoGainError, match=r"within 0\.1 nat per token.*\+1\.000.* at 0\.5 nat.*raise --kl-budget"):
+        search(model)
+
+
+def test_gain_within_what_chance_explains_is_not_chosen() -> None:
+    # 12 queries spread evenly over .2 +- 1: a standard error of .189
+    with pytest.raises(NoGainError, match=r"for certain .*\+0\.200 \+- 0\.189"):
+        search(FakeModel(gain_of=lambda _: 0.2, kl_of=lambda _: 0.0, spread=1.0))
+
+
+def test_smaller_gain_that_is_certain_is_chosen_over_a_greater_one_that_is_not() -> None:
+    class Uneven(FakeModel):
+        def first_token_logprobs(self, edits: Edits) -> NDArray[np.float32]:
+            self.spread = 3.0 if edits and self._named(edits).source.method == "ccs" else 0.01
+            return super().first_token_logprobs(edits)
+
+    model = Uneven(gain_of=lambda c: 0.5 if c.source.method == "ccs" else 0.3, kl_of=lambda _: 0.0)
+    assert search(model).chosen.candidate.source.method == "mean"
+
+
+def test_single_query_makes_nothing_certain() -> None:
+    model = FakeModel(gain_of=lambda _: 5.0, kl_of=lambda _: 0.0)
+    single = slice(1)
+
+    class Single(FakeModel):
+        def first_token_logprobs(self, edits: Edits) -> NDArray[np.float32]:
+            return model.first_token_logprobs(edits)[single]
+
+    with pytest.raises(NoGainError, match="inf"):
+        Search(Single(model.gain_of, model.kl_of), edits_of, HELPFUL[single], HARMFUL[single]).run(SOURCES, LAYERS)
+
+
+def test_directions_that_edit_nothing_are_an_error_too() -> None:
+    model = FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.0)
+    with pytest.raises(NoGainError, match="no direction was found"):
+        Search(model, lambda _: {}, HELPFUL, HARMFUL).run(SOURCES, LAYERS)
