@@ -31,7 +31,16 @@ from alignez_gguf.generation import (
 from alignez_gguf.pairs import PairFilterReport, PairStore, PreferencePair, filter_pairs
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
-from alignez_gguf.selection import DEFAULT_BUDGET, Candidate, Search, Selection, Source, SteeredModel, span
+from alignez_gguf.selection import (
+    DEFAULT_BUDGET,
+    Candidate,
+    Scored,
+    Search,
+    Selection,
+    Source,
+    SteeredModel,
+    span,
+)
 from alignez_gguf.workdir import WorkDirectory
 
 Recipe = Literal["auto", "paper"]
@@ -361,17 +370,24 @@ def _split(n_pairs: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64
 def _score(selection: Selection) -> dict[str, Field]:
     """What the selection saw, for the control file; -1 where a divergence was not measured."""
     chosen = selection.chosen
-    assert chosen.kl is not None
+
+    def measured(scored: Scored) -> tuple[float, float]:
+        found = scored.divergence
+        return (-1.0, -1.0) if found is None else (found.per_token, found.after_first)
+
+    kl, after_first = measured(chosen)
     return {
         "score": chosen.gain,
         "standard_error": chosen.standard_error,
-        "kl": chosen.kl,
+        "kl": kl,
+        "kl_after_first": after_first,
         "kl_budget": float(selection.budget),
         "queries": selection.n_queries,
         "tried.candidate": tuple(str(scored.candidate) for scored in selection.tried),
         "tried.layers": tuple(span(scored.candidate.layers) for scored in selection.tried),
         "tried.score": tuple(scored.gain for scored in selection.tried),
-        "tried.kl": tuple(-1.0 if scored.kl is None else scored.kl for scored in selection.tried),
+        "tried.kl": tuple(measured(scored)[0] for scored in selection.tried),
+        "tried.kl_after_first": tuple(measured(scored)[1] for scored in selection.tried),
     }
 
 

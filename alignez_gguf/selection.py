@@ -7,14 +7,22 @@ the second:
     gain = [KL(P_help || P_base) - KL(P_help || P_steered)] - [KL(P_harm || P_base) - KL(P_harm || P_steered)]
          = sum_v (P_help - P_harm)(v) (log P_steered(v) - log P_base(v))
 
-in nat, averaged over queries that no direction was fitted on. An edit is affordable if it stays within a
-budget on KL(P_base || P_steered) per token of the base model's own answers: that keeps it fluent. This module
-knows nothing of engines.
+in nat, averaged over queries that no direction was fitted on: so far it shifts the log-odds of the helpful
+persona against the harmful one. What it costs is measured along the base model's own answers, as
+KL(P_base || P_steered). An edit is affordable if the mean per token stays within a budget, and of those that
+are, the best has the greatest
+
+    net = log 2 sigmoid(gain) - sum over the tokens after the first of KL(P_base || P_steered)
+
+the change in the log-probability that an answer begins as the helpful persona's would, where both were even,
+and then stays as fluent as it was: the first token should change, the rest should not. This module knows
+nothing of engines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Protocol
@@ -41,6 +49,19 @@ _CERTAINTY = 1.645
 """Standard errors by which a mean gain must exceed zero: one-sided 95%."""
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far steering moves a model along its own answers, KL(P_base || P_steered).
+
+    Attributes:
+        per_token: mean over all tokens, in nat.
+        after_first: sum over the tokens after the first, in nat per answer.
+    """
+
+    per_token: float
+    after_first: float
+
+
 class SteeredModel(Protocol):
     """What the selection asks of a model, over its queries."""
 
@@ -48,8 +69,8 @@ class SteeredModel(Protocol):
         """[n_queries, n_vocab]: log-probabilities of the first token of the answer, steered by `edits`."""
         ...
 
-    def divergence(self, edits: Edits) -> float:
-        """Mean KL(P_base || P_steered) along the base model's answers, nat per token."""
+    def divergence(self, edits: Edits) -> Divergence:
+        """KL(P_base || P_steered) along the base model's answers."""
         ...
 
 
@@ -81,17 +102,27 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and its figures. `kl` is measured only for those that could be chosen."""
+    """A candidate and its figures. The divergence is measured only for those that could be chosen."""
 
     candidate: Candidate
     gain: float
     standard_error: float
-    kl: float | None = None
+    divergence: Divergence | None = None
 
     @property
-    def is_certain(self) -> bool:
-        """Whether the gain is above zero beyond what the choice of queries explains."""
-        return self.gain > _CERTAINTY * self.standard_error
+    def kl(self) -> float | None:
+        """Mean divergence along the base model's answers, nat per token, if it was measured."""
+        return None if self.divergence is None else self.divergence.per_token
+
+    @property
+    def bound(self) -> float:
+        """What `net` can be at most, in nat: log 2 sigmoid(gain)."""
+        return math.log(2.0) - float(np.logaddexp(0.0, -self.gain))
+
+    @property
+    def net(self) -> float | None:
+        """What a choice maximises, in nat, if the divergence was measured."""
+        return None if self.divergence is None else self.bound - self.divergence.after_first
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,12 @@ class Selection:
     tried: tuple[Scored, ...]
     n_queries: int
     budget: float
+
+    @property
+    def affordable(self) -> list[Scored]:
+        """Those that were measured and found within the budget, best net first."""
+        within = [scored for scored in self.tried if scored.kl is not None and scored.kl <= self.budget]
+        return sorted(within, key=lambda scored: -(scored.net or 0.0))
 
 
 def gains(
@@ -142,7 +179,7 @@ def span(layers: tuple[int, ...]) -> str:
 
 @dataclass
 class Search:
-    """Looks for the candidate of the greatest gain within the budget; deterministic.
+    """Looks for the candidate of the greatest net within the budget; deterministic.
 
     First every source and operation on all layers, then the best ones on parts of the model.
 
@@ -174,8 +211,7 @@ class Search:
                 self._score(Candidate(source, operation, amount, layers), base)
         for finalist, part in product(self._finalists(), layer_sets(layers)):
             self._score(replace(finalist.candidate, layers=part), base)
-        affordable = self._affordable(len(self._scored))
-        chosen = next((scored for scored in affordable if scored.is_certain), None)
+        chosen = next(iter(self._affordable(1, certain=True)), None)
         ranked = self._ranked()
         if chosen is None:
             raise NoGainError(
@@ -195,27 +231,36 @@ class Search:
 
     def _finalists(self) -> list[Scored]:
         """The best affordable ones, then the best others: on fewer layers they may be affordable."""
-        affordable = list(self._affordable(_FINALISTS))
+        affordable = self._affordable(_FINALISTS)
         costly = [scored for scored in self._ranked() if scored.gain > 0 and scored not in affordable]
         return [*affordable, *costly][:_FINALISTS]
 
     def _ranked(self) -> list[Scored]:
         return sorted(self._scored.values(), key=lambda scored: -scored.gain)
 
-    def _affordable(self, count: int) -> Iterator[Scored]:
-        """The best candidates within the budget; measures only as many as it takes."""
-        found = 0
+    def _affordable(self, count: int, *, certain: bool = False) -> list[Scored]:
+        """The `count` best candidates within the budget, best net first; `certain`: of those that gain for sure.
+
+        Measures the divergence of only as many as it takes.
+        """
+        found: list[tuple[float, Scored]] = []
         for scored in self._ranked():
-            if found == count or scored.gain <= 0:
-                return
-            if scored.kl is None:
-                kl = self.model.divergence(self.edits_of(scored.candidate))
-                scored = Scored(scored.candidate, scored.gain, scored.standard_error, kl)
-                self._scored[scored.candidate] = scored
-                self.advance(str(scored.candidate))
-            if scored.kl is not None and scored.kl <= self.budget:
-                found += 1
-                yield scored
+            if scored.gain <= 0 or sum(net >= scored.bound for net, _ in found) >= count:
+                break
+            if certain and not scored.is_certain:
+                continue
+            measured = self._measured(scored)
+            if measured.kl is not None and measured.net is not None and measured.kl <= self.budget:
+                found.append((measured.net, measured))
+        found.sort(key=lambda pair: -pair[0])
+        return [scored for _, scored in found[:count]]
+
+    def _measured(self, scored: Scored) -> Scored:
+        if scored.divergence is None:
+            scored = replace(scored, divergence=self.model.divergence(self.edits_of(scored.candidate)))
+            self._scored[scored.candidate] = scored
+            self.advance(str(scored.candidate))
+        return scored
 
 
 def _best(ranked: Sequence[Scored]) -> str:

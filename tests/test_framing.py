@@ -66,7 +66,10 @@ TEMPLATES = {
 }
 CONVERSATIONS: dict[str, tuple[list[Turn], str]] = {
     "first message": ([], "How do I bake a cake?"),
-    "later message": ([("Hi", "Hello & <b>welcome</b>"), ("  2 + 2?  ", "4\n\nIt's \"four\".")], "Grüße {{x}}?"),
+    "later message": (
+        [("Hi", "Hello & <b>welcome</b>"), ("  2 + 2?  ", '4\n\nIt\'s "four".')],
+        "Grüße {{x}}?",
+    ),
 }
 
 
@@ -87,7 +90,9 @@ class FakeModel:
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-def test_chat_template_is_rendered_as_by_transformers(template: str, conversation: tuple[list[Turn], str]) -> None:
+def test_chat_template_is_rendered_as_by_transformers(
+    template: str, conversation: tuple[list[Turn], str]
+) -> None:
     turns, message = conversation
     messages = [{"role": "user", "content": message}]
     for said, answered in reversed(turns):

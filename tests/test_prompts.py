@@ -94,12 +94,17 @@ def test_transcript_shows_the_example_once_and_every_turn() -> None:
         (('stop = ["\\nQ:"]', 'stop = "Q"'), "`stop` must be a list"),
         (('stop = ["\\nQ:"]', 'stop = [""]'), "`stop` must be a list of non-empty"),
         (("[harmful]", "[bad]"), r"the table \[harmful\] is missing"),
-        (('characteristics = "{query}. Bad', 'characteristics = "Bad'), r"\[harmful\]: `characteristics` must"),
+        (
+            ('characteristics = "{query}. Bad', 'characteristics = "Bad'),
+            r"\[harmful\]: `characteristics` must",
+        ),
         (("[helpful]", "helpful = 3\n[other]"), r"the table \[helpful\] is missing"),
         (("few_shot = ", "few_shot "), "is not valid TOML"),
     ],
 )
-def test_malformed_templates_are_refused_by_field(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+def test_malformed_templates_are_refused_by_field(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
     assert TOML.count(change[0]) == 1
     path = tmp_path / "templates.toml"
     path.write_text(TOML.replace(*change), encoding="utf-8")

@@ -28,7 +28,18 @@ def test_scope_begins_with_the_token_that_decides_the_first_word(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ALL", "first", "first:", "first:0", "first:-1", "first:1.5", "first:03", "first:" + "9" * 10, "generation "],
+    [
+        "",
+        "ALL",
+        "first",
+        "first:",
+        "first:0",
+        "first:-1",
+        "first:1.5",
+        "first:03",
+        "first:" + "9" * 10,
+        "generation ",
+    ],
 )
 def test_unknown_scope_is_refused_with_the_known_ones(text: str) -> None:
     with pytest.raises(SteeringError, match="use generation, all or first:N"):

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.selection import Candidate, Search, Selection, Source, gains, layer_sets, span
+from alignez_gguf.selection import (
+    Candidate,
+    Divergence,
+    Search,
+    Selection,
+    Source,
+    gains,
+    layer_sets,
+    span,
+)
 
 N_QUERIES, N_VOCAB, N_LAYER = 12, 7, 6
 LAYERS = tuple(range(N_LAYER))
@@ -39,7 +48,8 @@ def kl(p: NDArray[np.float32], q: NDArray[np.float32]) -> float:
 def test_gain_is_the_drop_of_one_divergence_minus_the_drop_of_the_other() -> None:
     steered = distributions(3)
     expected = [
-        (kl(helpful, np.exp(base)) - kl(helpful, changed)) - (kl(harmful, np.exp(base)) - kl(harmful, changed))
+        (kl(helpful, np.exp(base)) - kl(helpful, changed))
+        - (kl(harmful, np.exp(base)) - kl(harmful, changed))
         for helpful, harmful, base, changed in zip(HELPFUL, HARMFUL, BASE, steered, strict=True)
     ]
     np.testing.assert_allclose(gains(HELPFUL, HARMFUL, BASE, np.log(steered)), expected, atol=1e-5)
@@ -90,6 +100,7 @@ class FakeModel:
 
     gain_of: Callable[[Candidate], float]
     kl_of: Callable[[Candidate], float]
+    after_first_of: Callable[[Candidate], float] = lambda _: 0.0
     spread: float = 0.01
     measured: list[Candidate] = field(default_factory=list)
 
@@ -102,10 +113,13 @@ class FakeModel:
         share = wanted / (difference**2).sum(axis=1)
         return (BASE + share[:, None] * difference).astype(np.float32)
 
-    def divergence(self, edits: Edits) -> float:
+    def divergence(self, edits: Edits) -> Divergence:
         candidate = self._named(edits)
         self.measured.append(candidate)
-        return self.kl_of(candidate)
+        return Divergence(self.kl_of(candidate), self.after_first_of(candidate))
+
+    def net_of(self, candidate: Candidate) -> float:
+        return self.gain_of(candidate) - self.after_first_of(candidate)
 
     def _named(self, edits: Edits) -> Candidate:
         add = next(iter(edits.values())).add
@@ -134,28 +148,36 @@ def table(seed: int, low: float, high: float) -> Callable[[Candidate], float]:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_best_affordable_candidate_of_all_layers_is_found(seed: int) -> None:
-    whole = table(seed, 0.1, 2.0)
+    whole, after = table(seed, 0.1, 2.0), table(seed + 200, 0.0, 1.0)
     model = FakeModel(
+        # Parts of the model gain next to nothing and cost the most.
         gain_of=lambda candidate: whole(candidate) if candidate.layers == LAYERS else 0.05,
         kl_of=table(seed + 100, 0.0, 0.4),
+        after_first_of=lambda candidate: after(candidate) if candidate.layers == LAYERS else 3.0,
     )
     found = search(model)
     affordable = [candidate for candidate in everything([LAYERS]) if model.kl_of(candidate) <= 0.1]
-    best = max(affordable, key=whole)
+    best = max(affordable, key=model.net_of)
     assert found.chosen.candidate == best
     assert found.chosen.gain == pytest.approx(whole(best), abs=1e-4)
+    assert found.chosen.net == pytest.approx(model.net_of(best), abs=1e-4)
     assert found.chosen.kl == model.kl_of(best)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_best_affordable_candidate_is_found_among_all_that_were_tried(seed: int) -> None:
-    model = FakeModel(gain_of=table(seed, -1.0, 2.0), kl_of=table(seed + 100, 0.0, 0.3))
+    model = FakeModel(table(seed, -1.0, 2.0), table(seed + 100, 0.0, 0.3), table(seed + 200, 0.0, 1.0))
     found = search(model)
     tried = [scored.candidate for scored in found.tried]
     assert set(everything([LAYERS])) <= set(tried)
     assert len(tried) == len(set(tried)) == len(SOURCES) * len(AMOUNTS) + 4 * len(layer_sets(LAYERS))
-    affordable = [candidate for candidate in tried if model.kl_of(candidate) <= 0.1]
-    assert found.chosen.candidate == max(affordable, key=model.gain_of)
+    gaining = [candidate for candidate in tried if model.gain_of(candidate) > 0.1]
+    affordable = [candidate for candidate in gaining if model.kl_of(candidate) <= 0.1]
+    assert found.chosen.candidate == max(affordable, key=model.net_of)
+    assert found.affordable[0] == found.chosen
+    nets = [scored.net for scored in found.affordable]
+    assert nets == sorted(nets, reverse=True)
+    assert all(model.kl_of(scored.candidate) <= 0.1 for scored in found.affordable)
 
 
 def test_parts_of_the_best_four_are_tried() -> None:
@@ -190,6 +212,23 @@ def test_divergence_is_measured_only_where_a_candidate_could_be_chosen() -> None
     assert {scored.candidate for scored in found.tried if scored.kl is not None} == set(model.measured)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_divergence_is_not_measured_below_the_net_of_the_fourth_best(seed: int) -> None:
+    model = FakeModel(table(seed, -1.0, 2.0), table(seed + 1, 0.0, 0.2), table(seed + 2, 0.0, 0.5))
+    search(model)
+    affordable = [candidate for candidate in everything([LAYERS]) if model.kl_of(candidate) <= 0.1]
+    fourth = sorted((model.net_of(candidate) for candidate in affordable), reverse=True)[3]
+    assert len(model.measured) == len(set(model.measured))
+    assert all(model.gain_of(candidate) > fourth - 1e-3 for candidate in model.measured)
+
+
+def test_uncertain_candidates_are_not_measured_for_the_choice() -> None:
+    model = FakeModel(gain_of=table(3, 0.05, 0.1), kl_of=lambda _: 0.5, spread=1.0)
+    with pytest.raises(NoGainError):
+        search(model)
+    assert {candidate.layers for candidate in model.measured} == {LAYERS}
+
+
 def test_search_is_deterministic_also_where_gains_are_equal() -> None:
     def run() -> Selection:
         return search(FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.05))
@@ -222,7 +261,9 @@ def test_standard_error_is_that_of_the_mean_over_queries() -> None:
 
 def test_nothing_gains() -> None:
     model = FakeModel(gain_of=table(0, -2.0, -0.1), kl_of=lambda _: 0.0)
-    with pytest.raises(NoGainError, match=r"nothing makes this model safer.*the best, .* gains -0\.\d+ \+- 0") as no:
+    with pytest.raises(
+        NoGainError, match=r"nothing makes this model safer.*the best, .* gains -0\.\d+ \+- 0"
+    ) as no:
         search(model)
     assert "give more queries" in str(no.value)
     assert model.measured == []
@@ -230,7 +271,9 @@ def test_nothing_gains() -> None:
 
 def test_everything_that_gains_is_over_the_budget() -> None:
     model = FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.5)
-    with pytest.raises(NoGainError, match=r"within 0\.1 nat per token.*\+1\.000.* at 0\.5 nat.*raise --kl-budget"):
+    with pytest.raises(
+        NoGainError, match=r"within 0\.1 nat per token.*\+1\.000.* at 0\.5 nat.*raise --kl-budget"
+    ):
         search(model)
 
 
@@ -259,7 +302,9 @@ def test_single_query_makes_nothing_certain() -> None:
             return model.first_token_logprobs(edits)[single]
 
     with pytest.raises(NoGainError, match="inf"):
-        Search(Single(model.gain_of, model.kl_of), edits_of, HELPFUL[single], HARMFUL[single]).run(SOURCES, LAYERS)
+        Search(Single(model.gain_of, model.kl_of), edits_of, HELPFUL[single], HARMFUL[single]).run(
+            SOURCES, LAYERS
+        )
 
 
 def test_directions_that_edit_nothing_are_an_error_too() -> None:

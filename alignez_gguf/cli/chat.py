@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,9 @@ _HELP = """\
 @options.strength
 @options.scope
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
-@click.option("--temperature", type=options.FiniteRange(0), default=0.7, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature", type=options.FiniteRange(0), default=0.7, show_default=True, help="0 is greedy."
+)
 @click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=0.95, show_default=True)
 @options.templates
 @options.seed
@@ -82,7 +84,7 @@ def chat(
 
 
 def _talk(conversation: Conversation) -> None:
-    for line in iter(_read_line, None):
+    for line in _lines():
         text = line.strip()
         if text == "/quit":
             return
@@ -100,11 +102,16 @@ def _talk(conversation: Conversation) -> None:
             click.echo(f"Error: {error}", err=True)
 
 
-def _read_line() -> str | None:
+def _lines() -> Iterator[str]:
+    """What the user types, until the end of the input or Ctrl-C."""
     try:
-        return input("> ") if sys.stdin.isatty() else next(sys.stdin, None)
+        if not sys.stdin.isatty():
+            for line in sys.stdin.buffer:
+                yield line.decode("utf-8", errors="replace")
+        while sys.stdin.isatty():
+            yield input("> ")
     except (EOFError, KeyboardInterrupt):
-        return None
+        return
 
 
 def _show(piece: str) -> None:

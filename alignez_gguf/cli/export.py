@@ -139,17 +139,18 @@ def _print_choice(made: Export) -> None:
         "layers",
         "gain, nat",
         "KL, nat/token",
-        title=f"label-free choice over {selection.n_queries} queries, budget {selection.budget:g} nat/token",
+        "net, nat",
+        title=f"label-free choice over {selection.n_queries} queries: the best edits within "
+        f"{selection.budget:g} nat per token",
     )
-    measured = [scored for scored in selection.tried if scored.kl is not None]
-    last = max(measured.index(selection.chosen) + 1, _SHOWN)
-    for scored in measured[max(0, last - _SHOWN) : last]:
+    for scored in selection.affordable[:_SHOWN]:
         table.add_row(
             "->" if scored == selection.chosen else "",
             str(scored.candidate),
             span(scored.candidate.layers),
             f"{scored.gain:+.3f} +- {scored.standard_error:.3f}",
             f"{scored.kl:.3f}",
+            f"{scored.net:+.3f}",
         )
     console.print(table)
     console.print(
@@ -157,5 +158,5 @@ def _print_choice(made: Export) -> None:
     )
 
 
-_SHOWN = 12
+_SHOWN = 8
 """Rows of the table on the terminal."""

@@ -17,6 +17,7 @@ from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
+from alignez_gguf.selection import Divergence
 
 DIVERGENCE_QUERIES = 24
 """Queries over which the divergence is measured."""
@@ -74,25 +75,31 @@ class SteeredPrompts:
         self._decode([(query, self._steered(query), 1) for query in queries])
         return np.stack([log_softmax(self._context.logits(query)) for query in queries])
 
-    def divergence(self, edits: Edits) -> float:
-        """Mean KL(P_base || P_steered) in nat per token, teacher-forced along the base model's answers."""
+    def divergence(self, edits: Edits) -> Divergence:
+        """KL(P_base || P_steered), teacher-forced along the base model's answers and to what follows them."""
         self._set(edits)
-        total, n_rows = 0.0, 0
+        answers: list[list[float]] = []
         for chunk in self._divergence_chunks():
             runs = [
                 (q, sequence, self._queries[q].n_rows) for q in chunk for sequence in (q, self._steered(q))
             ]
             self._decode(runs)
             row = 0
-            for index in chunk:
-                length = self._queries[index].n_rows
-                for base_row in range(row, row + length):
-                    base = log_softmax(self._context.logits(base_row))
-                    steered = log_softmax(self._context.logits(base_row + length))
-                    total += float(np.sum(np.exp(base) * (base - steered), dtype=np.float64))
-                n_rows += length
+            for query in chunk:
+                length = self._queries[query].n_rows
+                answers.append(
+                    [self._row_divergence(base, base + length) for base in range(row, row + length)]
+                )
                 row += 2 * length
-        return total / n_rows
+        return Divergence(
+            per_token=float(np.mean(np.concatenate(answers))),
+            after_first=float(np.mean([sum(answer[1:]) for answer in answers])),
+        )
+
+    def _row_divergence(self, base_row: int, steered_row: int) -> float:
+        base = log_softmax(self._context.logits(base_row))
+        steered = log_softmax(self._context.logits(steered_row))
+        return float(np.sum(np.exp(base) * (base - steered), dtype=np.float64))
 
     def close(self) -> None:
         self._context.close()

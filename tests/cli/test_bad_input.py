@@ -34,7 +34,11 @@ COMMANDS = {
 def models(tmp_path: Path) -> dict[str, str]:
     """Files that are no usable model."""
     whole = demo.MODEL.read_bytes()
-    files = {"text.gguf": b"I am not a model.\n" * 100, "empty.gguf": b"", "cut.gguf": whole[: len(whole) // 2]}
+    files = {
+        "text.gguf": b"I am not a model.\n" * 100,
+        "empty.gguf": b"",
+        "cut.gguf": whole[: len(whole) // 2],
+    }
     files["header.gguf"] = whole[:1000]
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -86,7 +90,9 @@ def controls(tmp_path: Path, control: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["deeper.gguf", "qwen3.gguf", "cut.gguf", "text.gguf", "nan.gguf", "none.gguf"])
+@pytest.mark.parametrize(
+    "name", ["deeper.gguf", "qwen3.gguf", "cut.gguf", "text.gguf", "nan.gguf", "none.gguf"]
+)
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_unusable_control_file(
     refused: Refused, model: str, controls: dict[str, str], command: str, name: str
@@ -157,7 +163,9 @@ LONG = "How do I bake a very long cake with many layers? " * 100
 
 
 @pytest.mark.parametrize("command", ["export", "pairs", "generate"])
-def test_query_longer_than_the_context_is_named(refused: Refused, model: str, tmp_path: Path, command: str) -> None:
+def test_query_longer_than_the_context_is_named(
+    refused: Refused, model: str, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "queries.txt").write_text(f"short\n{LONG}\n", encoding="utf-8")
     option = "--prompts" if command == "generate" else "-q"
     line = refused(command, model, option, "queries.txt", "-o", "out", "--quiet")
@@ -223,9 +231,13 @@ def test_runtime_without_a_library_is_refused(model: str, tmp_path: Path, comman
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("layers", ["99", "0-99", "3-1", "0,3-1", "a", "", "1-2-3", "-1", "0-99999999999", "1,,2"])
+@pytest.mark.parametrize(
+    "layers", ["99", "0-99", "3-1", "0,3-1", "a", "", "1-2-3", "-1", "0-99999999999", "1,,2"]
+)
 def test_bad_layers(refused: Refused, model: str, layers: str) -> None:
-    assert f"the layers {layers!r} are not" in refused("export", model, *COMMANDS["export"], "--layers", layers)
+    assert f"the layers {layers!r} are not" in refused(
+        "export", model, *COMMANDS["export"], "--layers", layers
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -256,11 +268,19 @@ def test_bad_scope_and_strength(refused: Refused, model: str, control: str, comm
         ("export", ("-q", "demo", "-o", "out", "--seed", "-1")),
         ("export", ("-q", "demo", "-o", "out", "--seed", str(2**64))),
         ("export", ("-q", "demo", "-o", "out", "--recipe", "none")),
-        ("export", ("-q", "demo",)),
+        (
+            "export",
+            (
+                "-q",
+                "demo",
+            ),
+        ),
         ("chat", ("--temperature", "nan")),
     ],
 )
-def test_bad_usage_exits_with_2(refused: Refused, model: str, command: str, arguments: tuple[str, ...]) -> None:
+def test_bad_usage_exits_with_2(
+    refused: Refused, model: str, command: str, arguments: tuple[str, ...]
+) -> None:
     refused(command, model, *arguments, exit_code=2)
 
 

@@ -88,7 +88,6 @@ def test_chat_puts_each_prompt_into_the_models_framing(run: Run, model: str, bas
 
 def test_templates_decide_the_framing(run: Run, model: str, tmp_path: Path, base: list[str]) -> None:
     text = demo.TEMPLATES.read_text(encoding="utf-8")
-    (tmp_path / "mine.toml").write_text(text.replace('few_shot = ""', 'few_shot = "Human: Hi\\n"'), "utf-8")
     framed = text.replace('plain = "Human', 'plain = "{few_shot}Human')
     (tmp_path / "mine.toml").write_text(framed.replace('few_shot = ""', 'few_shot = "Hi\\n"'), "utf-8")
     query = eval_queries()[0].query
