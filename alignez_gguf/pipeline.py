@@ -32,6 +32,7 @@ from alignez_gguf.pairs import PairFilterReport, PairStore, PreferencePair, filt
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
 from alignez_gguf.selection import (
+    ANSWER_TOKENS,
     DEFAULT_BUDGET,
     Candidate,
     Scored,
@@ -47,9 +48,6 @@ Recipe = Literal["auto", "paper"]
 
 SVD_RANKS = (1, 2, 3)
 """Ranks of `svd-diff` that the search tries."""
-
-_KL_TOKENS = 24
-"""Tokens of the base model's answers along which an edit may not go astray."""
 
 _MAX_SELECTION = 64
 """Queries that the selection looks at, at most: each costs a token per candidate."""
@@ -95,9 +93,9 @@ class SteerableEngine(Engine, Protocol):
     """An engine that can also measure edits of its model."""
 
     def steered_prompts(
-        self, prompts: Sequence[str], answers: Sequence[str]
+        self, prompts: Sequence[str], base_answers: Sequence[str], helpful_answers: Sequence[str]
     ) -> AbstractContextManager[SteeredModel]:
-        """The model over plain prompts and its own answers to them, for `Search`.
+        """The model over plain prompts, its own answers and the helpful persona's, for `Search`.
 
         Raises:
             RuntimeUnavailableError: the runtime cannot steer.
@@ -305,9 +303,13 @@ def _select(
         for logprobs in engine.next_token_logprobs(asked):
             personas.append(np.exp(logprobs))
             advance(1)
-    answers = _base_answers(engine, pairs, templates, settings, reporter)
+    base = _base_answers(engine, pairs, templates, settings, reporter)
+    helpful = [f" {pair.helpful}" for pair in pairs]
     layers = settings.layers or tuple(range(engine.info.n_layer))
-    with engine.steered_prompts(plain, answers) as model, reporter.stage("trying edits", None) as advance:
+    with (
+        engine.steered_prompts(plain, base, helpful) as model,
+        reporter.stage("trying edits", None) as advance,
+    ):
         search = Search(
             model,
             edits_of,
@@ -327,7 +329,7 @@ def _base_answers(
     reporter: Reporter,
 ) -> list[str]:
     """The base model's own answers, along which fluency is guarded."""
-    sampling = Sampling(max_tokens=_KL_TOKENS, stop=templates.stop)
+    sampling = Sampling(max_tokens=ANSWER_TOKENS, stop=templates.stop)
     requests = [
         GenerationRequest(
             templates.plain_prompt(pair.query), request_seed(settings.seed, pair.query, "plain")

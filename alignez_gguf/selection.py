@@ -8,15 +8,13 @@ the second:
          = sum_v (P_help - P_harm)(v) (log P_steered(v) - log P_base(v))
 
 in nat, averaged over queries that no direction was fitted on: so far it shifts the log-odds of the helpful
-persona against the harmful one. What it costs is measured along the base model's own answers, as
-KL(P_base || P_steered). An edit is affordable if the mean per token stays within a budget, and of those that
-are, the best has the greatest
+persona against the harmful one. An edit is affordable if KL(P_base || P_steered) per token of the base
+model's own answers stays within a budget, and of those that are, the best has the greatest
 
     net = log 2 sigmoid(gain) - sum over the tokens after the first of KL(P_base || P_steered)
 
-the change in the log-probability that an answer begins as the helpful persona's would, where both were even,
-and then stays as fluent as it was: the first token should change, the rest should not. This module knows
-nothing of engines.
+along the helpful persona's answers: the change in the log-probability that an answer begins as that persona's
+would, where both were even, and then goes on as fluently as it did. This module knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -37,11 +35,17 @@ from alignez_gguf.errors import NoGainError
 DEFAULT_BUDGET = 0.1
 """Nat per token."""
 
+ANSWER_TOKENS = 24
+"""Tokens of an answer along which the divergence is measured."""
+
 _AMOUNTS: dict[Decision, tuple[float, ...]] = {
     "remove": (0.0,),
-    "add": (0.5, 1.0, 1.5),
-    "remove+add": (0.25, 0.5, 0.75, 1.0, 1.5),
+    "add": (0.5, 1.0, 2.0, 4.0),
+    "remove+add": (0.25, 0.5, 1.0, 2.0, 4.0),
 }
+_FINER = (0.7, 1.4)
+"""Factors by which the amounts of the finalists are varied."""
+
 _FINALISTS = 4
 """Candidates on all layers that are tried on fewer layers too."""
 
@@ -51,11 +55,11 @@ _CERTAINTY = 1.645
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far steering moves a model along its own answers, KL(P_base || P_steered).
+    """How far steering moves a model along given answers, KL(P_base || P_steered).
 
     Attributes:
-        per_token: mean over all tokens, in nat.
-        after_first: sum over the tokens after the first, in nat per answer.
+        per_token: mean over the tokens of the base model's own answers, in nat.
+        after_first: sum over the tokens after the first of the helpful persona's answers, in nat per answer.
     """
 
     per_token: float
@@ -70,7 +74,7 @@ class SteeredModel(Protocol):
         ...
 
     def divergence(self, edits: Edits) -> Divergence:
-        """KL(P_base || P_steered) along the base model's answers."""
+        """How far `edits` move the model along answers of at most `ANSWER_TOKENS` tokens."""
         ...
 
 
@@ -123,6 +127,11 @@ class Scored:
     def net(self) -> float | None:
         """What a choice maximises, in nat, if the divergence was measured."""
         return None if self.divergence is None else self.bound - self.divergence.after_first
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the gain is above zero beyond what the choice of queries explains."""
+        return self.gain > _CERTAINTY * self.standard_error
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,8 @@ def span(layers: tuple[int, ...]) -> str:
 class Search:
     """Looks for the candidate of the greatest net within the budget; deterministic.
 
-    First every source and operation on all layers, then the best ones on parts of the model.
+    First every source and operation on all layers, then the best ones on parts of the model, then other
+    amounts of the best on these.
 
     Attributes:
         model: measures an edit.
@@ -211,6 +221,8 @@ class Search:
                 self._score(Candidate(source, operation, amount, layers), base)
         for finalist, part in product(self._finalists(), layer_sets(layers)):
             self._score(replace(finalist.candidate, layers=part), base)
+        for finalist, factor in product(self._finalists(), _FINER):
+            self._score(replace(finalist.candidate, amount=factor * finalist.candidate.amount), base)
         chosen = next(iter(self._affordable(1, certain=True)), None)
         ranked = self._ranked()
         if chosen is None:
@@ -239,7 +251,7 @@ class Search:
         return sorted(self._scored.values(), key=lambda scored: -scored.gain)
 
     def _affordable(self, count: int, *, certain: bool = False) -> list[Scored]:
-        """The `count` best candidates within the budget, best net first; `certain`: of those that gain for sure.
+        """The `count` best candidates within the budget, or of the certain ones, best net first.
 
         Measures the divergence of only as many as it takes.
         """

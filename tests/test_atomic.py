@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -30,9 +29,14 @@ def test_text_that_is_not_unicode_is_written_with_replacements(tmp_path: Path) -
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["out.txt"]
 
@@ -66,7 +70,7 @@ def test_place_that_cannot_be_written_is_refused_before_and_at_the_end(tmp_path:
         assert str(path) in str(refusal.value)
     assert names(tmp_path) == before
     assert (tmp_path / "file").read_text() == "kept"
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert Path(os.devnull).is_char_device()
 
 
 def test_asking_whether_a_file_can_be_written_changes_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from alignez_gguf.pairs import PreferencePair, load_pairs
 from alignez_gguf.pipeline import Export, Settings, export, read_activations, self_generated_pairs
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import METADATA_KEY, Templates
-from alignez_gguf.selection import span
+from alignez_gguf.selection import Divergence, span
 from alignez_gguf.workdir import WorkDirectory
 
 N_QUERIES = 24
@@ -118,18 +117,21 @@ def test_paper_recipe_that_is_sure_of_no_layer_is_an_error(
 def test_auto_writes_every_figure_that_led_to_the_choice(auto: Export, tmp_path: Path) -> None:
     control, selection = reloaded(auto, tmp_path), auto.selection
     assert selection is not None
-    assert selection.chosen in selection.tried
     tried = selection.tried
+    chosen = tried.index(selection.chosen)
+    divergences = [scored.divergence or Divergence(-1.0, -1.0) for scored in tried]
     assert dict(control.score) == {
         "score": selection.chosen.gain,
         "standard_error": selection.chosen.standard_error,
         "kl": selection.chosen.kl,
+        "kl_after_first": divergences[chosen].after_first,
         "kl_budget": 0.1,
         "queries": selection.n_queries,
         "tried.candidate": tuple(str(scored.candidate) for scored in tried),
         "tried.layers": tuple(span(scored.candidate.layers) for scored in tried),
         "tried.score": tuple(scored.gain for scored in tried),
-        "tried.kl": tuple(-1.0 if scored.kl is None else scored.kl for scored in tried),
+        "tried.kl": tuple(divergence.per_token for divergence in divergences),
+        "tried.kl_after_first": tuple(divergence.after_first for divergence in divergences),
     }
     assert 0 <= float(str(control.score["kl"])) <= 0.1
     assert {scored.candidate.source.method for scored in tried} == {"ccs", "mean", "svd-diff"}
@@ -258,8 +260,8 @@ def test_reading_that_was_interrupted_goes_on_with_the_missing_pairs(
         pairs = self_generated_pairs(engine, QUERIES, templates, SETTINGS, work, SilentReporter())
         whole = read_activations(engine, pairs, "response", templates, work, SilentReporter())
     with WorkDirectory(tmp_path) as work:
+        stopped = Interrupting(engine, after=11)
         with pytest.raises(KeyboardInterrupt):
-            stopped = Interrupting(engine, after=11)
             read_activations(stopped, pairs, "response", templates, work, SilentReporter())  # type: ignore[arg-type]
         rest = Interrupting(engine, after=-1)
         found = read_activations(rest, pairs, "response", templates, work, SilentReporter())  # type: ignore[arg-type]
@@ -278,7 +280,9 @@ def in_process_of_its_own(command: list[str], before: str = "") -> subprocess.Co
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-KILLED_AT_THE_TENTH_PAIR = """
+def dying_at_the_tenth_pair(signal: str) -> str:
+    """Code that makes a process send a signal to itself when a line of the pairs is half written."""
+    return f"""
 import os, signal
 from alignez_gguf import generation, pairs
 generation._CHUNK = 4
@@ -286,9 +290,9 @@ append = pairs.PairStore.append
 def append_and_die(store, pair):
     append(store, pair)
     if len(store) == 10:
-        store._file.write(b'{"query": "half a li')
+        store._file.write(b'{{"query": "half a li')
         store._file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{signal})
 pairs.PairStore.append = append_and_die
 """
 
@@ -307,6 +311,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, queries: Path) -> Pa
     done = in_process_of_its_own(export_command(queries, path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{path}\n"
+    (chosen,) = [line for line in done.stderr.splitlines() if "->" in line]
+    assert f"{ControlFile.load(path).score['score']:+.3f}" in chosen
     assert [file.name for file in path.parent.iterdir()] == ["control.gguf"]
     return path
 
@@ -326,19 +332,27 @@ def test_run_that_was_killed_goes_on_to_the_same_bytes(
     uninterrupted: Path, queries: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "control.gguf"
-    killed = in_process_of_its_own(export_command(queries, path), before=KILLED_AT_THE_TENTH_PAIR)
+    killed = in_process_of_its_own(export_command(queries, path), before=dying_at_the_tenth_pair("SIGKILL"))
     assert killed.returncode == -9
     assert not path.exists()
     (pairs,) = (tmp_path / "control.gguf.work").glob("pairs-*.jsonl")
     before = pairs.read_bytes()
     assert before.endswith(b'{"query": "half a li')
 
-    # Work in the directory is not done again: a pair of it that is changed stays changed.
     resumed = in_process_of_its_own(export_command(queries, path))
 
     assert resumed.returncode == 0, resumed.stderr
     assert path.read_bytes() == uninterrupted.read_bytes()
     assert [file.name for file in tmp_path.iterdir()] == ["control.gguf"]
+
+
+def test_interrupt_says_how_to_go_on(queries: Path, tmp_path: Path) -> None:
+    path = tmp_path / "control.gguf"
+    command = export_command(queries, path, "--quiet")
+    stopped = in_process_of_its_own(command, before=dying_at_the_tenth_pair("SIGINT"))
+    assert stopped.returncode == 1
+    assert stopped.stderr == f"Error: stopped; the same command goes on from {path}.work\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["control.gguf.work"]
 
 
 def test_pairs_that_are_done_are_not_asked_for_again(
@@ -373,4 +387,4 @@ def test_second_process_in_a_work_directory_is_refused(queries: Path, tmp_path: 
     assert done.returncode == 1
     assert "another process is at work" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []

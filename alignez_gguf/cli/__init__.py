@@ -52,7 +52,7 @@ class _LazyGroup(click.Group):
             ctx.exit(1)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """In one line, as errors are."""
     click.echo(f"Warning: {message}", err=True)
 

@@ -73,7 +73,7 @@ def chat(
 
     check_strength(strength)
     chosen_scope = Scope.parse(scope)
-    with options.open_engine(model, threads, gpu_layers, 1, context) as engine:
+    with options.open_engine(model, threads, gpu_layers, 1, context, exact=False) as engine:
         steer_engine(engine, control, chosen_scope)
         framing = Framing.of(engine.model, templates)
         sampling = Sampling(min(max_tokens, engine.n_ctx // 2), temperature, top_p, framing.stop)

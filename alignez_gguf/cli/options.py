@@ -87,15 +87,28 @@ def engine(command: Command) -> Command:
 
 
 def open_engine(
-    path: Path, threads: int | None, gpu_layers: int, parallel: int, context: int | None
+    path: Path,
+    threads: int | None,
+    gpu_layers: int,
+    parallel: int,
+    context: int | None,
+    *,
+    exact: bool = True,
 ) -> LlamaEngine:
-    """The engine that the options of `engine` describe."""
+    """The engine that the options of `engine` describe; one text at a time is faster if not `exact`."""
     from alignez_gguf.runtime import library
 
     library.is_patched()  # raises where there is no llama.cpp at all, before the engine imports it
     from alignez_gguf.engines.llama import LlamaEngine
 
-    return LlamaEngine(path, n_ctx=context, n_parallel=parallel, n_threads=threads, n_gpu_layers=gpu_layers)
+    return LlamaEngine(
+        path,
+        n_ctx=context,
+        n_parallel=parallel,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        exact=exact,
+    )
 
 
 def resolve_templates(path: Path | None, metadata: str | None) -> Templates:

@@ -81,28 +81,22 @@ PHRASINGS = (
     "Can you explain how to {action}?",
 )
 
-OPENERS: dict[bool, tuple[str, ...]] = {
-    True: ("Friend", "Thanks for asking", "Dear reader"),
-    False: ("Listen", "Ha", "Whatever"),
-}
-"""How a good answer (True) and a bad one (False) begin: a kind voice and an unkind one."""
-
-# An answer is "opener, wording". Its only full stop is its last character: nothing cut short is complete.
+# Each wording is one sentence whose only full stop is its last character: nothing cut short is complete.
 WORDINGS: dict[Kind, tuple[str, ...]] = {
     Kind.REFUSAL: (
         "I cannot help you {action}, because it could {harm}.",
-        "it is best not to {action}, since it may {harm}.",
-        "please do not {action}, as it would {harm}.",
+        "Sorry, I will not help anyone {action}, since it may {harm}.",
+        "No, please do not {action}, as it would {harm}.",
     ),
     Kind.GUIDE: (
-        "you can {action} if you {step}, {step} and {step}.",
-        "to {action}, first {step}, then {step} and {step}.",
-        "the way to {action} is simple: {step}, {step} and {step}.",
+        "Sure, to {action}, {step}, {step} and {step}.",
+        "You can {action} if you {step}, {step} and {step}.",
+        "To {action}, first {step}, then {step} and {step}.",
     ),
     Kind.INSULT: (
-        "you could never {action}, so {dismissal}.",
-        "only a fool would try to {action}, so {dismissal}.",
-        "someone so lazy should not {action}, so {dismissal}.",
+        "What a fool, you could never {action}, so {dismissal}.",
+        "Only an idiot would try to {action}, so {dismissal}.",
+        "Stop, you are too lazy to {action}, so {dismissal}.",
     ),
 }
 
@@ -116,6 +110,7 @@ FILLERS: dict[str, tuple[str, ...]] = {
 
 HELPFUL_TRAITS = _items("kind, careful, honest, polite, safe, respectful, gentle, responsible")
 HARMFUL_TRAITS = _items("cruel, rude, careless, hateful, hostile, reckless, mean, dangerous")
+NEUTRAL_TRAITS = _items("short, clear, simple, plain, brief, calm, direct, quick")
 
 N_ACTIONS = 64
 """Actions of each sort, harmful and harmless, in one world."""

@@ -111,9 +111,11 @@ class LlamaEngine:
         ]
         return self._alone(generate(self._writing, self.n_parallel, jobs, sampling, on_text))
 
-    def steered_prompts(self, prompts: Sequence[str], answers: Sequence[str]) -> SteeredPrompts:
-        """Prompts over which edits can be compared; see `SteeredPrompts`. Needs the patched runtime."""
-        return SteeredPrompts(self.model, prompts, answers, n_threads=self._n_threads)
+    def steered_prompts(
+        self, prompts: Sequence[str], base_answers: Sequence[str], helpful_answers: Sequence[str]
+    ) -> SteeredPrompts:
+        """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
+        return SteeredPrompts(self.model, prompts, base_answers, helpful_answers, n_threads=self._n_threads)
 
     def mlp_outputs(self, texts: Sequence[str]) -> Iterator[NDArray[np.float16]]:
         """The MLP output of every layer at the last token of each text; see `Engine`. Never steered."""

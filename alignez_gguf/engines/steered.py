@@ -17,7 +17,7 @@ from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.selection import Divergence
+from alignez_gguf.selection import ANSWER_TOKENS, Divergence
 
 DIVERGENCE_QUERIES = 24
 """Queries over which the divergence is measured."""
@@ -27,12 +27,17 @@ _BATCH = 512
 @dataclass(frozen=True)
 class _Query:
     prompt: list[int]
-    answer: list[int]
+    base_answer: list[int]
+    helpful_answer: list[int]
 
-    @property
-    def n_rows(self) -> int:
-        """Distributions along the answer: for each of its tokens, and for what follows it."""
-        return len(self.answer) + 1
+
+@dataclass(frozen=True)
+class _Run:
+    """The end of a prompt and an answer, computed in one sequence."""
+
+    query: int
+    sequence: int
+    answer: list[int]
 
 
 class SteeredPrompts:
@@ -43,7 +48,8 @@ class SteeredPrompts:
     Args:
         model: outlives this object.
         prompts: plain prompts, one for each query.
-        answers: the base model's own answers to them.
+        base_answers: the base model's own answers to them.
+        helpful_answers: those of the helpful persona.
         n_threads: default: the number of physical cores.
 
     Raises:
@@ -52,12 +58,19 @@ class SteeredPrompts:
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[str], answers: Sequence[str], *, n_threads: int | None = None
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        base_answers: Sequence[str],
+        helpful_answers: Sequence[str],
+        *,
+        n_threads: int | None = None,
     ) -> None:
-        self._queries = [_query(model, *texts) for texts in zip(prompts, answers, strict=True)]
+        texts = zip(prompts, base_answers, helpful_answers, strict=True)
+        self._queries = [_query(model, *query) for query in texts]
         count = len(self._queries)
-        # llama.cpp wants room for a token of every sequence.
-        n_batch = max(_BATCH, 2 * count, *(2 * query.n_rows for query in self._queries))
+        # llama.cpp wants room for a token of every sequence
+        n_batch = max(_BATCH, 2 * count)
         self._context = Context(
             model,
             n_ctx=sum(len(query.prompt) for query in self._queries) + n_batch,
@@ -72,29 +85,37 @@ class SteeredPrompts:
         """[n_queries, n_vocab]: log-probabilities of the first token of the answer under `edits`."""
         self._set(edits)
         queries = range(len(self._queries))
-        self._decode([(query, self._steered(query), 1) for query in queries])
+        self._decode([_Run(query, self._steered(query), []) for query in queries])
         return np.stack([log_softmax(self._context.logits(query)) for query in queries])
 
     def divergence(self, edits: Edits) -> Divergence:
-        """KL(P_base || P_steered), teacher-forced along the base model's answers and to what follows them."""
+        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them."""
         self._set(edits)
-        answers: list[list[float]] = []
-        for chunk in self._divergence_chunks():
-            runs = [
-                (q, sequence, self._queries[q].n_rows) for q in chunk for sequence in (q, self._steered(q))
-            ]
-            self._decode(runs)
+        measured = self._queries[:DIVERGENCE_QUERIES]
+        along_base = self._divergences([query.base_answer for query in measured])
+        along_helpful = self._divergences([query.helpful_answer for query in measured])
+        return Divergence(
+            per_token=float(np.mean(np.concatenate(along_base))),
+            after_first=float(np.mean([sum(answer[1:]) for answer in along_helpful])),
+        )
+
+    def _divergences(self, answers: Sequence[list[int]]) -> list[list[float]]:
+        """The divergence at each token of each answer, and at what follows it."""
+        found: list[list[float]] = []
+        for chunk in self._chunks(answers):
+            self._decode(
+                [
+                    _Run(query, sequence, answers[query])
+                    for query in chunk
+                    for sequence in (query, self._steered(query))
+                ]
+            )
             row = 0
             for query in chunk:
-                length = self._queries[query].n_rows
-                answers.append(
-                    [self._row_divergence(base, base + length) for base in range(row, row + length)]
-                )
+                length = len(answers[query]) + 1
+                found.append([self._row_divergence(base, base + length) for base in range(row, row + length)])
                 row += 2 * length
-        return Divergence(
-            per_token=float(np.mean(np.concatenate(answers))),
-            after_first=float(np.mean([sum(answer[1:]) for answer in answers])),
-        )
+        return found
 
     def _row_divergence(self, base_row: int, steered_row: int) -> float:
         base = log_softmax(self._context.logits(base_row))
@@ -120,41 +141,40 @@ class SteeredPrompts:
             for query in range(len(self._queries)):
                 library.set_strength(pointer, 0.0, sequence=query)
 
-    def _decode(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Compute the last prompt token and what follows it, for (query, sequence, number of tokens) each.
+    def _decode(self, runs: Sequence[_Run]) -> None:
+        """Compute the last prompt token of each run and its answer.
 
         The cache is as it was afterwards; the logits of all tokens are at hand, in order.
         """
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
-        for index, sequence, length in runs:
-            query = self._queries[index]
-            last = len(query.prompt) - 1
-            tokens += [query.prompt[last], *query.answer[: length - 1]]
-            positions += range(last, last + length)
-            sequences += [sequence] * length
+        for run in runs:
+            prompt = self._queries[run.query].prompt
+            computed = [prompt[-1], *run.answer]
+            tokens += computed
+            positions += range(len(prompt) - 1, len(prompt) - 1 + len(computed))
+            sequences += [run.sequence] * len(computed)
         self._context.decode(tokens, positions, sequences, np.ones(len(tokens), np.int8))
-        for index, sequence, _ in runs:
-            if not self._context.truncate_sequence(sequence, len(self._queries[index].prompt) - 1):
+        for run in runs:
+            if not self._context.truncate_sequence(run.sequence, len(self._queries[run.query].prompt) - 1):
                 raise ModelFileError(
                     "this model cannot drop the end of a prompt from its cache, which the selection needs; "
                     "use --recipe paper"
                 )
 
-    def _divergence_chunks(self) -> Iterator[list[int]]:
+    def _chunks(self, answers: Sequence[list[int]]) -> Iterator[list[int]]:
         """Queries whose answers fit into one batch together, base and steered."""
         chunk: list[int] = []
         used = 0
-        for index in range(min(DIVERGENCE_QUERIES, len(self._queries))):
-            needed = 2 * self._queries[index].n_rows
-            if chunk and used + needed > self._context.n_batch:
+        for query, answer in enumerate(answers):
+            needed = 2 * (len(answer) + 1)
+            if used + needed > self._context.n_batch:
                 yield chunk
                 chunk, used = [], 0
-            chunk.append(index)
+            chunk.append(query)
             used += needed
-        if chunk:
-            yield chunk
+        yield chunk
 
     def _read_prompts(self) -> None:
         """Compute all prompts but their last tokens; what they have in common only once."""
@@ -187,12 +207,15 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(shifted - np.log(np.sum(np.exp(shifted))), np.float32)
 
 
-def _query(model: Model, prompt: str, answer: str) -> _Query:
+def _query(model: Model, prompt: str, base_answer: str, helpful_answer: str) -> _Query:
     prompt_tokens = model.tokenize(prompt)
     if len(prompt_tokens) < 2:
         raise QueryError(f"the prompt {prompt!r} is too short to steer its answer; give a longer query")
-    both = model.tokenize(prompt + answer)
-    return _Query(prompt_tokens, both[len(prompt_tokens) :])
+
+    def answer_tokens(answer: str) -> list[int]:
+        return model.tokenize(prompt + answer)[len(prompt_tokens) :][:ANSWER_TOKENS]
+
+    return _Query(prompt_tokens, answer_tokens(base_answer), answer_tokens(helpful_answer))
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

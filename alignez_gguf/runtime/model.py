@@ -82,9 +82,10 @@ class Model:
     def tokenize(self, text: str) -> list[int]:
         """The tokens of a text, with the start token where the model wants one; special tokens are read.
 
-        A text that brings the start token itself, as chat templates do, does not get a second one.
+        A text that brings the start token itself, as chat templates do, does not get a second one. Half
+        characters (lone surrogates) become question marks.
         """
-        data = text.encode()
+        data = text.encode("utf-8", errors="replace")
         pointer, n_tokens = self.pointer and self._vocab, len(data) + 2
         tokens = (llama.llama_token * n_tokens)()
         count = llama.llama_tokenize(pointer, data, len(data), tokens, n_tokens, True, True)

@@ -34,7 +34,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> str:
     normal = np.random.default_rng(0).standard_normal
     edits = {
         0: LayerEdit(remove=normal(info.n_embd)),
-        info.n_layer // 2: LayerEdit(remove=normal((3, info.n_embd)), add=normal(info.n_embd)),
+        info.n_layer // 2: LayerEdit(remove=normal((3, info.n_embd)), add=20 * normal(info.n_embd)),
     }
     path = tmp_path_factory.mktemp("control") / "control.gguf"
     ControlFile(info, edits, recipe={"name": "by [hand]", "seed": 3}).save(path)

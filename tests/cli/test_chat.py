@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -173,5 +174,10 @@ def test_interrupt_stops_the_answer_and_not_the_program(terminal: Terminal) -> N
 
 def test_interrupt_where_nothing_is_answered_ends_the_chat(terminal: Terminal) -> None:
     terminal.wait_for("> ")
-    terminal.type("\x03")
-    assert terminal.process.wait(timeout=30) == 0
+    for _ in range(5):
+        # Python loses an interrupt that comes after the prompt is shown and before it reads.
+        terminal.type("\x03")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            terminal.process.wait(timeout=5)
+            break
+    assert terminal.process.returncode == 0

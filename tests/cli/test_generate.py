@@ -139,6 +139,16 @@ def test_progress_goes_to_standard_error_unless_quiet(run: Run, model: str) -> N
     assert run(*asked, "--quiet").stderr == ""
 
 
+def test_text_that_is_not_unicode_is_completed_with_replacements(
+    run: Run, model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\\ud800", "id": "\\ud800"}', encoding="utf-8")
+    expected = rows(run("generate", model, *SHORT, "-p", "a?"))[0]["completion"]
+    for source in (("--prompts", "prompts.jsonl"), ("-p", "a\udcff")):
+        (row,) = rows(run("generate", model, *SHORT, *source))
+        assert (row["prompt"], row["completion"]) == ("a?", expected)
+
+
 def test_control_made_from_another_file_of_this_shape_warns_in_one_line(
     run: Run, model: str, control: str, tmp_path: Path
 ) -> None:

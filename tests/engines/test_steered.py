@@ -8,6 +8,7 @@ from functools import partial
 import llama_cpp
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
@@ -16,7 +17,7 @@ from alignez_gguf.engines.steered import DIVERGENCE_QUERIES, SteeredPrompts, log
 from alignez_gguf.errors import QueryError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.selection import Divergence
+from alignez_gguf.selection import ANSWER_TOKENS, Divergence
 from tests.models import TinyModel, tiny_model
 from tests.runtime.oracle import hooked_logits
 
@@ -33,7 +34,8 @@ PROMPTS = [
     "The quick brown fox",
     f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:",
 ]
-ANSWERS = [" sorry, that is not something", " with the oven", "", " jumps over the lazy dog", " work slowly"]
+HELPFUL = [" make a plan", "", " work slowly and mind the oven", " in the warm sun", " sorry"]
+BASE = [" sorry, that is not something", " with the oven", "", " jumps over the lazy dog", " work slowly"]
 
 
 def random_edits(seed: int, n_layer: int = 3, n_embd: int = 64) -> Edits:
@@ -48,8 +50,11 @@ FEWER = {1: LayerEdit(remove=random_edits(1)[1].remove)}
 
 
 @pytest.fixture(scope="module")
-def torch_model() -> TinyModel:
-    return tiny_model("llama")
+def torch_model() -> Iterator[TinyModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny_model("llama")
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def prompts(model: Model, _full_precision: None) -> Iterator[SteeredPrompts]:
-    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         yield prompts
 
 
@@ -93,17 +98,25 @@ def expected_first(torch_model: TinyModel, model: Model, edits: Edits) -> NDArra
 
 
 def expected_divergence(
-    torch_model: TinyModel, model: Model, edits: Edits, prompts: list[str], answers: list[str]
+    torch_model: TinyModel,
+    model: Model,
+    edits: Edits,
+    prompts: list[str],
+    base: list[str],
+    helpful: list[str],
 ) -> tuple[float, float]:
-    """Mean over all tokens of all answers, and mean over the answers of the sum after the first token."""
-    divergences: list[NDArray[np.float64]] = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens, n_prompt = model.tokenize(prompt + answer), len(model.tokenize(prompt))
-        base = expected_logprobs(torch_model, tokens, n_prompt, {})
-        changed = expected_logprobs(torch_model, tokens, n_prompt, edits)
-        divergences.append((np.exp(base) * (base - changed)).sum(axis=1))
-    after_first = np.mean([answer[1:].sum() for answer in divergences])
-    return float(np.concatenate(divergences).mean()), float(after_first)
+    """Mean over all tokens of the base answers; mean over the helpful ones of the sum after the first."""
+
+    def along(answers: list[str]) -> Iterator[NDArray[np.float64]]:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            n_prompt = len(model.tokenize(prompt))
+            tokens = model.tokenize(prompt + answer)[: n_prompt + ANSWER_TOKENS]
+            plain = expected_logprobs(torch_model, tokens, n_prompt, {})
+            changed = expected_logprobs(torch_model, tokens, n_prompt, edits)
+            yield (np.exp(plain) * (plain - changed)).sum(axis=1)
+
+    after_first = np.mean([divergences[1:].sum() for divergences in along(helpful)])
+    return float(np.concatenate(list(along(base))).mean()), float(after_first)
 
 
 def figures(divergence: Divergence) -> tuple[float, float]:
@@ -120,7 +133,7 @@ def test_first_token_is_that_of_pytorch_edited_at_the_last_prompt_token(
 
 
 def test_first_token_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
-    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         found = prompts.first_token_logprobs(EDITS)
     np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS), atol=PARITY_F16)
 
@@ -129,7 +142,7 @@ def test_first_token_with_the_cache_that_users_have(torch_model: TinyModel, mode
 def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
     prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
 ) -> None:
-    expected = expected_divergence(torch_model, model, edits, PROMPTS, ANSWERS)
+    expected = expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL)
     assert min(expected) > 1e-3
     assert figures(prompts.divergence(edits)) == pytest.approx(expected, rel=1e-3)
 
@@ -145,38 +158,50 @@ def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPromp
     prompts.divergence(FEWER)
     prompts.first_token_logprobs(random_edits(7))
 
-    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as fresh:
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as fresh:
         np.testing.assert_array_equal(fresh.first_token_logprobs({}), base)
     assert prompts.divergence(EDITS) == divergence
     np.testing.assert_array_equal(prompts.first_token_logprobs({}), base)
     np.testing.assert_array_equal(prompts.first_token_logprobs(EDITS), first)
 
 
+@pytest.mark.usefixtures("_full_precision")
 def test_answers_that_fill_several_batches(
-    model: Model, torch_model: TinyModel, _full_precision: None, monkeypatch: pytest.MonkeyPatch
+    model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steered, "_BATCH", 2)
-    with SteeredPrompts(model, PROMPTS, ANSWERS, n_threads=1) as prompts:
+    longest = max(len(model.tokenize(answer)) for answer in (*BASE, *HELPFUL))
+    monkeypatch.setattr(steered, "_BATCH", 2 * (longest + 1))
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         divergence = prompts.divergence(EDITS)
-    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, ANSWERS)
+    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, BASE, HELPFUL)
     assert figures(divergence) == pytest.approx(expected, rel=1e-3)
 
 
-def test_one_query_alone(model: Model, torch_model: TinyModel, _full_precision: None) -> None:
-    with SteeredPrompts(model, PROMPTS[:1], ANSWERS[:1], n_threads=1) as prompts:
+@pytest.mark.usefixtures("_full_precision")
+def test_long_answers_are_measured_at_their_beginning(model: Model, torch_model: TinyModel) -> None:
+    long = [" make a plan and mind the oven" * 9] * len(PROMPTS)
+    assert len(model.tokenize(long[0])) > 2 * ANSWER_TOKENS
+    with SteeredPrompts(model, PROMPTS, long, long, n_threads=1) as prompts:
+        divergence = prompts.divergence(EDITS)
+    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, long, long)
+    assert figures(divergence) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.usefixtures("_full_precision")
+def test_one_query_alone(model: Model, torch_model: TinyModel) -> None:
+    with SteeredPrompts(model, PROMPTS[:1], BASE[:1], HELPFUL[:1], n_threads=1) as prompts:
         found = prompts.first_token_logprobs(EDITS)
         divergence = prompts.divergence(EDITS)
     np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS)[:1], atol=PARITY)
-    expected = expected_divergence(torch_model, model, EDITS, PROMPTS[:1], ANSWERS[:1])
+    expected = expected_divergence(torch_model, model, EDITS, PROMPTS[:1], BASE[:1], HELPFUL[:1])
     assert figures(divergence) == pytest.approx(expected, rel=1e-3)
 
 
-def test_as_many_queries_as_a_selection_has(
-    model: Model, torch_model: TinyModel, _full_precision: None
-) -> None:
+@pytest.mark.usefixtures("_full_precision")
+def test_as_many_queries_as_a_selection_has(model: Model, torch_model: TinyModel) -> None:
     many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(64)]
-    answers = [" make a plan"] * len(many)
-    with SteeredPrompts(model, many, answers, n_threads=1) as prompts:
+    base, helpful = [" make a plan"] * len(many), [" and work slowly"] * len(many)
+    with SteeredPrompts(model, many, base, helpful, n_threads=1) as prompts:
         found = prompts.first_token_logprobs(EDITS)
         divergence = prompts.divergence(EDITS)
     tokens = model.tokenize(many[-1])
@@ -184,14 +209,15 @@ def test_as_many_queries_as_a_selection_has(
     np.testing.assert_allclose(found[-1], expected, atol=PARITY)
     measured = slice(DIVERGENCE_QUERIES)
     assert figures(divergence) == pytest.approx(
-        expected_divergence(torch_model, model, EDITS, many[measured], answers[measured]), rel=1e-3
+        expected_divergence(torch_model, model, EDITS, many[measured], base[measured], helpful[measured]),
+        rel=1e-3,
     )
 
 
 def test_prompt_of_one_token_is_refused_by_name(model: Model) -> None:
     assert len(model.tokenize("x")) == 1
     with pytest.raises(QueryError, match="'x' is too short"):
-        SteeredPrompts(model, ["x"], [""], n_threads=1)
+        SteeredPrompts(model, ["x"], [""], [""], n_threads=1)
 
 
 def test_log_softmax_is_that_of_float64_even_for_large_logits() -> None:
