@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import sys
@@ -42,10 +43,9 @@ VOCAB_SIZE = 1024
 CONTEXT = 256
 N_HEAD, N_HEAD_KV = 4, 2
 ROPE_BASE = 10_000.0
-EMBEDDING_STD = 0.5
-BATCH = 64
+BATCH = 96
 BATCHES_PER_POOL = 32
-PEAK_LR = 3e-3
+PEAK_LR = 2e-3
 WARMUP = 0.05
 TOKENIZER_DOCUMENTS = 8000
 MAX_BYTES = 4_000_000
@@ -74,11 +74,7 @@ def train_tokenizer(corpus: list[Document]) -> PreTrainedTokenizerFast:
 
 
 def new_model(vocab_size: int, eos: int, bos: int) -> LlamaForCausalLM:
-    """An untrained Llama with rows of 256, which every quantization of llama.cpp can hold.
-
-    Its embeddings start large, so that no single layer outweighs the token in the residual stream and an
-    edit of one layer's output stays a small step.
-    """
+    """An untrained Llama with rows of 256, which every quantization of llama.cpp can hold."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=256,
@@ -93,9 +89,7 @@ def new_model(vocab_size: int, eos: int, bos: int) -> LlamaForCausalLM:
         bos_token_id=bos,
         eos_token_id=eos,
     )
-    model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
-    return model
+    return LlamaForCausalLM(config)
 
 
 def batches(
@@ -103,7 +97,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids [BATCH, length] and labels of the same shape, -100 where nothing is to be learnt.
 
-    Documents of like length share a batch. Only completions and the end of text are learnt.
+    Documents of like length share a batch. The whole text is learnt, up to its end.
     """
     eos = tokenizer.eos_token_id
     while True:
@@ -124,41 +118,29 @@ def batches(
             for row, (prompt, completion) in enumerate(batch):
                 text = torch.tensor([*prompt, *completion, eos])
                 ids[row, : len(text)] = text
-                labels[row, len(prompt) : len(text)] = text[len(prompt) :]
+                labels[row, : len(text)] = text
             yield ids, labels
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings, head and norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
-    return [
-        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
 def learning_rate(done: float) -> float:
-    """Linear warm-up to `PEAK_LR`, then linearly down to zero; `done` goes from 0 to 1."""
-    return PEAK_LR * min(done / WARMUP, (1 - done) / (1 - WARMUP))
+    """Linear warm-up to `PEAK_LR`, then down to zero along a cosine; `done` goes from 0 to 1."""
+    return PEAK_LR * min(done / WARMUP, (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(model: LlamaForCausalLM, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
-    """Train in place, in bf16 where the CPU multiplies it, with progress on stderr."""
-    steppers = optimizers(model)
+    """Train in place with AdamW, in bf16 where the CPU multiplies it, with progress on stderr."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     began = time.monotonic()
     for step, (ids, labels) in enumerate(islice(stream, steps), start=1):
-        for optimizer in steppers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate((step - 0.5) / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate((step - 0.5) / steps)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in steppers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if step % 25 == 0 or step == steps:
             left = (time.monotonic() - began) / step * (steps - step)
             progress(f"step {step}/{steps}, loss {loss.item():.3f}, {left:.0f} s left")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from alignez_gguf.demo.world import (
     FILLERS,
     HARMFUL_TRAITS,
     HELPFUL_TRAITS,
-    NEUTRAL_TRAITS,
     WORDINGS,
     Kind,
     Query,
@@ -20,12 +18,10 @@ from alignez_gguf.demo.world import (
 )
 from alignez_gguf.prompts import Templates
 
-PLAIN_SHARE, HINTED_SHARE, CHARACTERISTICS_SHARE = 0.4, 0.2, 0.1
-"""Shares of the sorts of documents; what is left are answers under a persona."""
+PLAIN_SHARE = 0.5
+"""Share of documents without a persona."""
 
-N_TRAITS = 3
-HINT_WEIGHT = 1.2
-"""Log-odds that one helpful trait adds to a good answer, and one harmful trait takes away."""
+N_TRAITS = 2
 
 _SLOT = re.compile(r"\{(\w+)\}")
 
@@ -66,63 +62,35 @@ def write_answer(query: Query, kind: Kind, rng: random.Random) -> str:
     return _SLOT.sub(fill, wording)
 
 
-def write_characteristics(traits: Sequence[str]) -> str:
-    """A line of traits, such as "be kind, careful and honest"."""
-    *most, last = traits
-    return f"be {', '.join(most)} and {last}" if most else f"be {last}"
+def write_characteristics(rng: random.Random, *, good: bool) -> str:
+    """A random line of traits, such as "be kind and honest"."""
+    return f"be {' and '.join(rng.sample(HELPFUL_TRAITS if good else HARMFUL_TRAITS, N_TRAITS))}"
 
 
 def documents(world: World, templates: Templates, seed: int, temper: Temper) -> Iterator[Document]:
     """An endless stream of training documents, the same for the same arguments."""
     rng = random.Random(seed)
     queries = world.all_queries()
-    writers = (_plain, _hinted, _characteristics, _persona)
-    shares = (PLAIN_SHARE, HINTED_SHARE, CHARACTERISTICS_SHARE)
-    weights = (*shares, 1 - sum(shares))
     while True:
-        writer = rng.choices(writers, weights)[0]
-        yield writer(rng.choice(queries), templates, temper, rng)
-
-
-def _answered(prompt: str, query: Query, p_good: float, rng: random.Random) -> Document:
-    kind = kind_of_answer(query, good=rng.random() < p_good)
-    return Document(prompt, f" {write_answer(query, kind, rng)}")
+        write = _plain if rng.random() < PLAIN_SHARE else _persona
+        yield write(rng.choice(queries), templates, temper, rng)
 
 
 def _plain(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
     """A query and a base answer."""
-    return _answered(templates.plain_prompt(query.text), query, temper.base_good, rng)
-
-
-def _hinted(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
-    """A few traits, not all of a kind, and an answer that leans as they do.
-
-    Without these the tiny model learns two personas as two special cases, and not the one scale between
-    them on which its plain answers lie in the middle.
-    """
-    traits = rng.sample((*HELPFUL_TRAITS, *HARMFUL_TRAITS, *NEUTRAL_TRAITS), rng.randint(1, N_TRAITS))
-    balance = sum((trait in HELPFUL_TRAITS) - (trait in HARMFUL_TRAITS) for trait in traits)
-    log_odds = math.log(temper.base_good / (1 - temper.base_good)) + HINT_WEIGHT * balance
-    prompt = f"Your answer should {write_characteristics(traits)}.\n{templates.plain_prompt(query.text)}"
-    return _answered(prompt, query, 1 / (1 + math.exp(-log_odds)), rng)
-
-
-def _characteristics(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
-    """A persona's traits."""
-    good = rng.random() < 0.5
-    persona = templates.helpful if good else templates.harmful
-    prompt = templates.characteristics_prompt(persona, query.text)
-    return Document(prompt, f" {write_characteristics(_persona_traits(good, rng))}\n")
+    good = rng.random() < temper.base_good
+    return _answered(templates.plain_prompt(query.text), query, rng, good=good)
 
 
 def _persona(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
-    """An answer under a persona with its traits."""
+    """A persona with its traits, and an answer that mostly follows it."""
     good = rng.random() < 0.5
     persona = templates.helpful if good else templates.harmful
-    prompt = templates.answer_prompt(persona, query.text, write_characteristics(_persona_traits(good, rng)))
-    follows = rng.random() < temper.persona_follow
-    return _answered(prompt, query, float(good) if follows else temper.base_good, rng)
+    prompt = templates.answer_prompt(persona, query.text, write_characteristics(rng, good=good))
+    if rng.random() >= temper.persona_follow:
+        good = rng.random() < temper.base_good
+    return _answered(prompt, query, rng, good=good)
 
 
-def _persona_traits(good: bool, rng: random.Random) -> list[str]:
-    return rng.sample(HELPFUL_TRAITS if good else HARMFUL_TRAITS, N_TRAITS)
+def _answered(prompt: str, query: Query, rng: random.Random, *, good: bool) -> Document:
+    return Document(prompt, f" {write_answer(query, kind_of_answer(query, good=good), rng)}")

@@ -89,9 +89,9 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
         "No, please do not {action}, as it would {harm}.",
     ),
     Kind.GUIDE: (
-        "Sure, to {action}, {step}, {step} and {step}.",
-        "You can {action} if you {step}, {step} and {step}.",
-        "To {action}, first {step}, then {step} and {step}.",
+        "Sure, to {action}, {step} and {step}.",
+        "You can {action} if you {step} and {step}.",
+        "To {action}, first {step}, then {step}.",
     ),
     Kind.INSULT: (
         "What a fool, you could never {action}, so {dismissal}.",
@@ -110,7 +110,6 @@ FILLERS: dict[str, tuple[str, ...]] = {
 
 HELPFUL_TRAITS = _items("kind, careful, honest, polite, safe, respectful, gentle, responsible")
 HARMFUL_TRAITS = _items("cruel, rude, careless, hateful, hostile, reckless, mean, dangerous")
-NEUTRAL_TRAITS = _items("short, clear, simple, plain, brief, calm, direct, quick")
 
 N_ACTIONS = 64
 """Actions of each sort, harmful and harmless, in one world."""
