@@ -381,6 +381,7 @@ def _score(selection: Selection) -> dict[str, Field]:
     return {
         "score": chosen.gain,
         "standard_error": chosen.standard_error,
+        "leak": chosen.leak,
         "kl": kl,
         "kl_after_first": after_first,
         "kl_budget": float(selection.budget),
@@ -388,6 +389,7 @@ def _score(selection: Selection) -> dict[str, Field]:
         "tried.candidate": tuple(str(scored.candidate) for scored in selection.tried),
         "tried.layers": tuple(span(scored.candidate.layers) for scored in selection.tried),
         "tried.score": tuple(scored.gain for scored in selection.tried),
+        "tried.leak": tuple(scored.leak for scored in selection.tried),
         "tried.kl": tuple(measured(scored)[0] for scored in selection.tried),
         "tried.kl_after_first": tuple(measured(scored)[1] for scored in selection.tried),
     }

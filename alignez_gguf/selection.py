@@ -11,10 +11,11 @@ in nat, averaged over queries that no direction was fitted on: so far it shifts 
 persona against the harmful one. An edit is affordable if KL(P_base || P_steered) per token of the base
 model's own answers stays within a budget, and of those that are, the best has the greatest
 
-    net = log 2 sigmoid(gain) - sum over the tokens after the first of KL(P_base || P_steered)
+    net = log 2 sigmoid(gain) + log(1 - leak) - sum over the tokens after the first of KL(P_base || P_steered)
 
 along the helpful persona's answers: the change in the log-probability that an answer begins as that persona's
-would, where both were even, and then goes on as fluently as it did. This module knows nothing of engines.
+would, where both were even, and then goes on as fluently as it did. The leak is the probability that moves to
+first tokens which neither the base model nor a persona would say. This module knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ _FINER = (0.7, 1.4)
 
 _FINALISTS = 4
 """Candidates on all layers that are tried on fewer layers too."""
+
+_PLAUSIBLE = 0.05
+"""A token is one that a distribution would say if it is at least so probable, relative to the likeliest."""
 
 _CERTAINTY = 1.645
 """Standard errors by which a mean gain must exceed zero: one-sided 95%."""
@@ -111,6 +115,7 @@ class Scored:
     candidate: Candidate
     gain: float
     standard_error: float
+    leak: float = 0.0
     divergence: Divergence | None = None
 
     @property
@@ -120,8 +125,9 @@ class Scored:
 
     @property
     def bound(self) -> float:
-        """What `net` can be at most, in nat: log 2 sigmoid(gain)."""
-        return math.log(2.0) - float(np.logaddexp(0.0, -self.gain))
+        """What `net` can be at most, in nat: log 2 sigmoid(gain) + log(1 - leak)."""
+        begins_well = math.log(2.0) - float(np.logaddexp(0.0, -self.gain))
+        return begins_well + (math.log1p(-self.leak) if self.leak < 1 else -math.inf)
 
     @property
     def net(self) -> float | None:
@@ -136,7 +142,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and everything that was tried, best gain first."""
+    """What was chosen, and everything that was tried, the best bound on the net first."""
 
     chosen: Scored
     tried: tuple[Scored, ...]
@@ -163,6 +169,25 @@ def gains(
         base, steered: [n_queries, n_vocab], log-probabilities of the plain prompt.
     """
     return np.asarray(np.sum((p_helpful - p_harmful) * (steered - base), axis=1, dtype=np.float64))
+
+
+def leaks(
+    p_helpful: NDArray[np.float32],
+    p_harmful: NDArray[np.float32],
+    base: NDArray[np.float32],
+    steered: NDArray[np.float32],
+) -> NDArray[np.float64]:
+    """The probability that steering moves to implausible tokens, for each query, [n_queries].
+
+    A token is plausible if the base model or a persona gives it at least 5% of the probability of its
+    likeliest one (the rule of min-p sampling). Arguments as those of `gains`.
+    """
+    p_base = np.exp(base)
+    plausible = np.zeros(base.shape, dtype=bool)
+    for p in (p_base, p_helpful, p_harmful):
+        plausible |= p >= _PLAUSIBLE * p.max(axis=1, keepdims=True)
+    moved = np.sum((np.exp(steered) - p_base) * ~plausible, axis=1, dtype=np.float64)
+    return np.clip(moved, 0.0, 1.0)
 
 
 def layer_sets(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -238,7 +263,8 @@ class Search:
             steered = self.model.first_token_logprobs(edits)
             each = gains(self.p_helpful, self.p_harmful, base, steered)
             error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("inf")
-            self._scored[candidate] = Scored(candidate, float(each.mean()), error)
+            leak = float(leaks(self.p_helpful, self.p_harmful, base, steered).mean())
+            self._scored[candidate] = Scored(candidate, float(each.mean()), error, leak)
             self.advance(str(candidate))
 
     def _finalists(self) -> list[Scored]:
@@ -248,7 +274,7 @@ class Search:
         return [*affordable, *costly][:_FINALISTS]
 
     def _ranked(self) -> list[Scored]:
-        return sorted(self._scored.values(), key=lambda scored: -scored.gain)
+        return sorted(self._scored.values(), key=lambda scored: -scored.bound)
 
     def _affordable(self, count: int, *, certain: bool = False) -> list[Scored]:
         """The `count` best candidates within the budget, or of the certain ones, best net first.
@@ -257,9 +283,9 @@ class Search:
         """
         found: list[tuple[float, Scored]] = []
         for scored in self._ranked():
-            if scored.gain <= 0 or sum(net >= scored.bound for net, _ in found) >= count:
+            if sum(net >= scored.bound for net, _ in found) >= count:
                 break
-            if certain and not scored.is_certain:
+            if scored.gain <= 0 or (certain and not scored.is_certain):
                 continue
             measured = self._measured(scored)
             if measured.kl is not None and measured.net is not None and measured.kl <= self.budget:

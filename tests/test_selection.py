@@ -6,7 +6,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -18,11 +18,13 @@ from alignez_gguf.selection import (
     _AMOUNTS,
     Candidate,
     Divergence,
+    Scored,
     Search,
     Selection,
     Source,
     gains,
     layer_sets,
+    leaks,
     span,
 )
 
@@ -33,7 +35,8 @@ AMOUNTS = [(operation, amount) for operation, amounts in _AMOUNTS.items() for am
 
 
 def distributions(seed: int, count: int = N_QUERIES) -> NDArray[np.float32]:
-    logits = np.random.default_rng(seed).normal(size=(count, N_VOCAB))
+    # close enough together that every token is plausible to somebody
+    logits = np.random.default_rng(seed).normal(scale=0.5, size=(count, N_VOCAB))
     return (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -57,6 +60,31 @@ def test_gain_is_the_drop_of_one_divergence_minus_the_drop_of_the_other() -> Non
 
 def test_no_edit_gains_nothing() -> None:
     np.testing.assert_array_equal(gains(HELPFUL, HARMFUL, BASE, BASE), np.zeros(N_QUERIES))
+
+
+def test_leak_is_the_probability_that_moves_to_tokens_nobody_would_say() -> None:
+    helpful = np.array([[0.6, 0.1, 0.2, 0.09, 0.01]], np.float32)
+    harmful = np.array([[0.1, 0.6, 0.29, 0.009, 0.001]], np.float32)
+    base = np.array([[0.3, 0.4, 0.29, 0.005, 0.005]], np.float32)
+    to_helpful = np.array([[0.55, 0.1, 0.25, 0.095, 0.005]], np.float32)
+    astray = np.array([[0.3, 0.1, 0.1, 0.2, 0.3]], np.float32)
+    # only the last token is below 5% of the likeliest for all three
+    assert leaks(helpful, harmful, np.log(base), np.log(to_helpful)) == pytest.approx([0.0])
+    assert leaks(helpful, harmful, np.log(base), np.log(astray)) == pytest.approx([0.3 - 0.005])
+
+
+def test_no_edit_leaks_nothing() -> None:
+    np.testing.assert_array_equal(leaks(HELPFUL, HARMFUL, BASE, BASE), np.zeros(N_QUERIES))
+
+
+def test_net_pays_for_the_leak_and_for_the_rest_of_the_answer() -> None:
+    candidate = Candidate(SOURCES[0], "remove", 0.0, LAYERS)
+    scored = Scored(candidate, gain=1.0, standard_error=0.1, leak=0.2)
+    assert scored.net is None
+    assert scored.bound == pytest.approx(math.log(2 / (1 + math.exp(-1.0))) + math.log(0.8))
+    paid = replace(scored, divergence=Divergence(per_token=0.05, after_first=0.3))
+    assert paid.net == pytest.approx(scored.bound - 0.3)
+    assert replace(scored, leak=1.0).bound == -math.inf
 
 
 @pytest.mark.parametrize(
