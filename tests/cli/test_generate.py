@@ -120,8 +120,9 @@ def test_strength_zero_equals_no_control_byte_for_byte(run: Run, model: str, con
             assert off.stdout_bytes == plain
 
 
-def test_scope_decides_which_tokens_are_steered(run: Run, model: str, control: str, base: list[str]) -> None:
-    asked = ("generate", model, *SHORT, "-c", control, *prompt_options(PROMPTS), "--scope")
+def test_scope_decides_which_tokens_are_steered(run: Run, model: str, control: str) -> None:
+    drawn = ("--temperature", "1", "--strength", "0.3")
+    asked = ("generate", model, *SHORT, *drawn, "-c", control, *prompt_options(PROMPTS), "--scope")
     outputs = [run(*asked, scope).stdout for scope in ("generation", "all", "first:1", "first:12")]
     assert len({*outputs[:3]}) == 3
     assert outputs[3] == outputs[0]
