@@ -123,6 +123,7 @@ def test_auto_writes_every_figure_that_led_to_the_choice(auto: Export, tmp_path:
     assert dict(control.score) == {
         "score": selection.chosen.gain,
         "standard_error": selection.chosen.standard_error,
+        "leak": selection.chosen.leak,
         "kl": selection.chosen.kl,
         "kl_after_first": divergences[chosen].after_first,
         "kl_budget": 0.1,
@@ -130,6 +131,7 @@ def test_auto_writes_every_figure_that_led_to_the_choice(auto: Export, tmp_path:
         "tried.candidate": tuple(str(scored.candidate) for scored in tried),
         "tried.layers": tuple(span(scored.candidate.layers) for scored in tried),
         "tried.score": tuple(scored.gain for scored in tried),
+        "tried.leak": tuple(scored.leak for scored in tried),
         "tried.kl": tuple(divergence.per_token for divergence in divergences),
         "tried.kl_after_first": tuple(divergence.after_first for divergence in divergences),
     }
