@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,19 +84,16 @@ def export(
     require_writable(output)
     if settings["recipe"] == "auto":
         library.require_patched()
-    place = work_dir or output.with_name(f"{output.name}.work")
     say = reporter(quiet)
-    try:
-        with options.open_engine(model, threads, gpu_layers, parallel, context) as engine:
-            chosen_layers = parse_layers(layers, engine.info.n_layer)
-            framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
-            with WorkDirectory(place) as work:
-                made = run(engine, asked, framing, Settings(layers=chosen_layers, **settings), work, say)
-                made.control.save(output)
-    except KeyboardInterrupt:
-        raise click.ClickException(f"stopped; the same command goes on from {place}") from None
-    if work_dir is None:
-        shutil.rmtree(place, ignore_errors=True)
+    with (
+        options.resumable(output, work_dir) as place,
+        options.open_engine(model, threads, gpu_layers, parallel, context) as engine,
+    ):
+        chosen_layers = parse_layers(layers, engine.info.n_layer)
+        framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
+        with WorkDirectory(place) as work:
+            made = run(engine, asked, framing, Settings(layers=chosen_layers, **settings), work, say)
+            made.control.save(output)
     if not quiet:
         _print_choice(made)
     click.echo(output)

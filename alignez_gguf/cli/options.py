@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -109,6 +111,18 @@ def open_engine(
         n_gpu_layers=gpu_layers,
         exact=exact,
     )
+
+
+@contextmanager
+def resumable(output: Path, work_dir: Path | None) -> Iterator[Path]:
+    """Where a job keeps what is done: `work_dir`, or a place beside `output` that goes when it succeeds."""
+    place = work_dir or output.with_name(f"{output.name}.work")
+    try:
+        yield place
+    except KeyboardInterrupt:
+        raise click.ClickException(f"stopped; the same command goes on from {place}") from None
+    if work_dir is None:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def resolve_templates(path: Path | None, metadata: str | None) -> Templates:

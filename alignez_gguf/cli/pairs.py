@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,16 +52,11 @@ def pairs(
 
     asked = load_queries(queries, column)
     require_writable(output)
-    place = work_dir or output.with_name(f"{output.name}.work")
-    try:
+    with options.resumable(output, work_dir) as place:
         with options.open_engine(model, threads, gpu_layers, parallel, context) as engine:
             framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
             settings = Settings(seed=seed, max_tokens=max_tokens)
             with WorkDirectory(place) as work:
                 made = self_generated_pairs(engine, asked, framing, settings, work, reporter(quiet))
-    except KeyboardInterrupt:
-        raise click.ClickException(f"stopped; the same command goes on from {place}") from None
-    write_text(output, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))
-    if work_dir is None:
-        shutil.rmtree(place, ignore_errors=True)
+        write_text(output, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))
     click.echo(output)
