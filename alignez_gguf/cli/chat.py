@@ -47,6 +47,7 @@ In a terminal, Alt+Enter begins a new line, and Ctrl-C stops an answer."""
 @click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
 @click.option("--context", type=click.IntRange(16), help="Longest conversation, in tokens.")
+@options.rpc
 @options.quiet
 def chat(
     model: Path,

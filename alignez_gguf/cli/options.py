@@ -60,6 +60,22 @@ templates = click.option(
     type=FILE,
     help="A TOML file with prompt templates; else the model's own, else the shipped ones for base models.",
 )
+
+
+def _use_servers(context: click.Context, parameter: click.Parameter, endpoints: str | None) -> None:
+    if endpoints is not None:
+        from alignez_gguf.runtime.rpc import use_servers
+
+        use_servers(endpoints)
+
+
+rpc = click.option(
+    "--rpc",
+    metavar="HOST:PORT,...",
+    callback=_use_servers,
+    expose_value=False,
+    help="Spread the model over these ggml-rpc-servers. Unencrypted: for networks that you trust.",
+)
 work_dir = click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -81,6 +97,7 @@ def engine(command: Command) -> Command:
         click.option(
             "--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens."
         ),
+        rpc,
     ):
         command = option(command)
     return command

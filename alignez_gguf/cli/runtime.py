@@ -30,11 +30,14 @@ def runtime() -> None:
     show_envvar=True,
     help="Flags for the build of llama.cpp, as -DGGML_CUDA=on.",
 )
+@click.option("--rpc", is_flag=True, help="With RPC, which spreads a model over several machines.")
 @click.option("--rebuild", is_flag=True, help="Build again, also where a built wheel is kept.")
 @click.option("--no-install", is_flag=True, help="Only build the wheel; the environment stays as it is.")
 @options.quiet
 @click.pass_context
-def build(context: click.Context, cmake_args: str, rebuild: bool, no_install: bool, quiet: bool) -> None:
+def build(
+    context: click.Context, cmake_args: str, rpc: bool, rebuild: bool, no_install: bool, quiet: bool
+) -> None:
     """Build llama-cpp-python with the steering patch, check it, and install it here.
 
     Takes about 4 minutes on 2 cores the first time and seconds after that. The library that comes out is
@@ -55,6 +58,8 @@ def build(context: click.Context, cmake_args: str, rebuild: bool, no_install: bo
         arguments = shlex.split(cmake_args)
     except ValueError as error:
         raise click.BadParameter(f"{cmake_args!r}: {error}", param_hint="--cmake-args") from error
+    if rpc:
+        arguments.append("-DGGML_RPC=ON")
     with _Progress(quiet) as progress:
         wheel = build_wheel(progress, arguments, rebuild=rebuild)
         if wheel.cached:

@@ -61,6 +61,7 @@ from alignez_gguf.errors import RuntimeUnavailableError
     help="Texts at once, of each control.",
 )
 @click.option("--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens.")
+@options.rpc
 @options.quiet
 def serve(
     model: Path,

@@ -67,7 +67,7 @@ def write(
         module = f"base_model.model.{_MODULE.format(layer=name.split('.')[1])}"
         # One rank for all, as vLLM wants it; rows of zeros do nothing.
         missing = rank - len(pair.a)
-        tensors[f"{module}.lora_A.weight"] = np.pad(pair.a, ((0, missing), (0, 0)))
+        tensors[f"{module}.lora_A.weight"] = np.pad(pair.a.astype(np.float32), ((0, missing), (0, 0)))
         tensors[f"{module}.lora_B.weight"] = np.pad(pair.b, ((0, 0), (0, missing)))
     config = {
         "peft_type": "LORA",

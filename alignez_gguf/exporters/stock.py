@@ -1,9 +1,10 @@
 """The edits in the two forms that every llama.cpp loads: a LoRA that removes, a control vector that adds.
 
 With V the removed rows and W the weight of `ffn_down`, the MLP output W h becomes W h - V^T (V W) h: a LoRA
-with B = -V^T and A = V W, exact because W is the weight as the very file keeps it. Every expert of a mixture
-gets its own pair, since the sum of what is left of each is what is left of the sum. The addition is the
-control vector as it is: llama.cpp adds it at the output of the block (`build_cvec`).
+with B = -V^T and A = V W, exact because W is the weight as the very file keeps it, and because A is stored so
+that it meets the same h (`stacked`). Every expert of a mixture gets its own pair, since the sum of what is
+left of each is what is left of the sum. The addition is the control vector as it is: llama.cpp adds it at the
+output of the block (`build_cvec`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
+from alignez_gguf.exporters.stacked import carrier, stack
 from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the adapters; a cached one of another version is made anew."""
 
 
@@ -38,7 +40,7 @@ class LoraPair:
         b: [n_embd, k], or [n_expert, n_embd, k].
     """
 
-    a: NDArray[np.float32]
+    a: NDArray[np.float64]
     b: NDArray[np.float32]
 
 
@@ -131,8 +133,7 @@ def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Report
                 writer.add_string("alignez.model.fingerprint", weights.info.fingerprint)
                 writer.add_string("alignez.edits", digest(edits))
                 for name, pair in pairs.items():
-                    writer.add_tensor(f"{name}.lora_a", pair.a)
-                    writer.add_tensor(f"{name}.lora_b", pair.b)
+                    _add(writer, name, pair, weights.tensors[name].type)
                 writer.write_header_to_file()
                 writer.write_kv_data_to_file()
                 writer.write_tensors_to_file()
@@ -142,6 +143,18 @@ def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Report
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; choose another place for the output"
         ) from error
+
+
+def _add(writer: Any, name: str, pair: LoraPair, kind: Any) -> None:
+    """Add the pair of a weight of type `kind` to a file: A as a stack where the weight is quantized."""
+    stored = carrier(kind)
+    if stored is None:
+        writer.add_tensor(f"{name}.lora_a", pair.a.astype(np.float32))
+        writer.add_tensor(f"{name}.lora_b", pair.b)
+        return
+    a = stack(pair.a, stored)
+    writer.add_tensor(f"{name}.lora_a", a.rows, raw_dtype=stored)
+    writer.add_tensor(f"{name}.lora_b", np.concatenate([scale * pair.b for scale in a.scales], axis=-1))
 
 
 def command_line(model: Path, written: list[Path]) -> str:

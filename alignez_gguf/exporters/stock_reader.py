@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import LayerEdit, is_orthonormal
 from alignez_gguf.errors import ControlFileError
-from alignez_gguf.exporters.stock import additions, lora
+from alignez_gguf.exporters.stock import LoraPair, additions, lora
 from alignez_gguf.exporters.weights import ModelWeights, StoredTensor
 from alignez_gguf.gguf_header import GgufError, Header, read_header
 
@@ -51,7 +52,7 @@ def read(paths: Sequence[Path], weights: ModelWeights) -> ControlFile:
 
 
 def _removals(path: Path, weights: ModelWeights) -> dict[int, NDArray[np.float32]]:
-    """The removed rows of each layer, from B = -V^T; A has to be V W of this model."""
+    """The removed rows V of each layer, from B; A has to be V W of this model."""
     header = _header(path)
     arch = header.metadata.get("general.architecture")
     if arch != weights.info.arch:
@@ -62,23 +63,52 @@ def _removals(path: Path, weights: ModelWeights) -> dict[int, NDArray[np.float32
         match = _B.fullmatch(name)
         if match is None:
             continue
-        b = tensor.dequantised().reshape(-1, *tensor.shape[-2:])[0]
-        vectors = np.ascontiguousarray(-b.T)
-        if not is_orthonormal(vectors):
+        vectors = _vectors(_numbers(tensor)[0])
+        if not len(vectors) or not is_orthonormal(vectors):
             raise ControlFileError(f"{path} is not a LoRA that removes directions: {name} is not orthonormal")
         removals[int(match[2])] = vectors
     expected = lora({layer: LayerEdit(remove=v) for layer, v in removals.items()}, weights)
     if {f"{name}.lora_{part}" for name in expected for part in "ab"} != set(tensors):
         raise ControlFileError(f"{path} does not edit the ffn_down of its layers, all of them, and no more")
     for name, pair in expected.items():
-        for part, values in (("a", pair.a), ("b", pair.b)):
-            got = tensors[f"{name}.lora_{part}"].dequantised().reshape(tensors[f"{name}.lora_{part}"].shape)
-            if got.shape != values.shape or np.abs(got - values).max() > _SAME * np.abs(values).max():
-                raise ControlFileError(
-                    f"{path} was made from another file than {weights.path.name}: {name} does not fit; "
-                    "convert the control for this one"
-                )
+        a, b = (_numbers(tensors[f"{name}.lora_{part}"]) for part in "ab")
+        if not _is_product(a, b, pair):
+            raise ControlFileError(
+                f"{path} was made from another file than {weights.path.name}: {name} does not fit; "
+                "convert the control for this one"
+            )
     return removals
+
+
+def _numbers(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A tensor as [n_expert, rows, columns]; a dense one has one expert."""
+    return tensor.dequantised().reshape(-1, *tensor.shape[-2:])
+
+
+def _vectors(b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """V [k, n_embd] of B = -[c V^T, c' V^T, ..], with powers of two that fall (`stacked.Stack`)."""
+    lengths = np.linalg.norm(b, axis=0)
+    if not lengths[0] > 0:
+        return np.empty((0, len(b)), np.float32)
+    rank = np.count_nonzero(lengths > lengths[0] / 2)
+    scale = np.float32(2.0 ** np.round(np.log2(lengths[0])))
+    return np.ascontiguousarray(-b[:, :rank].T / scale)
+
+
+def _is_product(a: NDArray[np.float32], b: NDArray[np.float32], pair: LoraPair) -> bool:
+    """Whether B A, of every expert, is that of `pair`."""
+    expected = pair.a.reshape(-1, *pair.a.shape[-2:])
+    v = -pair.b.reshape(-1, *pair.b.shape[-2:])[0].T
+    n_expert, _, n_ff = expected.shape
+    if a.shape != (n_expert, b.shape[-1], n_ff) or b.shape[:-1] != (n_expert, v.shape[-1]):
+        return False
+    inside = v @ b  # B = V^T V B where it has no part beside the span of V
+    beside = np.abs(b - v.T @ inside).max()
+    return bool(beside <= _SAME * np.abs(b).max() and _near(-inside @ a, expected))
+
+
+def _near(got: NDArray[Any], expected: NDArray[Any]) -> bool:
+    return bool(np.abs(got - expected).max() <= _SAME * np.abs(expected).max())
 
 
 def _difference(

@@ -148,14 +148,14 @@ class DownProjection:
         stop = min(stop, n_ff)
         return self.weight.numbers(rows[:, start // block * n_bytes : stop // block * n_bytes])
 
-    def projected(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """V W of each expert, float32 [n_expert, k, n_ff], for V [k, n_embd]; summed in float64."""
+    def projected(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+        """V W of each expert, float64 [n_expert, k, n_ff], for V [k, n_embd]."""
         k, n_ff = len(vectors), self.weight.shape[-1]
         total = np.zeros((self.n_expert, k, n_ff))
         for expert in range(self.n_expert):
             for rows, weight in self.pieces(expert):
                 total[expert] += vectors[:, rows].astype(np.float64) @ weight
-        return total.astype(np.float32)
+        return total
 
 
 class ModelWeights:

@@ -176,6 +176,14 @@ def probe_wheel(wheel: Path, folder: Path) -> probe.Probe:
     return probe.run(folder)
 
 
+def share_compiled(line: str) -> float | None:
+    """The share of a compilation, 0 to 1, that a line of Ninja or Make says is done."""
+    if match := _NINJA.search(line):
+        return int(match[1]) / int(match[2])
+    match = _MAKE.search(line)
+    return int(match[1]) / 100 if match else None
+
+
 def _compile(tree: Path, cmake_args: Sequence[str], work: Path, log: Path, observer: Observer) -> Path:
     """Run pip's build of the tree. A second one with other flags recompiles only what they change."""
     wheels = work / "wheels"
@@ -191,10 +199,8 @@ def _compile(tree: Path, cmake_args: Sequence[str], work: Path, log: Path, obser
     started = time.monotonic()
 
     def receive(line: str) -> None:
-        if match := _NINJA.search(line):
-            observer.progress(int(match[1]) / int(match[2]))
-        elif match := _MAKE.search(line):
-            observer.progress(int(match[1]) / 100)
+        if (share := share_compiled(line)) is not None:
+            observer.progress(share)
 
     if run_logged(command, environment, log, receive) != 0:
         lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines()]

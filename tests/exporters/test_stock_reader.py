@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -41,6 +42,36 @@ def test_what_was_written_is_read(architecture: str, config: dict[str, bool], tm
         if edit.add is not None:
             assert got.add is not None
             assert np.abs(got.add - edit.add).max() < 1e-6
+
+
+@pytest.mark.parametrize(("architecture", "file_type"), [("llama", "Q8_0"), ("qwen2moe", "Q4_K_M")])
+def test_what_was_written_for_a_quantized_model_is_read(
+    architecture: str, file_type: str, tmp_path: Path
+) -> None:
+    model = quantized(tiny_model(architecture, n_embd=256).gguf, file_type)
+    edits = {1: LayerEdit(remove=random((3, 256))), 2: LayerEdit(remove=random((1, 256)))}
+
+    files = written(model, edits, tmp_path)
+    control = read(files, ModelWeights(model))
+
+    stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(files[0]).tensors}
+    assert stored == {"F32", "Q8_0" if file_type == "Q8_0" else "Q6_K"}
+    assert list(control.edits) == list(edits)
+    for layer, edit in edits.items():
+        got = control.edits[layer].remove
+        assert got is not None
+        assert edit.remove is not None
+        assert np.array_equal(got, edit.remove)
+
+
+@pytest.mark.parametrize("file_type", ["Q4_0", "Q8_0"])
+def test_a_lora_that_was_made_from_another_quantization_is_refused(file_type: str, tmp_path: Path) -> None:
+    model = tiny_model("llama").gguf
+    other = "Q8_0" if file_type == "Q4_0" else "Q4_0"
+    files = written(quantized(model, file_type), EDITS, tmp_path)
+
+    with pytest.raises(ControlFileError, match="made from another file"):
+        read(files[:1], ModelWeights(quantized(model, other)))
 
 
 def test_a_lora_that_was_made_from_another_file_is_refused(tmp_path: Path) -> None:
