@@ -29,7 +29,8 @@ def steer_transformers(
     """Steer a transformers causal language model until the returned handle is removed.
 
     At strength s the output of the MLP of an edited layer becomes x - s V^T V x, and s times the addition is
-    added to the output of its block, both computed in float32; 0 is bit for bit the original model.
+    added to the output of its block, both computed in float32; 0 is bit for bit the original model. Several
+    controls nest as those of `steer` do: they act in the order of attachment, and are removed in any order.
 
     A forward pass over several tokens, or without a cache, is a prompt, whose last token is the first one
     of the scopes `generation` and `first:N`; each single token after it is a generated one. So `generate` has

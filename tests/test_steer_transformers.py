@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignez_gguf import steer_transformers
 from alignez_gguf.control import ControlFile, ModelInfo
@@ -29,9 +32,9 @@ POSITIONS = {
 }
 
 
-def control_for(tiny: TinyModel) -> ControlFile:
+def control_for(tiny: TinyModel, seed: int = 0) -> ControlFile:
     info = ModelInfo.from_gguf(tiny.gguf)
-    normal = np.random.default_rng(0).standard_normal
+    normal = np.random.default_rng(seed).standard_normal
     edits = {
         0: LayerEdit(remove=normal((2, info.n_embd)), add=normal(info.n_embd)),
         2: LayerEdit(remove=normal(info.n_embd)),
@@ -51,35 +54,43 @@ def expected_logits(
     tiny: TinyModel, tokens: Tensor, control: ControlFile, strength: float, steered: range
 ) -> Tensor:
     """The logits of all tokens, [n_tokens, n_vocab]."""
-    chosen = [position in steered for position in range(tokens.shape[1])]
-    handles = []
+    return nested_logits(tiny, tokens, [(control, strength, steered)])
 
-    def edit_output(output: object, change: object) -> object:
+
+def nested_logits(
+    tiny: TinyModel, tokens: Tensor, nested: Sequence[tuple[ControlFile, float, range]]
+) -> Tensor:
+    """The same under several controls, each hooked after the one before it."""
+    with ExitStack() as hooks, torch.inference_mode():
+        for control, strength, steered in nested:
+            chosen = [position in steered for position in range(tokens.shape[1])]
+            for layer, edit in control.edits.items():
+                if edit.remove is not None:
+                    hook(
+                        hooks,
+                        tiny.mlp_modules[layer],
+                        chosen,
+                        partial(apply_removal, edit=edit, strength=strength),
+                    )
+                if edit.add is not None:
+                    hook(
+                        hooks,
+                        tiny.blocks[layer],
+                        chosen,
+                        partial(apply_addition, edit=edit, strength=strength),
+                    )
+        logits: Tensor = tiny.hf(tokens, use_cache=False).logits[0]
+    return logits
+
+
+def hook(hooks: ExitStack, module: nn.Module, chosen: list[bool], change: Callable[..., Any]) -> None:
+    def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output
-        edited = states.clone()  # type: ignore[attr-defined]
-        edited[0, chosen] = torch.tensor(change(states[0, chosen].numpy()), dtype=torch.float32)  # type: ignore[operator, index]
+        edited = states.clone()
+        edited[0, chosen] = torch.tensor(change(states[0, chosen].numpy()), dtype=torch.float32)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
-    for layer, edit in control.edits.items():
-        if edit.remove is not None:
-            handles.append(
-                tiny.mlp_modules[layer].register_forward_hook(
-                    lambda _, __, out, edit=edit: edit_output(out, lambda x: apply_removal(x, edit, strength))
-                )
-            )
-        if edit.add is not None:
-            handles.append(
-                tiny.blocks[layer].register_forward_hook(
-                    lambda _, __, out, edit=edit: edit_output(
-                        out, lambda h: apply_addition(h, edit, strength)
-                    )
-                )
-            )
-    with torch.inference_mode():
-        logits: Tensor = tiny.hf(tokens, use_cache=False).logits[0]
-    for handle in handles:
-        handle.remove()
-    return logits
+    hooks.callback(module.register_forward_hook(forward_hook).remove)
 
 
 def generated(tiny: TinyModel) -> tuple[Tensor, Tensor]:
@@ -149,19 +160,41 @@ def test_scope_of_the_control_is_the_default() -> None:
         assert str(steering.scope) == "all"
 
 
-def test_two_controls_at_once_are_removed_in_any_order() -> None:
+@pytest.mark.parametrize("scopes", [("all", "generation"), ("generation", "first:2")])
+def test_controls_act_in_the_order_of_attachment(scopes: tuple[str, str]) -> None:
+    tiny = tiny_model("llama")
+    nested = [(control_for(tiny, seed), 1 - 0.3 * seed, scope) for seed, scope in enumerate(scopes)]
+    for order in (nested, nested[::-1]):
+        with ExitStack() as steerings:
+            for control, strength, scope in order:
+                steerings.enter_context(steer_transformers(tiny.hf, control, strength=strength, scope=scope))
+            tokens, logits = generated(tiny)
+        expected, other = (
+            nested_logits(tiny, tokens[:, :-1], [(c, s, POSITIONS[scope]) for c, s, scope in either])
+            for either in (order, order[::-1])
+        )
+        torch.testing.assert_close(logits, expected[N_PROMPT - 1 :], atol=5e-5, rtol=1e-4)
+        assert (other - expected).abs().max() > 1e-3
+
+
+def test_controls_are_removed_in_any_order_and_leave_exactly_the_others() -> None:
     tiny = tiny_model("llama")
     _, plain = generated(tiny)
-    one = steer_transformers(tiny.hf, control_for(tiny), strength=0.5)
-    _, alone = generated(tiny)
-    other = steer_transformers(tiny.hf, control_for(tiny), strength=0.3)
-    assert not torch.equal(generated(tiny)[1], alone)
-    other.remove()
-    assert torch.equal(generated(tiny)[1], alone)
-    other = steer_transformers(tiny.hf, control_for(tiny), strength=0.3)
-    one.remove()
-    other.remove()
-    assert torch.equal(generated(tiny)[1], plain)
+    attach = [
+        partial(steer_transformers, tiny.hf, control_for(tiny, seed), strength=strength)
+        for seed, strength in enumerate((1.0, 0.3))
+    ]
+    alone = []
+    for only in attach:
+        with only():
+            alone.append(generated(tiny)[1])
+    for first, left in ((0, 1), (1, 0)):
+        handles = [each() for each in attach]
+        assert not torch.equal(generated(tiny)[1], alone[left])
+        handles[first].remove()
+        assert torch.equal(generated(tiny)[1], alone[left])
+        handles[left].remove()
+        assert torch.equal(generated(tiny)[1], plain)
 
 
 def test_control_of_another_model_is_refused_and_leaves_no_hook(tmp_path: Path) -> None:

@@ -29,28 +29,52 @@ class Attached(Protocol):
 
 
 class Patched:
-    """The edits as the patch takes them, with a strength for each token.
+    """The edits of a control as the patch takes them, with a strength for each token.
+
+    Args:
+        context: the `llama_context *`.
+        edits: of this control.
+        n_embd: of the model.
+        beside: a control of the context, after which and after whose others this one acts. Without, nothing
+            else may edit the context.
 
     Raises:
         SteeringError: llama.cpp cannot edit the model there.
         RuntimeUnavailableError: the patch is missing.
     """
 
-    def __init__(self, context: Any, edits: Edits, n_embd: int) -> None:
-        library.set_edits(context, edits, n_embd)
+    def __init__(self, context: Any, edits: Edits, n_embd: int, *, beside: Patched | None = None) -> None:
         self._context = context
+        self._edits = edits
         self._n_embd = n_embd
-        self.steer(0.0, range(0))
+        self._nest: list[Patched] = [] if beside is None else beside._nest
+        """All controls of the context, in the order in which they act."""
+        self._strength = 0.0
+        self._positions = range(0)
+        self._set([*self._nest, self])
 
     def steer(self, strength: float, positions: range) -> None:
-        library.set_strength(self._context, 0.0)
+        self._strength, self._positions = strength, positions
+        control = self._nest.index(self)
+        library.set_strength(self._context, 0.0, control=control)
         if positions and strength > 0:
             library.set_strength(
-                self._context, strength, sequence=0, first=positions.start, end=positions.stop
+                self._context,
+                strength,
+                control=control,
+                sequence=0,
+                first=positions.start,
+                end=positions.stop,
             )
 
     def pieces(self, first: int, n_tokens: int) -> Iterable[int]:
         return (n_tokens,)
 
     def detach(self) -> None:
-        library.set_edits(self._context, {}, self._n_embd)
+        self._set([control for control in self._nest if control is not self])
+
+    def _set(self, nest: list[Patched]) -> None:
+        library.set_controls(self._context, [control._edits for control in nest], self._n_embd)
+        self._nest[:] = nest
+        for control in nest:
+            control.steer(control._strength, control._positions)

@@ -14,7 +14,8 @@ from alignez_gguf.runtime.log import captured_log
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.threads import physical_cores
 
-_CELLS = 256  # llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)
+CELLS = 256
+"""llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)."""
 
 _REASONS = {1: "the KV cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
@@ -52,9 +53,10 @@ class Context:
     ) -> None:
         self._pointer: Any = None
         self.model = model
+        self.n_ctx = n_ctx
         self.n_sequences = n_sequences
         self._on_node = on_node
-        cells = -(-n_ctx // _CELLS) * _CELLS
+        cells = -(-n_ctx // CELLS) * CELLS
         parameters = llama.llama_context_default_params()
         parameters.n_ctx = cells if unified else cells * n_sequences
         parameters.n_seq_max = n_sequences

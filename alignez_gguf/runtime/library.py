@@ -1,4 +1,4 @@
-"""The two functions that the patch adds to llama.cpp, called through ctypes.
+"""The two functions that the patch adds to llama.cpp, and those of ggml below it, called through ctypes.
 
 `patches/` has their C side. Nothing above `runtime` knows of pointers: a context is passed as the opaque
 `llama_context *` that llama-cpp-python hands out.
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +18,11 @@ from alignez_gguf.edits import Edits, check_strength
 from alignez_gguf.errors import RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime.log import captured_log
 
-SYMBOL = "llama_set_adapter_edit"
+SYMBOL = "llama_set_adapter_edits"
 """Exported by a libllama that carries the patch."""
+
+_GPUS = (1, 2)
+"""GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU of ggml-backend.h."""
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
@@ -28,6 +32,7 @@ class _LayerEdit(ctypes.Structure):
 
     _fields_ = (
         ("il", ctypes.c_int32),
+        ("id", ctypes.c_int32),
         ("n_remove", ctypes.c_int32),
         ("remove", _FLOATS),
         ("add", _FLOATS),
@@ -43,6 +48,25 @@ def _library() -> Any:
             f"llama-cpp-python cannot be loaded ({error}); run: alignez-gguf runtime build"
         ) from error
     return bindings._lib
+
+
+def ggml() -> Any:
+    """The library with ggml's registry of devices. Raises `RuntimeUnavailableError` if there is none."""
+    if hasattr(_library(), "ggml_backend_dev_by_type"):
+        return _library()
+    from llama_cpp._ggml import libggml  # Windows: a library does not pass on the symbols of those it loads
+
+    return libggml
+
+
+def has_gpu() -> bool:
+    """Whether ggml knows of a GPU, here or behind an RPC server.
+
+    `llama_supports_gpu_offload` says so of any build with RPC, even with no server.
+    """
+    by_type = ggml().ggml_backend_dev_by_type
+    by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    return any(by_type(kind) for kind in _GPUS)
 
 
 def is_patched() -> bool:
@@ -61,12 +85,13 @@ def require_patched() -> None:
 @cache
 def _functions() -> tuple[Any, Any]:
     require_patched()
-    set_edit = _library().llama_set_adapter_edit
+    set_edit = _library().llama_set_adapter_edits
     set_edit.argtypes = [ctypes.c_void_p, ctypes.POINTER(_LayerEdit), ctypes.c_size_t, ctypes.c_int32]
     set_edit.restype = ctypes.c_int32
     set_strength = _library().llama_set_adapter_edit_strength
     set_strength.argtypes = [
         ctypes.c_void_p,
+        ctypes.c_int32,
         ctypes.c_int32,
         ctypes.c_float,
         ctypes.c_int32,
@@ -82,8 +107,14 @@ def _pointer(array: NDArray[np.float32] | None) -> Any:
 
 
 def set_edits(context: Any, edits: Edits, n_embd: int) -> None:
-    """Replace the edits of a context, as a whole; no edits clear them.
+    """Replace what edits a context by one control, or by none if `edits` is empty; see `set_controls`."""
+    set_controls(context, [edits], n_embd)
 
+
+def set_controls(context: Any, controls: Sequence[Edits], n_embd: int) -> None:
+    """Replace what edits a context, as a whole, by the edits of `controls`, which act in this order.
+
+    x <- (I - s_n P_n) ... (I - s_1 P_1) x, with a strength s of each control; their additions are summed.
     Every sequence starts at strength 1 for all positions. llama.cpp copies the vectors.
 
     Raises:
@@ -91,32 +122,37 @@ def set_edits(context: Any, edits: Edits, n_embd: int) -> None:
         RuntimeUnavailableError: the patch is missing.
     """
     set_edit, _ = _functions()
-    edited = [(layer, edit) for layer, edit in sorted(edits.items()) if edit.decision != "none"]
-    layer_edits = (_LayerEdit * len(edited))(
-        *(
-            _LayerEdit(il=layer, n_remove=edit.rank, remove=_pointer(edit.remove), add=_pointer(edit.add))
-            for layer, edit in edited
-        )
-    )
+    layer_edits = [
+        _LayerEdit(layer, number, edit.rank, _pointer(edit.remove), _pointer(edit.add))
+        for number, edits in enumerate(controls)
+        for layer, edit in sorted(edits.items())
+        if edit.decision != "none"
+    ]
     with captured_log() as log:
-        status = set_edit(context, layer_edits, len(edited), n_embd)
+        status = set_edit(context, (_LayerEdit * len(layer_edits))(*layer_edits), len(layer_edits), n_embd)
     if status != 0:
         raise SteeringError(f"llama.cpp cannot apply the edit: {log.reason()}")
 
 
 def set_strength(
-    context: Any, strength: float, *, sequence: int = -1, first: int = 0, end: int | None = None
+    context: Any,
+    strength: float,
+    *,
+    control: int = 0,
+    sequence: int = -1,
+    first: int = 0,
+    end: int | None = None,
 ) -> None:
     """Set the strength of the tokens of a sequence (-1: of all) at positions `first` to `end` (exclusive).
 
-    Tokens at other positions of the sequence are left as the model made them.
+    Tokens at other positions of the sequence are not edited by `control`, a number in `set_controls`.
 
     Raises:
         SteeringError: a negative or non-finite strength, no edit, or no such sequence.
     """
     _, set_sequence_strength = _functions()
-    value = check_strength(strength)
-    if set_sequence_strength(context, sequence, value, first, -1 if end is None else end) != 0:
+    value, stop = check_strength(strength), -1 if end is None else end
+    if set_sequence_strength(context, control, sequence, value, first, stop) != 0:
         raise SteeringError(
             f"sequence {sequence} cannot be given a strength: no edit is set, or there is no such sequence"
         )

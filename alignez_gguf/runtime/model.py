@@ -14,6 +14,7 @@ import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import ModelInfo
+from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
 
 
@@ -48,7 +49,7 @@ class Model:
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
-        self.uses_gpu = n_gpu_layers != 0 and bool(llama.llama_supports_gpu_offload())
+        self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
         self.bos = int(llama.llama_vocab_bos(self._vocab))
         self.eos = int(llama.llama_vocab_eos(self._vocab))
 

@@ -91,7 +91,7 @@ def _greet(host: str, port: int) -> tuple[int, int]:
 
 def _functions() -> tuple[Callable[[bytes], Any], Callable[[Any], None]]:
     """`ggml_backend_rpc_add_server` and `ggml_backend_register`."""
-    ggml = _ggml()
+    ggml = library.ggml()
     ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
@@ -106,15 +106,3 @@ def _functions() -> tuple[Callable[[bytes], Any], Callable[[Any], None]]:
     address = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     return add_server, ggml.ggml_backend_register
-
-
-def _ggml() -> Any:
-    """The library with ggml's registry of backends."""
-    library.is_patched()  # raises where there is no llama.cpp at all
-    import llama_cpp.llama_cpp as bindings
-
-    if hasattr(bindings._lib, "ggml_backend_reg_by_name"):
-        return bindings._lib
-    from llama_cpp._ggml import libggml  # Windows: a library does not pass on the symbols of those it loads
-
-    return libggml

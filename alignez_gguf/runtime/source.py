@@ -71,10 +71,7 @@ def unpack(archive: Path, folder: Path) -> Path:
     """
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
-        raise RuntimeUnavailableError(
-            f"{archive.name} has SHA-256 {digest}, not {SDIST_SHA256}: it is another file; clear "
-            "pip's cache (pip cache purge), or set ALIGNEZ_SOURCE_TREE to an unpacked copy that you trust"
-        )
+        raise _another_file(archive, digest)
     with tarfile.open(archive) as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extractall(folder, filter="data")
@@ -136,6 +133,13 @@ def leave_out_common(tree: Path) -> None:
     )
 
 
+def _another_file(archive: Path, digest: str) -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        f"{archive.name} has SHA-256 {digest}, not {SDIST_SHA256}: it is another file; clear "
+        "pip's cache (pip cache purge), or set ALIGNEZ_SOURCE_TREE to an unpacked copy that you trust"
+    )
+
+
 def _checked_tree(tree: Path) -> Path:
     if not (tree / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file():
         raise RuntimeUnavailableError(f"{tree} is not an unpacked source distribution of llama-cpp-python")
@@ -151,12 +155,18 @@ def _version(tree: Path) -> str:
 
 
 def _download(folder: Path) -> Path:
+    # With its hash, since pip runs the build backend of what it downloads, for the metadata, before we see it
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    command += ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+    command += ["--no-binary", "llama-cpp-python", "--require-hashes", "--requirement", str(requirement)]
     result = subprocess.run(command, capture_output=True, text=True)
     archive = folder / f"{_NAME}.tar.gz"
     if result.returncode != 0 or not archive.is_file():
         lines = (result.stderr or result.stdout).strip().splitlines() or ["no reason given"]
+        # "THESE PACKAGES DO NOT MATCH THE HASHES", "Expected sha256 ...", "Got ..."
+        if lines[-1].strip().startswith("Got "):
+            raise _another_file(archive, lines[-1].split()[-1])
         raise RuntimeUnavailableError(
             f"pip cannot download llama-cpp-python {VERSION}: {lines[-1]}; connect to a package index, or "
             "set ALIGNEZ_SOURCE_TREE to an unpacked source distribution"

@@ -1,37 +1,22 @@
-"""Steering a `llama_cpp.Llama` that a script already has.
-
-Every answer of `Llama` goes through its `generate` and `eval`, which are replaced on the instance while it
-is steered. Its cache of keys and values survives a change of edit or strength (`Llama.generate` in
-llama_cpp/llama.py reuses the longest common prefix whatever the adapters are), so this module keeps for
-every cached token the strength it was computed under, and drops what another request may not reuse.
-"""
+"""`steer`: a control file on a `llama_cpp.Llama` that a script already has, and the handle it gives."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import check_strength
 from alignez_gguf.errors import AlignezError, RuntimeUnavailableError, SteeringError
-from alignez_gguf.exporters.stock import digest
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.attached import Attached, Patched
+from alignez_gguf.runtime.steered import Control, SteeredModel
 from alignez_gguf.runtime.stock import attach
 from alignez_gguf.scope import Scope
 
 Runtime = Literal["auto", "patched", "stock"]
-
-_ATTRIBUTE = "_alignez_steering"
-_REPLACED = ("generate", "eval", "embed", "save_state", "load_state")
 
 
 def steer(
@@ -46,6 +31,10 @@ def steer(
 
     At strength s the MLP output of an edited layer becomes x - s V^T V x, and s times the addition is added
     to the output of its block; 0 is bit for bit the original model.
+
+    A model that is steered already can be steered again: the controls act one after the other, in the order
+    in which they were attached, each with its own strength and scope, and are removed in any order. What is
+    left is bit for bit what the others give alone. It takes the patch.
 
     Args:
         llm: the model to steer.
@@ -64,8 +53,8 @@ def steer(
     Raises:
         ControlFileError: the file is malformed or made for another model.
         RuntimeUnavailableError: the installed llama-cpp-python lacks the patch, and the edit needs it.
-        SteeringError: the model is closed or already steered, it cannot be edited there, or the strength or
-            scope is not valid.
+        SteeringError: the model is closed, it cannot be edited there, it cannot take another control, or the
+            strength or scope is not valid.
     """
     if runtime not in ("auto", "patched", "stock"):
         raise SteeringError(f"the runtime {runtime!r} is unknown; use auto, patched or stock")
@@ -75,19 +64,8 @@ def steer(
     return Steering(llm, control, check_strength(strength), chosen, runtime)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """The part of a saved state that only the same edits may go on from."""
-
-    edits_digest: str
-    strengths: tuple[float, ...]
-    """Of every token that was cached."""
-    scores: NDArray[np.float32]
-    """`LlamaState.scores` of all of them."""
-
-
 class Steering:
-    """A steered model. Leaving the `with` block, or `remove()`, gives the original model back."""
+    """A control on a model. Leaving the `with` block, or `remove()`, gives the model back without it."""
 
     def __init__(
         self,
@@ -97,27 +75,14 @@ class Steering:
         scope: Scope,
         runtime: Runtime,
     ) -> None:
-        if _is_closed(llm):
+        self._model = SteeredModel.of(llm)
+        if self._model.is_closed:
             raise SteeringError("the model is closed; load it again to steer it")
-        if _ATTRIBUTE in vars(llm):
-            raise SteeringError("the model is already steered; remove the other control first")
         control.check_fits(ModelInfo.from_llama(llm))
         self.control = control
-        self._llm = llm
-        self._strength = strength
-        self._scope = scope
-        self._steered: range = range(0)
-        """Positions that are steered in the present request."""
-        self._in_generate = False
-        self._edits_digest = digest(control.edits)
-        self._cached: list[float] = [0.0] * llm.n_tokens
-        """Strength that each cached token was computed under."""
-        self._attached = _attached(llm, control, runtime)
-        self._original: dict[str, Callable[..., Any]] = {name: getattr(llm, name) for name in _REPLACED}
-        self._generate_signature = inspect.signature(llm.generate)
-        for name in _REPLACED:
-            setattr(llm, name, getattr(self, f"_{name}"))
-        setattr(llm, _ATTRIBUTE, self)
+        attached = _attached(llm, control, runtime, [other.attached for other in self._model.controls])
+        self._state = Control(control, strength, scope, attached)
+        self._model.attach(self._state)
 
     def __enter__(self) -> Steering:
         return self
@@ -130,137 +95,43 @@ class Steering:
     @property
     def runtime(self) -> Literal["patched", "stock"]:
         """Which way the edits reach llama.cpp."""
-        return "patched" if isinstance(self._attached, Patched) else "stock"
+        return "patched" if isinstance(self._state.attached, Patched) else "stock"
 
     @property
     def strength(self) -> float:
         """How much of the edit is applied; a change holds from the next token on."""
-        return self._strength
+        return self._state.strength
 
     @strength.setter
     def strength(self, value: float) -> None:
         self._require_attached()
-        self._strength = check_strength(value)
-        self._set_positions(self._steered)
+        self._state.strength = check_strength(value)
+        self._state.steer(self._state.positions)
 
     @property
     def scope(self) -> Scope:
         """Which tokens are steered; a change holds from the next request on."""
-        return self._scope
+        return self._state.scope
 
     @scope.setter
     def scope(self, value: str | Scope) -> None:
         self._require_attached()
-        self._scope = Scope.parse(value)
+        self._state.scope = Scope.parse(value)
 
     def remove(self) -> None:
-        """Give the original model back; its cache keeps only what was not steered. Idempotent."""
-        llm = self._llm
-        if vars(llm).get(_ATTRIBUTE) is not self:
-            return
-        for name in (*_REPLACED, _ATTRIBUTE):
-            delattr(llm, name)
-        if not _is_closed(llm):
-            self._keep_prefix(self._reusable(range(0)))
-            self._attached.detach()
+        """Give the model back without this control; the cache keeps what it did not steer. Idempotent."""
+        if self._state in self._model.controls:
+            self._model.detach(self._state)
 
     def _require_attached(self) -> None:
-        if vars(self._llm).get(_ATTRIBUTE) is not self or _is_closed(self._llm):
+        if self._state not in self._model.controls or self._model.is_closed:
             raise SteeringError("this steering was removed, or its model closed; call steer() again")
 
-    def _set_positions(self, positions: range) -> None:
-        self._steered = positions
-        self._attached.steer(self._strength, positions)
 
-    def _begin(self, n_prompt: int) -> None:
-        """Start a request whose prompt ends at position `n_prompt`."""
-        first, end = self._scope.positions(n_prompt)
-        self._set_positions(range(first, self._llm.n_ctx() if end is None else end))
-
-    def _reusable(self, steered: range) -> int:
-        """Number of cached tokens, from the start, that `steered` positions would compute the same."""
-        for position, strength in enumerate(self._cached[: self._llm.n_tokens]):
-            if strength != (self._strength if position in steered else 0.0):
-                return position
-        return int(self._llm.n_tokens)
-
-    def _keep_prefix(self, length: int) -> None:
-        llm = self._llm
-        if length >= llm.n_tokens:
-            return
-        if length == 0 or not llm._ctx.kv_cache_seq_rm(-1, length, -1):
-            # a recurrent or sliding-window cache cannot be cut in the middle
-            llm.reset()
-            return
-        llm.n_tokens = length
-        llm._requires_eval = True
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        bound = self._generate_signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        n_cached = 0 if bound.arguments["reset"] else self._llm.n_tokens
-        self._begin(n_cached + len(bound.arguments["tokens"]))
-        if bound.arguments["reset"]:
-            self._keep_prefix(self._reusable(self._steered))
-        tokens = self._original["generate"](*bound.args, **bound.kwargs)
-        sent: Sequence[int] | None = None
-        while True:
-            # not while the caller has the token: the answer may be left unfinished
-            self._in_generate = True
-            try:
-                token = tokens.send(sent)
-            except StopIteration:
-                return
-            finally:
-                self._in_generate = False
-            sent = yield token
-            self._require_attached()
-
-    def _eval(self, tokens: Sequence[int]) -> None:
-        first = self._llm.n_tokens
-        if not self._in_generate and (first == 0 or len(tokens) > 1):
-            self._begin(first + len(tokens))
-        self._cached[first:] = [
-            self._strength if position in self._steered else 0.0
-            for position in range(first, first + len(tokens))
-        ]
-        done = 0
-        for length in self._attached.pieces(first, len(tokens)):
-            self._original["eval"](tokens[done : done + length])
-            done += length
-
-    def _embed(self, *args: Any, **kwargs: Any) -> Any:
-        steered = self._steered
-        self._set_positions(range(0))
-        try:
-            return self._original["embed"](*args, **kwargs)
-        finally:
-            self._set_positions(steered)
-
-    def _save_state(self) -> Any:
-        """Save a state that is whole for these edits, and ends before the first steered token for others."""
-        state = self._original["save_state"]()
-        strengths = tuple(self._cached[: state.n_tokens])
-        setattr(state, _ATTRIBUTE, _Saved(self._edits_digest, strengths, state.scores))
-        unsteered = self._reusable(range(0))
-        if unsteered < state.n_tokens and (self._llm._is_recurrent or self._llm._is_hybrid):
-            unsteered = 0  # such a state cannot be cut in the middle
-        state.n_tokens, state.scores = unsteered, state.scores[:unsteered]
-        return state
-
-    def _load_state(self, state: Any) -> None:
-        saved = getattr(state, _ATTRIBUTE, None)
-        strengths = (0.0,) * state.n_tokens
-        if saved is not None and saved.edits_digest == self._edits_digest:
-            strengths = saved.strengths
-            state = copy.copy(state)
-            state.n_tokens, state.scores = len(strengths), saved.scores
-        self._original["load_state"](state)
-        self._cached = list(strengths)
-
-
-def _attached(llm: Any, control: ControlFile, runtime: Runtime) -> Attached:
+def _attached(llm: Any, control: ControlFile, runtime: Runtime, others: Sequence[Attached]) -> Attached:
     """Set the edits the way that is asked for; for "auto", the other way where the patch cannot."""
+    if others:
+        return _nested(llm, control, runtime, others[-1])
     if runtime == "stock":
         return _adapters(llm, control)
     if runtime == "auto" and not library.is_patched():
@@ -281,6 +152,16 @@ def _attached(llm: Any, control: ControlFile, runtime: Runtime) -> Attached:
             raise out_of_reach from None
 
 
+def _nested(llm: Any, control: ControlFile, runtime: Runtime, other: Attached) -> Attached:
+    # LoRAs add up: two removals would miss s1 s2 P2 P1 x
+    if runtime == "stock" or not isinstance(other, Patched):
+        raise SteeringError(
+            "the adapters of stock llama.cpp steer by one control at a time; remove the other one first, or "
+            "use the patched runtime for both: alignez-gguf runtime build"
+        )
+    return Patched(llm._ctx.ctx, control.edits, control.model.n_embd, beside=other)
+
+
 def _adapters(llm: Any, control: ControlFile) -> Attached:
     if llm.lora_path:
         raise SteeringError(
@@ -288,7 +169,3 @@ def _adapters(llm: Any, control: ControlFile) -> Attached:
             "into account; load it without, or use the patched runtime: alignez-gguf runtime build"
         )
     return attach(llm._ctx.ctx, llm._model.model, llm.model_path, control.edits)
-
-
-def _is_closed(llm: Any) -> bool:
-    return getattr(llm._ctx, "ctx", None) is None

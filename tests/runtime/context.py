@@ -6,6 +6,7 @@ Light imports only, since a child process imports it too.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Context:
         """Nodes of the graphs that were computed, all in all."""
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._count_node)
         model_parameters = llama_cpp.llama_model_default_params()
+        model_parameters.n_gpu_layers = int(os.environ.get("ALIGNEZ_TEST_GPU_LAYERS", "-1"))
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 256, 256, micro_batch
         parameters.n_seq_max, parameters.kv_unified = _MAX_SEQUENCES, True
@@ -78,10 +80,19 @@ class Context:
     def set_edits(self, edits: dict[int, LayerEdit]) -> None:
         library.set_edits(self.pointer, edits, self.n_embd)
 
+    def set_controls(self, controls: Sequence[dict[int, LayerEdit]]) -> None:
+        library.set_controls(self.pointer, controls, self.n_embd)
+
     def set_strength(
-        self, strength: float, *, sequence: int = -1, first: int = 0, end: int | None = None
+        self,
+        strength: float,
+        *,
+        control: int = 0,
+        sequence: int = -1,
+        first: int = 0,
+        end: int | None = None,
     ) -> None:
-        library.set_strength(self.pointer, strength, sequence=sequence, first=first, end=end)
+        library.set_strength(self.pointer, strength, control=control, sequence=sequence, first=first, end=end)
 
     def decode(self, batch_rows: Sequence[Row]) -> NDArray[np.float32]:
         """Decode after what is cached; return the logits [rows with output, n_vocab]."""

@@ -22,17 +22,30 @@ def hooked_logits(
     strengths: float | Sequence[float] = 1.0,
 ) -> NDArray[np.float32]:
     """Logits [n_tokens, n_vocab] of the PyTorch model, each token edited at its own strength."""
-    strength = torch.tensor(strengths).expand(len(tokens))[None, :, None]
+    return nested_logits(model, tokens, [(edits, strengths)])
+
+
+def nested_logits(
+    model: TinyModel,
+    tokens: Sequence[int],
+    controls: Sequence[tuple[Mapping[int, LayerEdit], float | Sequence[float]]],
+) -> NDArray[np.float32]:
+    """The same under several controls, each hooked after the one before it."""
     with ExitStack() as hooks, torch.no_grad():
-        for layer, edit in edits.items():
-            if edit.remove is not None:
-                v = torch.tensor(edit.remove)
-                _hook(hooks, model.mlp_modules[layer], lambda x, v=v: x - strength * (x @ v.T @ v))
-            if edit.add is not None:
-                add = torch.tensor(edit.add)
-                _hook(hooks, model.blocks[layer], lambda h, add=add: h + strength * add)
+        for edits, strengths in controls:
+            _edit(hooks, model, edits, torch.tensor(strengths).expand(len(tokens))[None, :, None])
         logits: NDArray[np.float32] = model.hf(torch.tensor([list(tokens)])).logits[0].numpy()
     return logits
+
+
+def _edit(hooks: ExitStack, model: TinyModel, edits: Mapping[int, LayerEdit], strength: torch.Tensor) -> None:
+    for layer, edit in edits.items():
+        if edit.remove is not None:
+            v = torch.tensor(edit.remove)
+            _hook(hooks, model.mlp_modules[layer], lambda x, v=v: x - strength * (x @ v.T @ v))
+        if edit.add is not None:
+            add = torch.tensor(edit.add)
+            _hook(hooks, model.blocks[layer], lambda h, add=add: h + strength * add)
 
 
 def _hook(hooks: ExitStack, module: nn.Module, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from alignez_gguf.cli import main
 from alignez_gguf.cli.runtime import runtime
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import build, probe, source, status
@@ -148,6 +150,34 @@ def test_an_archive_with_another_checksum_is_refused_and_not_unpacked(tmp_path: 
     with pytest.raises(RuntimeUnavailableError, match=source.SDIST_SHA256):
         source.unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_download_with_another_checksum_stops_the_build_before_anything_of_it_runs(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By pip itself, which would run the build backend that the archive brings, for its metadata."""
+    ran = tmp_path / "ran"
+    (tree / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n"
+    )
+    (tree / "backend.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    archive = tmp_path / "index" / f"llama_cpp_python-{source.VERSION}.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tree, arcname=f"llama_cpp_python-{source.VERSION}")
+    compiler = Compiler(monkeypatch)
+    monkeypatch.delenv("ALIGNEZ_SOURCE_TREE")
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", archive.parent), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{name}", str(value))
+
+    result = CliRunner(catch_exceptions=False).invoke(main, ["runtime", "build", "--no-install"])
+
+    assert (result.exit_code, result.stdout, compiler.built, ran.exists()) == (1, "", [], False)
+    *_, last = result.stderr.splitlines()
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert f"has SHA-256 {found}, not {source.SDIST_SHA256}" in last
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path for path in left if path.name != "lock" and path.suffix != ".lock"] == []
 
 
 def test_the_second_build_comes_from_the_cache(

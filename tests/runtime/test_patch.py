@@ -21,7 +21,7 @@ from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
 from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference
-from tests.runtime.oracle import hooked_logits
+from tests.runtime.oracle import hooked_logits, nested_logits
 
 N_EMBD, N_LAYER = 64, 3
 LAYERS = range(N_LAYER)
@@ -51,6 +51,7 @@ EDITS = {
 }
 ALL = EDITS["both, on all layers"]
 OTHER = {1: LayerEdit(remove=vectors(2), add=addition())}
+NESTED = [ALL, EDITS["rank 3 from some layers"], OTHER]
 
 
 @cache
@@ -113,6 +114,41 @@ def test_strengths_and_position_ranges_equal_forward_hooks(
 
     expected = hooked_logits(tiny, TOKENS, ALL, [0.0] * 7 + [0.5] * 13 + [0.0] * 20)
     assert difference(steered, expected) < max(PARITY, 2 * floor)
+
+
+def test_nested_controls_equal_nested_forward_hooks(
+    any_architecture: tuple[TinyModel, Context, float],
+) -> None:
+    tiny, context, floor = any_architecture
+    context.set_controls(NESTED)
+    context.set_strength(0.5, control=1, first=7, end=20)
+    context.set_strength(0.8, control=2)
+    strengths = [1.0, [0.0] * 7 + [0.5] * 13 + [0.0] * 20, 0.8]
+
+    steered = context.logits(rows(TOKENS))
+
+    expected = nested_logits(tiny, TOKENS, list(zip(NESTED, strengths, strict=True)))
+    assert difference(steered, expected) < max(PARITY, 2 * floor)
+    other_order = nested_logits(tiny, TOKENS, list(zip(NESTED, strengths, strict=True))[::-1])
+    assert difference(other_order, expected) > 1e-3
+
+
+def test_a_control_at_strength_zero_beside_another_does_nothing_bit_for_bit(llama: Context) -> None:
+    llama.set_controls([ALL, OTHER])
+    llama.set_strength(0.5, control=0)
+    llama.set_strength(0.0, control=1)
+    assert np.array_equal(llama.logits(rows(TOKENS)), fresh_logits(ALL, 0.5))
+
+
+def test_sequences_of_one_batch_differ_in_which_controls_steer_them(llama: Context) -> None:
+    llama.set_controls([ALL, OTHER])
+    llama.set_strength(0.0, control=1, sequence=0)
+    llama.set_strength(0.0, control=0, sequence=1)
+
+    together = llama.logits(rows(TOKENS) + rows(TOKENS, sequence=1))
+
+    expected = np.concatenate([fresh_logits(ALL), fresh_logits(OTHER)])
+    assert difference(together, expected) < ROUNDING
 
 
 def test_strength_zero_and_cleared_edits_are_the_unsteered_model_bit_for_bit(
@@ -253,7 +289,6 @@ BAD_EDITS: dict[str, tuple[int, list[library._LayerEdit]]] = {
     "a count without vectors": (N_EMBD, [raw_edit(n_remove=1, add=UNIT[0])]),
     "vectors without a count": (N_EMBD, [raw_edit(remove=UNIT[:1], add=UNIT[0])]),
     "a negative count": (N_EMBD, [raw_edit(remove=UNIT[:1], n_remove=-1)]),
-    "a layer given twice": (N_EMBD, [raw_edit(0, add=UNIT[0]), raw_edit(0, remove=UNIT[:1], n_remove=1)]),
     "a layer without an edit": (N_EMBD, [raw_edit()]),
     "a good edit before a bad one": (
         N_EMBD,
@@ -280,12 +315,12 @@ def test_a_bad_edit_is_refused_and_the_former_one_stays(
 
 
 @pytest.mark.parametrize(
-    ("sequence", "strength"),
-    [(0, -0.5), (0, float("nan")), (0, float("inf")), (4, 1.0), (-1, -1.0)],
-    ids=["negative", "NaN", "infinite", "no such sequence", "negative for all"],
+    ("control", "sequence", "strength"),
+    [(0, 0, -0.5), (0, 0, float("nan")), (0, 0, float("inf")), (0, 4, 1.0), (0, -1, -1.0), (1, 0, 1.0)],
+    ids=["negative", "NaN", "infinite", "no such sequence", "negative for all", "no such control"],
 )
 def test_a_bad_strength_is_refused_and_the_former_one_stays(
-    llama: Context, sequence: int, strength: float
+    llama: Context, control: int, sequence: int, strength: float
 ) -> None:
     llama.set_edits(ALL)
     llama.set_strength(0.5)
@@ -293,7 +328,7 @@ def test_a_bad_strength_is_refused_and_the_former_one_stays(
     _, set_strength = library._functions()
 
     with captured_log() as log:
-        status = set_strength(llama.pointer, sequence, strength, -1, -1)
+        status = set_strength(llama.pointer, control, sequence, strength, -1, -1)
 
     assert status != 0
     assert "invalid sequence" in log.reason()
@@ -315,6 +350,11 @@ def test_a_token_shared_by_sequences_of_different_strengths_fails_to_decode(llam
 
     llama.set_strength(1.0)
     assert difference(llama.logits(shared), fresh_logits(ALL)) < ROUNDING
+
+    llama.set_controls([ALL, OTHER])
+    llama.set_strength(0.5, control=1, sequence=1)
+    with pytest.raises(DecodeError, match="different strengths"):
+        llama.logits(shared)
 
 
 def test_a_sequence_that_the_context_does_not_have_fails_to_decode(llama: Context) -> None:
@@ -362,8 +402,11 @@ def test_only_edited_layers_add_nodes_to_the_graph(llama: Context, edit: LayerEd
     all_layers = n_nodes()
     llama.set_strength(0.0)
     off = n_nodes()
+    llama.set_controls([{1: edit}, {1: edit}])
+    twice = n_nodes()
 
-    assert (one_layer - unsteered, all_layers - unsteered, off) == (added, N_LAYER * added, unsteered)
+    assert (one_layer - unsteered, all_layers - unsteered) == (added, N_LAYER * added)
+    assert (off, twice - unsteered) == (unsteered, 2 * added)
 
 
 def test_a_change_of_strength_neither_rebuilds_nor_reserves_a_graph(llama: Context) -> None:

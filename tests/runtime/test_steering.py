@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import GGML_TYPE_F32, Llama, LlamaRAMCache
-from numpy.typing import NDArray
+from llama_cpp import Llama, LlamaRAMCache
 
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
@@ -19,14 +18,10 @@ from alignez_gguf.errors import ControlFileError, RuntimeUnavailableError, Steer
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.steering import steer
 from tests.models import OUT_OF_REACH, TinyModel, tiny_model
+from tests.runtime.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
 from tests.runtime.oracle import hooked_logits
 
-PARITY = 5e-5
-"""Largest difference to PyTorch in F32."""
 SCOPES = ("generation", "all", "first:2")
-N_ANSWER = 6
-PROMPT = [int(token) for token in np.random.default_rng(0).integers(5, 380, 24)]
-MORE = [int(token) for token in np.random.default_rng(1).integers(5, 380, 8)]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +44,6 @@ def control(model: TinyModel) -> ControlFile:
     return ControlFile(ModelInfo.from_gguf(model.gguf), EDITS)
 
 
-def load(gguf: Path, **options: Any) -> Llama:
-    defaults = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
-    return Llama(str(gguf), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, **(defaults | options))
-
-
 @pytest.fixture
 def llm(model: TinyModel) -> Iterator[Llama]:
     llm = load(model.gguf)
@@ -66,24 +56,6 @@ def never_steered(model: TinyModel) -> Iterator[Llama]:
     llm = load(model.gguf)
     yield llm
     llm.close()
-
-
-def answer(llm: Llama, prompt: Sequence[int], n_tokens: int = N_ANSWER) -> list[int]:
-    """Greedy tokens."""
-    return list(islice(llm.generate(list(prompt), temp=0.0), n_tokens))
-
-
-def cached(llm: Llama) -> tuple[list[int], NDArray[np.float32]]:
-    """The tokens in the cache and the logits that each gave."""
-    return llm.input_ids[: llm.n_tokens].tolist(), llm.scores[: llm.n_tokens].copy()
-
-
-def strengths(scope: str, strength: float, n_prompt: int, n_tokens: int) -> list[float]:
-    """Of each token of a request, by the words of the documentation."""
-    last = n_prompt - 1
-    n_steered = {"generation": n_tokens - last, "all": n_tokens, "first:2": min(2, n_tokens - last)}[scope]
-    before = 0 if scope == "all" else last
-    return [0.0] * before + [strength] * n_steered + [0.0] * (n_tokens - before - n_steered)
 
 
 def expected_answer(
@@ -424,12 +396,8 @@ def test_an_unpatched_library_is_refused_with_the_mend(
     assert_untouched(llm, never_steered)
 
 
-def test_one_model_is_steered_by_one_control_at_a_time(
-    model: TinyModel, llm: Llama, control: ControlFile
-) -> None:
+def test_a_model_can_be_steered_again(model: TinyModel, llm: Llama, control: ControlFile) -> None:
     with steer(llm, control):
-        with pytest.raises(SteeringError, match="already steered"):
-            steer(llm, ControlFile(control.model, edits_of(seed=1)))
         assert_as_alone(model, llm, PROMPT, "generation", 1.0)
     with steer(llm, control, strength=0.5):
         assert_as_alone(model, llm, PROMPT, "generation", 0.5)

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import GGML_TYPE_F32, Llama
-from numpy.typing import NDArray
+from llama_cpp import Llama
 
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
@@ -22,15 +19,11 @@ from alignez_gguf.errors import OutputError, RuntimeUnavailableError, SteeringEr
 from alignez_gguf.exporters import stock as exported
 from alignez_gguf.exporters.weights import ModelWeights
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.steering import steer
+from alignez_gguf.runtime.steering import Runtime, steer
 from tests.models import OUT_OF_REACH, TinyModel, tiny_model
+from tests.runtime.asking import MORE, PARITY, PROMPT, answer, cached, load, strengths
 from tests.runtime.oracle import hooked_logits
 
-PARITY = 5e-5
-"""Largest difference to PyTorch in F32."""
-N_ANSWER = 6
-PROMPT = [int(token) for token in np.random.default_rng(0).integers(5, 380, 24)]
-MORE = [int(token) for token in np.random.default_rng(1).integers(5, 380, 8)]
 random = np.random.default_rng(0).standard_normal
 EDITS = {
     0: LayerEdit(remove=random((1, 64))),
@@ -56,34 +49,11 @@ def control(model: TinyModel) -> ControlFile:
     return ControlFile(ModelInfo.from_gguf(model.gguf), EDITS)
 
 
-def load(gguf: Path, **options: Any) -> Llama:
-    defaults = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
-    return Llama(str(gguf), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, **(defaults | options))
-
-
 @pytest.fixture
 def llm(model: TinyModel) -> Iterator[Llama]:
     llm = load(model.gguf)
     yield llm
     llm.close()
-
-
-def answer(llm: Llama, prompt: Sequence[int]) -> list[int]:
-    """Greedy tokens."""
-    return list(islice(llm.generate(list(prompt), temp=0.0), N_ANSWER))
-
-
-def cached(llm: Llama) -> tuple[list[int], NDArray[np.float32]]:
-    """The tokens in the cache and the logits that each gave."""
-    return llm.input_ids[: llm.n_tokens].tolist(), llm.scores[: llm.n_tokens].copy()
-
-
-def strengths(scope: str, strength: float, n_prompt: int, n_tokens: int) -> list[float]:
-    """Of each token of a request, by the words of the documentation."""
-    last = n_prompt - 1
-    n_steered = {"generation": n_tokens - last, "all": n_tokens, "first:2": min(2, n_tokens - last)}[scope]
-    before = 0 if scope == "all" else last
-    return [0.0] * before + [strength] * n_steered + [0.0] * (n_tokens - before - n_steered)
 
 
 def assert_as_alone(model: TinyModel, llm: Llama, prompt: Sequence[int], scope: str, strength: float) -> None:
@@ -180,6 +150,16 @@ def test_what_the_adapters_cannot_carry_is_refused_with_the_mend(
     ):
         steer(llm, control)
     assert "_alignez_steering" not in vars(llm)
+
+
+@pytest.mark.parametrize(("first", "second"), [("stock", "auto"), ("stock", "stock"), ("patched", "stock")])
+def test_a_second_control_is_refused_with_the_mend_and_the_first_one_stays(
+    model: TinyModel, llm: Llama, control: ControlFile, first: Runtime, second: Runtime
+) -> None:
+    with steer(llm, control, runtime=first):
+        with pytest.raises(SteeringError, match=r"one control at a time.*alignez-gguf runtime build"):
+            steer(llm, control, runtime=second)
+        assert_as_alone(model, llm, PROMPT, "generation", 1.0)
 
 
 def test_the_adapters_are_made_once_for_a_file_and_edits(
