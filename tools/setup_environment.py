@@ -29,6 +29,13 @@ _BUSY = VENV / "setup-busy"
 _STAMP = VENV / "setup-stamp"
 """What the finished set-up was made from."""
 
+# With ALIGNEZ_LOCKED=1, every package comes in the version and with a hash of the lock file. Two things are
+# not hashed: torch, of which CPU and CUDA builds share a version, with the CUDA libraries that it brings; and
+# what pip fetches to build llama-cpp-python, whose own source is (runtime/source.py). Not the default: the
+# lock is resolved for one platform and Python.
+_LOCK = ROOT / "tools" / "requirements.lock"
+_LOCK_FITS = ("Linux", "x86_64", "CPython", "3.11")
+
 _TORCH = "torch==2.13.0"
 # What `alignez-gguf runtime build` and llama-cpp-python itself import. The package's own installation comes
 # last, because pip would otherwise compile the unpatched llama-cpp-python for it.
@@ -76,6 +83,7 @@ def ensure() -> None:
     if _is_done():
         return
     _check_machine()
+    locked = _is_locked()
     with _lock():
         if _is_done():
             return
@@ -83,16 +91,36 @@ def ensure() -> None:
         _say(f"setting up {VENV} (up to 12 minutes on 2 cores the first time)")
         _make_venv()
         _STAMP.unlink(missing_ok=True)
+        if locked:
+            _pip("installing what the lock file names", "--require-hashes", "--no-deps", "-r", str(_LOCK))
         _pip(f"installing {_TORCH}", _TORCH)
-        _pip("installing what the build needs", *_BUILD_REQUIREMENTS)
+        if not locked:
+            _pip("installing what the build needs", *_BUILD_REQUIREMENTS)
         _step(
             "building llama-cpp-python with the patch (about 4 minutes on 2 cores, seconds if built before)",
             [str(PYTHON), "-c", _BUILD_RUNTIME, "runtime", "build"],
             {"PYTHONPATH": str(ROOT)},
         )
-        _pip("installing alignez-gguf and its development tools", _TORCH, "--editable", f"{ROOT}[dev]")
+        title = "installing alignez-gguf and its development tools"
+        if locked:
+            _pip(title, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+        else:
+            _pip(title, _TORCH, "--editable", f"{ROOT}[dev]")
         _STAMP.write_text(_fingerprint() + "\n", encoding="utf-8")
         _say(f"set up in {time.monotonic() - started:.0f} s")
+
+
+def _is_locked() -> bool:
+    """Whether the lock file is asked for. Raises `SetupError` where it does not fit this Python."""
+    if os.environ.get("ALIGNEZ_LOCKED", "") in ("", "0"):
+        return False
+    version = ".".join(platform.python_version_tuple()[:2])
+    here = (platform.system(), platform.machine(), platform.python_implementation(), version)
+    if here != _LOCK_FITS:
+        raise SetupError(
+            f"{_LOCK.name} is for {' '.join(_LOCK_FITS)}, and this is {' '.join(here)}; unset ALIGNEZ_LOCKED"
+        )
+    return True
 
 
 def _is_done() -> bool:
@@ -106,6 +134,8 @@ def _fingerprint() -> str:
     """Of all that the set-up depends on."""
     digest = hashlib.sha256()
     files = [ROOT / "pyproject.toml", Path(__file__), *sorted((ROOT / "patches").glob("*.patch"))]
+    if _is_locked():
+        files.append(_LOCK)
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     facts = (str(ROOT), platform.python_version(), platform.machine(), os.environ.get("CMAKE_ARGS", ""))

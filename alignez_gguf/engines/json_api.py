@@ -108,7 +108,7 @@ class JsonApi:
             try:
                 return read(response.json())
             except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise _PassingError("answers with something that no completions endpoint says") from error
+                raise _PassingError("answers with something that no such endpoint says") from error
         said = self._message(response)
         if response.status_code in (408, 425, 429) or response.is_server_error:
             raise _PassingError(f"answers {said}", _retry_after(response))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
 import anyio
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from alignez_gguf.server.description import (
+    ANSWER,
+    HEALTH,
+    METRICS,
+    MODEL,
+    MODELS,
+    SET_STEERING,
+    STEERING,
+    describe,
+)
 from alignez_gguf.server.errors import ApiError, install
 from alignez_gguf.server.gate import Gate
 from alignez_gguf.server.jobs import Job
@@ -50,32 +61,50 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(service.close)
 
-    app = FastAPI(title="alignez-gguf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None)
     install(app)
     scheduler = service.scheduler
     metrics = Metrics(lambda: scheduler.n_waiting, lambda: scheduler.n_growing)
     app.state.service, app.state.metrics = service, metrics
     for path, (name, kind) in _PAGE.items():
         content = (files(__package__) / "page" / name).read_bytes()
-        app.add_api_route(path, _static(content, kind), methods=["GET"])
-    app.add_api_route("/health", _health, methods=["GET"])
-    app.add_api_route("/metrics", _metrics, methods=["GET"])
-    app.add_api_route("/v1/models", _models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _model, methods=["GET"])
-    app.add_api_route("/v1/steering", _steering, methods=["GET"])
-    app.add_api_route("/v1/steering", _set_steering, methods=["PUT"])
-    app.add_api_route("/v1/chat/completions", _chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/completions", _complete, methods=["POST"], response_model=None)
+        app.add_api_route(path, _static(content, kind), methods=["GET"], include_in_schema=False)
+    _add_routes(app)
+    open_paths = frozenset({"/health", *_PAGE})
+    keys = tuple(api_keys)
+    document = describe(app, service, needs_key=bool(keys), open_paths=open_paths)
+    app.openapi = lambda: document  # type: ignore[method-assign]
     paths = [path for route in app.routes if (path := getattr(route, "path", "")) and "{" not in path]
     app.add_middleware(
         Gate,
         metrics=metrics,
-        api_keys=tuple(api_keys),
+        api_keys=keys,
         body_bytes=service.limits.body_bytes,
         paths=paths,
-        open_paths=("/health", *_PAGE),
+        open_paths=open_paths,
     )
     return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    """All but the page. They answer with what they please: `response_model=None`."""
+    told: dict[str, Any] = {"response_model": None}
+    told_json: dict[str, Any] = told | {"dependencies": [Depends(_require_json)]}
+    app.get("/health", responses=HEALTH, **told)(_health)
+    app.get("/metrics", responses=METRICS, response_class=PlainTextResponse, **told)(_metrics)
+    app.get("/v1/models", responses=MODELS, **told)(_models)
+    app.get("/v1/models/{name:path}", responses=MODEL, **told)(_model)
+    app.get("/v1/steering", responses=STEERING, **told)(_steering)
+    app.put("/v1/steering", responses=SET_STEERING, **told_json)(_set_steering)
+    app.post("/v1/chat/completions", responses=ANSWER, **told_json)(_chat)
+    app.post("/v1/completions", responses=ANSWER, **told_json)(_complete)
+
+
+async def _require_json(request: Request) -> None:
+    """Refuse a body that says it is something else, as one that a page of another site sends has to."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "the body has to be JSON; send it with Content-Type: application/json")
 
 
 def _service(request: Request) -> Service:
@@ -135,8 +164,7 @@ async def _set_steering(body: SteeringDefaults, service: Served) -> dict[str, An
 async def _chat(body: ChatBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    # Templates and tokenizers can take long over a long prompt.
-    jobs = await anyio.to_thread.run_sync(service.chat_jobs, body, steering)
+    jobs = await _read(service, service.chat_jobs, body, steering)
     frame = _frame(service, True, steering, jobs, body)
     return await _answer(request, body, frame)
 
@@ -144,9 +172,14 @@ async def _chat(body: ChatBody, request: Request, service: Served) -> Response:
 async def _complete(body: CompletionBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    jobs = await anyio.to_thread.run_sync(service.completion_jobs, body, steering)
+    jobs = await _read(service, service.completion_jobs, body, steering)
     frame = _frame(service, False, steering, jobs, body)
     return await _answer(request, body, frame)
+
+
+async def _read(service: Service, read: Callable[..., list[Job]], *arguments: Any) -> list[Job]:
+    """Templates and tokenizers can take long over a long prompt."""
+    return await asyncio.get_running_loop().run_in_executor(service.readers, read, *arguments)
 
 
 def _frame(service: Service, is_chat: bool, steering: Any, jobs: list[Job], body: GenerationBody) -> Frame:

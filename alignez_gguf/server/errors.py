@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from alignez_gguf.errors import AlignezError
 
@@ -49,6 +50,12 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+def _methods(request: Request) -> set[str]:
+    """What a path can be asked with; Starlette names those of the first route only."""
+    fitting = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in fitting for method in getattr(route, "methods", None) or ()}
+
+
 def install(app: FastAPI) -> None:
     """Answer whatever a route raises in this shape."""
 
@@ -71,7 +78,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        response = ApiError(error.status_code, what).response()
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(sorted(_methods(request)))
+        return response
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

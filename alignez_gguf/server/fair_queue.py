@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -29,6 +29,11 @@ class FairQueue(Generic[Item]):
         if items:
             self._waiting[client] = items
         return item
+
+    def keep(self, wanted: Callable[[Item], bool]) -> None:
+        """Drop every item that is not wanted any more."""
+        kept = ((client, deque(filter(wanted, items))) for client, items in self._waiting.items())
+        self._waiting = OrderedDict((client, items) for client, items in kept if items)
 
     def __iter__(self) -> Iterator[Item]:
         return (item for items in self._waiting.values() for item in items)

@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from alignez_gguf.server.errors import ApiError
 from alignez_gguf.server.metrics import Metrics
 
+HEAD_BYTES = 16 << 10
+"""Of the head of a request."""
+
 _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -64,10 +67,14 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, counted)
             return
-        await self._app(scope, replayed, counted)
+        if replayed is not None:
+            await self._app(scope, replayed, counted)
 
     def _admit(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        n_bytes = len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers.raw)
+        if n_bytes > HEAD_BYTES:
+            raise ApiError(431, f"the head of the request is longer than {HEAD_BYTES} bytes; send less")
         key = b""
         if not self._keys:
             host = headers.get("host", "")
@@ -84,22 +91,22 @@ class Gate:
         address = scope["client"][0] if scope.get("client") else ""
         scope.setdefault("state", {})["client"] = (key, address)
 
-    async def _whole_body(self, headers: Headers, receive: Receive) -> Receive:
-        """Read the body, and give the application a way to read it again."""
+    async def _whole_body(self, headers: Headers, receive: Receive) -> Receive | None:
+        """Read the body, and give the application a way to read it again; None where the client leaves."""
         too_long = ApiError(413, f"the body is longer than {self._body_bytes} bytes; send less")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._body_bytes:
             raise too_long
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                break
+                return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._body_bytes:
                 raise too_long
-        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
             return pending.pop() if pending else await receive()

@@ -10,6 +10,9 @@ from functools import partial
 from alignez_gguf.server.errors import ApiError
 from alignez_gguf.server.jobs import Event, Failed, Finished, Job, Piece, Ticket, TokenReport
 
+_MOST_UNREAD = 8192
+"""Events that wait for a client which does not read; beyond them its answers end."""
+
 
 @dataclass
 class Choice:
@@ -68,4 +71,11 @@ class Reply:
     def _hear(self, index: int, event: Event) -> None:
         # The loop is closed where the server went down before the model did.
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            self._loop.call_soon_threadsafe(self._keep, index, event)
+
+    def _keep(self, index: int, event: Event) -> None:
+        if self._events.qsize() == _MOST_UNREAD:
+            self.cancel()
+            event = Failed("the answer is not being read; ask for less at once, or read it faster")
+        if self._events.qsize() <= _MOST_UNREAD:
+            self._events.put_nowait((index, event))

@@ -60,8 +60,12 @@ class Scheduler:
                 raise QueueFullError("the server is shutting down")
             if self._count_waiting() + len(tickets) > self._limit:
                 raise QueueFullError(f"more than {self._limit} requests wait; try again in a moment")
+            queue = self._queues[lane]
+            # Those of clients that left would pile up behind one that waits for its turn.
+            if len(queue) > 2 * self._limit:
+                queue.keep(lambda ticket: not ticket.cancelled)
             for ticket in tickets:
-                self._queues[lane].put(client, ticket)
+                queue.put(client, ticket)
             self._changed.notify()
 
     def close(self) -> None:

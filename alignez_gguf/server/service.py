@@ -18,12 +18,15 @@ from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
 from alignez_gguf.server.jobs import Job
 from alignez_gguf.server.lane import Lane
+from alignez_gguf.server.readers import readers
 from alignez_gguf.server.reply import Reply
 from alignez_gguf.server.requests import ChatBody, CompletionBody, GenerationBody, SteeringFields
 from alignez_gguf.server.scheduler import QueueFullError, Scheduler
 
 _DEFAULT_CONTEXT = 4096
 _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+_CHARACTERS_PER_TOKEN = 16
+"""No text has more on average; the time of some tokenizers grows with the square of the length."""
 _CACHE_BYTES = 4 << 30
 """All sequences of all controls together keep at most so much in their KV caches."""
 
@@ -88,6 +91,9 @@ class Service:
             self._framing = Framing.of(self.model, templates)
             self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
             room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes * len(self.controls.lanes))
+            self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
+            self.readers = opened.enter_context(readers(self._max_characters))
+            """Where `chat_jobs` and `completion_jobs` have to be called."""
             lanes = {}
             for lane in self.controls.lanes:
                 control = controls.get(lane)
@@ -123,9 +129,10 @@ class Service:
 
     def chat_jobs(self, body: ChatBody, steering: SteeringChoice) -> list[Job]:
         """A job for each choice of a chat request. Raises a 400."""
-        messages = [Message(_ROLES.get(one.role, one.role), one.content) for one in body.messages]
+        messages = [Message(_ROLES.get(one.role, one.role), one.text) for one in body.messages]
         tokens = self._tokens(self._framing.prompt_of(messages), "messages")
         stop = (*body.stop_strings, *self._framing.stop)
+        self._check_wanted(body.max_tokens)
         wanted = body.max_completion_tokens or body.max_tokens
         return self._jobs(body, steering, [tokens], wanted, self.limits.max_tokens, stop, body.n_alternatives)
 
@@ -212,12 +219,7 @@ class Service:
             if room < 1:
                 raise _too_long(f"the prompt has {n_prompt} tokens, but the context only {self.n_ctx}")
             return min(default, self.limits.max_tokens, room)
-        if wanted > self.limits.max_tokens:
-            raise ApiError(
-                400,
-                f"max_tokens is {wanted}, and this server gives at most {self.limits.max_tokens}",
-                param="max_tokens",
-            )
+        self._check_wanted(wanted)
         if wanted > room:
             raise _too_long(
                 f"the prompt has {n_prompt} tokens, which with {wanted} for the answer are more than the "
@@ -225,7 +227,15 @@ class Service:
             )
         return wanted
 
+    def _check_wanted(self, wanted: int | None) -> None:
+        limit = self.limits.max_tokens
+        if wanted is not None and wanted > limit:
+            message = f"max_tokens is {wanted}, and this server gives at most {limit}"
+            raise ApiError(400, message, param="max_tokens")
+
     def _tokens(self, prompt: str, param: str) -> tuple[int, ...]:
+        if len(prompt) > self._max_characters:
+            raise _too_long(f"the prompt has {len(prompt)} characters, and the context {self.n_ctx} tokens")
         try:
             tokens = tuple(self.model.tokenize(prompt))
         except QueryError as error:

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 
 import uvicorn
+from fastapi import FastAPI
 
-from alignez_gguf.errors import EndpointError
+from alignez_gguf.errors import AlignezError
 from alignez_gguf.server.app import create_app
+from alignez_gguf.server.connection import Connection
+from alignez_gguf.server.gate import HEAD_BYTES
 from alignez_gguf.server.service import Service
 
 _BACKLOG = 2048
@@ -29,7 +32,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for clients; port 0 takes a free one. Raises `EndpointError`."""
+    """A socket that waits for clients; port 0 takes a free one. Raises `AlignezError`."""
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
@@ -47,9 +50,26 @@ def listen(host: str, port: int) -> socket.socket:
             raise
         return listening
     except OSError as error:
-        raise EndpointError(
+        raise AlignezError(
             f"cannot listen on {host}, port {port} ({error.strerror or error}); choose another --port"
         ) from error
+
+
+def configuration(
+    app: FastAPI, *, grace_seconds: int = 30, connection: type[Connection] = Connection
+) -> uvicorn.Config:
+    """How uvicorn runs the application: quietly, and with limits to what a client can hold."""
+    return uvicorn.Config(
+        app,
+        http=connection,
+        ws="none",
+        h11_max_incomplete_event_size=HEAD_BYTES,  # of what it holds before a head is whole
+        log_level="error",  # a warning for each malformed request would let anybody fill the disk
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=grace_seconds,
+        lifespan="on",
+    )
 
 
 def serve(
@@ -61,14 +81,7 @@ def serve(
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then take no more requests, and give running ones `grace_seconds`."""
-    config = uvicorn.Config(
-        create_app(service, api_keys=api_keys),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=grace_seconds,
-        lifespan="on",
-    )
+    config = configuration(create_app(service, api_keys=api_keys), grace_seconds=grace_seconds)
     server = _Server(config, on_ready)
     with _ended_by_signals():
         try:

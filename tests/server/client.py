@@ -17,8 +17,9 @@ import openai
 import uvicorn
 
 from alignez_gguf.server.app import create_app
+from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.service import Service
-from alignez_gguf.server.serving import listen
+from alignez_gguf.server.serving import configuration, listen
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def until(condition: Callable[[], Any], seconds: float = 30) -> None:
 
 
 @contextmanager
-def serving(service: Service, api_keys: tuple[str, ...] = ()) -> Iterator[Server]:
+def serving(
+    service: Service, api_keys: tuple[str, ...] = (), connection: type[Connection] = Connection
+) -> Iterator[Server]:
     """Serve within this process until the end of the block."""
-    config = uvicorn.Config(create_app(service, api_keys=api_keys), log_level="error", lifespan="on")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configuration(create_app(service, api_keys=api_keys), connection=connection))
     with listen("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -15,6 +15,7 @@ from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.engines import GenerationRequest, Sampling
 from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.service import Limits, Service
 from tests.server.client import Server, serving
 
@@ -50,12 +51,17 @@ def serve(controls: dict[str, ControlFile]) -> Serve:
     """Start a server with some limits; it ends with the block."""
 
     def serve(
-        *, api_keys: tuple[str, ...] = (), n_ctx: int = 256, n_parallel: int = 16, **limits: int
+        *,
+        api_keys: tuple[str, ...] = (),
+        n_ctx: int = 256,
+        n_parallel: int = 16,
+        connection: type[Connection] = Connection,
+        **limits: int,
     ) -> AbstractContextManager[Server]:
         service = Service(
             demo.MODEL, controls, n_ctx=n_ctx, n_parallel=n_parallel, n_threads=1, limits=Limits(**limits)
         )
-        return serving(service, api_keys)
+        return serving(service, api_keys, connection)
 
     return serve
 

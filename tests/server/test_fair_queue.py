@@ -32,3 +32,11 @@ def test_empty_queue_has_nothing_to_show_or_to_give() -> None:
     assert queue.peek() is None
     with pytest.raises(KeyError):
         queue.pop()
+
+
+def test_items_that_are_not_wanted_any_more_are_dropped_and_the_turns_stay() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1", "c1", "c2"):
+        queue.put(item[0], item)
+    queue.keep(lambda item: item not in ("a1", "b1"))
+    assert [queue.pop() for _ in range(len(queue))] == ["a2", "c1", "c2"]

@@ -12,22 +12,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from alignez_gguf import demo
 from alignez_gguf.cli import main
+from alignez_gguf.control import ControlFile, ModelInfo
+from alignez_gguf.edits import LayerEdit
+from alignez_gguf.runtime import library
+from alignez_gguf.server import serving
 from alignez_gguf.server.serving import listen
 from tests.cli.conftest import PROGRAM, environment
+from tests.models import OUT_OF_REACH, tiny_model
 
 MODEL = str(demo.MODEL)
 
 
 @contextmanager
-def started(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(
+    *arguments: str, model: str = MODEL, **variables: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address."""
     process = subprocess.Popen(
-        [*PROGRAM, "serve", MODEL, "--threads", "1", "--context", "512", "--port", "0", *arguments],
+        [*PROGRAM, "serve", model, "--threads", "1", "--context", "512", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=environment(**variables),
@@ -106,6 +114,39 @@ def test_what_cannot_be_served_is_refused(arguments: tuple[str, ...], exit_code:
     )
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert said in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def edit_of_every_layer(tmp_path: Path) -> tuple[str, str]:
+    """A model whose layers the patch does not reach, and a control file for it."""
+    model = tiny_model(OUT_OF_REACH).gguf
+    info = ModelInfo.from_gguf(model)
+    edit = LayerEdit(remove=np.ones(info.n_embd))
+    ControlFile(info, dict.fromkeys(range(info.n_layer), edit)).save(tmp_path / "control.gguf")
+    return str(model), str(tmp_path / "control.gguf")
+
+
+def test_control_that_cannot_be_applied_in_full_is_not_served_without(
+    edit_of_every_layer: tuple[str, str], control_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, control = edit_of_every_layer
+    monkeypatch.setattr(serving, "serve", lambda *_, **__: pytest.fail("it is served"))
+    for arguments, said in (
+        ((model, "-c", control), "out of reach"),
+        ((MODEL, "-c", str(control_path), "-c", f"second={control}"), "is for"),
+        ((MODEL, "-c", f"first={control}", "-c", str(control_path)), "is for"),
+    ):
+        result = CliRunner().invoke(main, ["serve", *arguments, "--port", "0", "--threads", "1"])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert said in result.stderr.splitlines()[-1]
+
+
+def test_control_is_not_served_without_the_patch(control_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "is_patched", lambda: False)
+    monkeypatch.setattr(serving, "serve", lambda *_, **__: pytest.fail("it is served"))
+    result = CliRunner().invoke(main, ["serve", MODEL, "-c", str(control_path), "--port", "0"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "alignez-gguf runtime build" in result.stderr
 
 
 def test_tokens_are_sent_as_they_come() -> None:

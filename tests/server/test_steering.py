@@ -39,13 +39,28 @@ def test_default_is_read_and_changed_in_part(serve: Serve, lone: Lone) -> None:
         assert text(client, strength=0) == lone("Human: hi")
 
 
-@pytest.mark.parametrize("body", [{"strength": -1}, {"scope": "x"}, {"control": "x"}, {"nonsense": 1}, []])
-def test_default_that_is_not_valid_changes_nothing(server: Server, body: object) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"strength": -1},
+        {"scope": "x"},
+        {"control": "x"},
+        {"control": "other", "strength": 0.3, "scope": "x"},
+        {"control": "x", "strength": 0.3, "scope": "all"},
+        {"control": "other", "scope": "all", "strength": 1e9},
+        {"control": "other", "nonsense": 1},
+        [],
+    ],
+)
+def test_default_that_is_not_valid_leaves_the_former_one_in_force(
+    server: Server, client: openai.OpenAI, lone: Lone, body: object
+) -> None:
     url = f"{server.url}/v1/steering"
     before = httpx.get(url).json()
     response = httpx.put(url, json=body)
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
     assert httpx.get(url).json() == before
+    assert text(client) == lone("Human: hi", strength=1.0)
 
 
 def test_profile_names_every_layer_and_what_is_done_there(server: Server) -> None:
