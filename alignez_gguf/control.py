@@ -7,14 +7,16 @@ one that removes, or that adds at layer 0, instead of applying a part of it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +25,9 @@ from alignez_gguf.atomic import replacing
 from alignez_gguf.edits import Edits, LayerEdit, is_orthonormal
 from alignez_gguf.errors import ControlFileError, SteeringError
 from alignez_gguf.gguf_header import MAX_ARRAY, GgufError, Header, Scalar, TensorInfo, read_header
+from alignez_gguf.layer_report import FIGURES, REQUIRED_FIGURES, LayerReport
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.scope import Scope
-
-if TYPE_CHECKING:
-    from alignez_gguf.directions import Directions
 
 __all__ = ["FORMAT_VERSION", "ControlFile", "Field", "LayerReport", "ModelInfo"]
 
@@ -39,41 +39,16 @@ Field = Scalar | tuple[Scalar, ...]
 
 _ARCHITECTURE = "controlvector"
 _F32 = 0
-_MAX_LAYERS = 65536
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_HASH = "alignez.sha256"
+_MAX_LAYERS = MAX_ARRAY
+"""Of a model: the figures of its layers have to be readable again."""
+_MAX_RANK = 1024
+"""Of a removal: checking it takes time and memory that grow with the square of the rank."""
 _TENSOR = re.compile(r"(direction|projection)\.(0|[1-9][0-9]{0,5})")
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _MODEL_TEXT = ("arch", "name", "fingerprint", "quantization")
 _MODEL_COUNT = ("n_embd", "n_layer")
-_REPORT = ("accuracy", "p_helpful", "p_harmful", "loss", "spread")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerReport:
-    """What the fit said of every layer, edited or not. All arrays are float32 [n_layer].
-
-    Attributes:
-        accuracy: of the probe on held-out pairs, 0 to 1.
-        p_helpful, p_harmful: mean probability of class 1 over helpful and over harmful embeddings.
-        loss: of the probe; `None` for a method without one.
-        spread: of the restarts of the probe, from 0, where all found the same direction, to 1; `None` for a
-            method without restarts.
-    """
-
-    accuracy: NDArray[np.float32]
-    p_helpful: NDArray[np.float32]
-    p_harmful: NDArray[np.float32]
-    loss: NDArray[np.float32] | None = None
-    spread: NDArray[np.float32] | None = None
-
-    @classmethod
-    def of(cls, directions: Directions) -> LayerReport:
-        return cls(
-            accuracy=directions.accuracy,
-            p_helpful=directions.p_helpful,
-            p_harmful=directions.p_harmful,
-            loss=directions.loss,
-            spread=directions.spread,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +84,12 @@ class ControlFile:
                 raise ControlFileError(
                     f"the edit of layer {layer} has width {edit.n_embd}, but the model is {self.model}"
                 )
+            if edit.rank > _MAX_RANK:
+                raise ControlFileError(f"the removal of layer {layer} has rank {edit.rank}, over {_MAX_RANK}")
+            if edit.scale > _FLOAT32_MAX:
+                raise ControlFileError(f"the addition at layer {layer} is too long for a number of 32 bits")
         if self.layers is not None:
-            _check_report(self.layers, self.model)
+            self.layers.check(self.model.n_layer)
         object.__setattr__(self, "edits", MappingProxyType(edits))
         for name in ("recipe", "score"):
             fields = {
@@ -122,6 +101,35 @@ class ControlFile:
     def scope(self) -> Scope:
         """The time steps that the edits were chosen for; `generation` where the file does not say."""
         return Scope.parse(str(self.recipe.get("scope", Scope())))
+
+    @property
+    def sha256(self) -> str:
+        """A hash of all that the control is: model, edits, recipe, figures and score, in hex digits.
+
+        It does not depend on how a file lays them out. Anybody can compute it: it finds damage and careless
+        changes, not forgery.
+        """
+        told = {
+            "model": [getattr(self.model, name) for name in (*_MODEL_TEXT, *_MODEL_COUNT)],
+            "recipe": dict(self.recipe),
+            "score": dict(self.score),
+        }
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for name, array in (*self._tensors(), *self._figures()):
+            digest.update(f"{name} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def _tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """The tensors of the file, by name."""
+        for layer, edit in self.edits.items():
+            if edit.add is not None:
+                yield f"direction.{layer}", edit.add
+            if edit.remove is not None:
+                yield f"projection.{layer}", edit.remove[0] if edit.rank == 1 else edit.remove
+
+    def _figures(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        return iter(()) if self.layers is None else self.layers.columns()
 
     def check_fits(self, model: ModelInfo) -> None:
         """Refuse to be used with another model than the one the edits were made for.
@@ -217,17 +225,13 @@ class ControlFile:
         edit_of = [self.edits.get(layer, LayerEdit()) for layer in range(self.model.n_layer)]
         put("alignez.layer.decision", tuple(edit.decision for edit in edit_of))
         put_floats("alignez.layer.scale", np.array([edit.scale for edit in edit_of], dtype=np.float32))
-        for name in _REPORT:
-            values = getattr(self.layers, name, None)
-            if values is not None:
-                put_floats(f"alignez.layer.{name}", values)
+        for name, values in self._figures():
+            put_floats(f"alignez.layer.{name}", values)
         for key, value in self.score.items():
             put(f"alignez.score.{key}", value)
-        for layer, edit in self.edits.items():
-            if edit.add is not None:
-                writer.add_tensor(f"direction.{layer}", edit.add)
-            if edit.remove is not None:
-                writer.add_tensor(f"projection.{layer}", edit.remove[0] if edit.rank == 1 else edit.remove)
+        writer.add_string(_HASH, self.sha256)
+        for name, tensor in self._tensors():
+            writer.add_tensor(name, tensor)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -256,14 +260,19 @@ class _Reader:
         tensors = self._tensors()
         if not ours and any(kind == "projection" for kind, _ in tensors):
             raise ControlFileError("it has projections but no alignez.format_version")
-        model = self._model() if ours else self._hinted_model(tensors)
-        return ControlFile(
-            model=model,
+        control = ControlFile(
+            model=self._model() if ours else self._hinted_model(tensors),
             edits=self._edits(tensors),
             recipe=self._fields("alignez.recipe.") if ours else {},
             layers=self._report() if ours else None,
             score=self._fields("alignez.score.") if ours else {},
         )
+        if self.metadata.get(_HASH, control.sha256) != control.sha256:
+            raise ControlFileError(
+                "its content does not agree with its alignez.sha256, so it is damaged or was changed; "
+                "get it again, or make it anew"
+            )
+        return control
 
     def _format_version(self) -> int:
         """The version of our format; 0 where another tool wrote the file."""
@@ -282,7 +291,7 @@ class _Reader:
     def _model(self) -> ModelInfo:
         text = {name: self.metadata.get(f"alignez.model.{name}") for name in _MODEL_TEXT}
         for name, value in text.items():
-            if not isinstance(value, str):
+            if not isinstance(value, str) or (name == "arch" and not value.isprintable()):
                 raise ControlFileError(f"alignez.model.{name} is missing or not a string")
         counts = {name: self._count(f"alignez.model.{name}") for name in _MODEL_COUNT}
         if counts["n_layer"] > _MAX_LAYERS:
@@ -292,7 +301,8 @@ class _Reader:
     def _hinted_model(self, tensors: Mapping[tuple[str, int], TensorInfo]) -> ModelInfo:
         hint = self.metadata.get(f"{_ARCHITECTURE}.model_hint", "")
         widths = [tensor.shape[0] for tensor in tensors.values()]
-        return ModelInfo(hint if isinstance(hint, str) else "", n_embd=widths[0] if widths else 0, n_layer=0)
+        arch = hint if isinstance(hint, str) and hint.isprintable() else ""
+        return ModelInfo(arch, n_embd=widths[0] if widths else 0, n_layer=0)
 
     def _count(self, key: str) -> int:
         value = self.metadata.get(key)
@@ -341,14 +351,14 @@ class _Reader:
 
     def _report(self) -> LayerReport | None:
         columns: dict[str, NDArray[np.float32]] = {}
-        for name in _REPORT:
+        for name in FIGURES:
             values = self.metadata.get(f"alignez.layer.{name}")
             if values is None:
                 continue
             if not isinstance(values, tuple) or not all(type(value) is float for value in values):
                 raise ControlFileError(f"alignez.layer.{name} is not an array of numbers")
             columns[name] = np.array(values, dtype=np.float32)
-        missing = [name for name in _REPORT[:3] if name not in columns]
+        missing = [name for name in REQUIRED_FIGURES if name not in columns]
         if columns and missing:
             raise ControlFileError(f"alignez.layer.{missing[0]} is missing")
         return LayerReport(**columns) if columns else None
@@ -361,17 +371,6 @@ class _Reader:
                     raise ControlFileError(f"{key} is too long")
                 fields[key.removeprefix(prefix)] = value
         return fields
-
-
-def _check_report(report: LayerReport, model: ModelInfo) -> None:
-    for name in _REPORT:
-        values = getattr(report, name)
-        if values is None:
-            continue
-        if values.shape != (model.n_layer,) or not np.isfinite(values).all():
-            raise ControlFileError(
-                f"layer.{name} must hold one finite number for each of {model.n_layer} layers"
-            )
 
 
 def _storable(key: str, value: Any) -> Field:

@@ -84,7 +84,8 @@ class LayerEdit:
     @property
     def scale(self) -> float:
         """Length of the addition at strength 1."""
-        return 0.0 if self.add is None else float(np.linalg.norm(self.add))
+        # In float64: the squares of large values leave the range of float32.
+        return 0.0 if self.add is None else float(np.linalg.norm(self.add.astype(np.float64)))
 
 
 Edits = Mapping[int, LayerEdit]

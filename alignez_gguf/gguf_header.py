@@ -20,22 +20,18 @@ Value = Scalar | tuple[Scalar, ...] | None
 
 MAX_ARRAY = 4096
 """Longer arrays are skipped."""
+MAX_ARRAY_ITEMS = 1 << 18
+"""What is kept of all arrays together; further ones are skipped: in memory an item takes up to ten times what
+it takes in the file."""
+MAX_KEYS = 4096
+MAX_TENSORS = 1 << 16
+"""More than any model has; headers that state more are refused, since each costs more memory than file."""
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_FORMATS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
-    4: "<I",
-    5: "<i",
-    6: "<f",
-    7: "<?",
-    10: "<Q",
-    11: "<q",
-    12: "<d",
-}
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {kind: struct.Struct(f"<{form}") for kind, form in _FORMATS.items()}
+_U32, _U64 = _NUMBERS[4], _NUMBERS[10]
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 
@@ -91,28 +87,33 @@ class _Cursor:
         self.data = data
         self.size = len(data)
         self.at = len(_MAGIC)
+        self.items_left = MAX_ARRAY_ITEMS
 
     def header(self) -> Header:
-        version = self.number("<I", "version")
+        version = self.number(_U32, "version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(int(version).to_bytes(4, "little"), "big")
             kind = "big-endian" if swapped in _VERSIONS else f"of GGUF version {version}"
             raise GgufError(f"it is {kind}; only little-endian files of version 2 and 3 can be read")
-        n_tensors = int(self.number("<Q", "tensor count"))
-        n_keys = int(self.number("<Q", "metadata count"))
+        n_tensors = int(self.number(_U64, "tensor count"))
+        n_keys = int(self.number(_U64, "metadata count"))
+        if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
+            raise GgufError(
+                f"it states {n_tensors} tensors and {n_keys} metadata keys, more than any model has"
+            )
         metadata: dict[str, Value] = {}
         for _ in range(n_keys):
             key = self.string("a metadata key")
             if key in metadata:
                 raise GgufError(f"the key {key!r} appears twice")
-            metadata[key] = self.value(int(self.number("<I", f"type of {key!r}")), key)
+            metadata[key] = self.value(int(self.number(_U32, f"type of {key!r}")), key)
         tensors = [self.tensor() for _ in range(n_tensors)]
         return self._placed(metadata, tensors)
 
-    def number(self, form: str, what: str) -> int | float:
+    def number(self, form: struct.Struct, what: str) -> int | float:
         start = self.at
-        self.skip(struct.calcsize(form), what)
-        number: int | float = struct.unpack_from(form, self.data, start)[0]
+        self.skip(form.size, what)
+        number: int | float = form.unpack_from(self.data, start)[0]
         return number
 
     def skip(self, n_bytes: int, what: str) -> None:
@@ -121,7 +122,7 @@ class _Cursor:
         self.at += n_bytes
 
     def string(self, what: str) -> str:
-        length = int(self.number("<Q", what))
+        length = int(self.number(_U64, what))
         start = self.at
         self.skip(length, what)
         try:
@@ -131,8 +132,8 @@ class _Cursor:
 
     def value(self, kind: int, key: str) -> Value:
         what = f"the value of {key!r}"
-        if kind in _FORMATS:
-            return self.number(_FORMATS[kind], what)
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind], what)
         if kind == _STRING:
             return self.string(what)
         if kind == _ARRAY:
@@ -140,25 +141,32 @@ class _Cursor:
         raise GgufError(f"{what} has the unknown type {kind}")
 
     def array(self, what: str) -> tuple[Scalar, ...] | None:
-        kind = int(self.number("<I", what))
-        length = int(self.number("<Q", what))
-        if kind in _FORMATS:
-            form = _FORMATS[kind]
+        kind = int(self.number(_U32, what))
+        length = int(self.number(_U64, what))
+        if kind in _NUMBERS:
+            form = _NUMBERS[kind]
             start = self.at
-            self.skip(length * struct.calcsize(form), what)
-            if length > MAX_ARRAY:
+            self.skip(length * form.size, what)
+            if not self.keeps(length):
                 return None
-            return struct.unpack_from(f"<{length}{form[1]}", self.data, start)
+            return struct.unpack_from(f"<{length}{_FORMATS[kind]}", self.data, start)
         if kind != _STRING:
             raise GgufError(f"{what} is an array of the unsupported type {kind}")
-        if length <= MAX_ARRAY:
+        if self.keeps(length):
             return tuple(self.string(what) for _ in range(length))
         self.skip_strings(length, what)
         return None
 
+    def keeps(self, length: int) -> bool:
+        """Whether an array is kept, rather than skipped."""
+        if length > min(MAX_ARRAY, self.items_left):
+            return False
+        self.items_left -= length
+        return True
+
     def skip_strings(self, count: int, what: str) -> None:
         """Step over a vocabulary; the loop that decides how long a model takes to open."""
-        at, last, data, unpack = self.at, self.size - 8, self.data, struct.Struct("<Q").unpack_from
+        at, last, data, unpack = self.at, self.size - 8, self.data, _U64.unpack_from
         for _ in range(count):
             if at > last:
                 raise GgufError(f"it ends inside {what}")
@@ -169,11 +177,11 @@ class _Cursor:
     def tensor(self) -> TensorInfo:
         name = self.string("a tensor name")
         what = f"the description of tensor {name!r}"
-        n_dims = int(self.number("<I", what))
+        n_dims = int(self.number(_U32, what))
         if not 1 <= n_dims <= _MAX_DIMS:
             raise GgufError(f"tensor {name!r} has {n_dims} dimensions")
-        shape = tuple(int(self.number("<Q", what)) for _ in range(n_dims))
-        return TensorInfo(name, shape, int(self.number("<I", what)), int(self.number("<Q", what)))
+        shape = tuple(int(self.number(_U64, what)) for _ in range(n_dims))
+        return TensorInfo(name, shape, int(self.number(_U32, what)), int(self.number(_U64, what)))
 
     def _placed(self, metadata: dict[str, Value], tensors: list[TensorInfo]) -> Header:
         alignment = metadata.get("general.alignment", 32)

@@ -16,6 +16,8 @@ from alignez_gguf.errors import ModelFileError
 from alignez_gguf.gguf_header import GgufError, Header, read_header
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_MAX_DIGITS = 20
+"""Python refuses to read numbers of some thousands of digits."""
 
 
 class LoadedModel(Protocol):
@@ -89,7 +91,7 @@ class ModelInfo:
     @classmethod
     def _from_metadata(cls, metadata: Mapping[str, object], source: str) -> ModelInfo:
         arch = metadata.get("general.architecture")
-        if not isinstance(arch, str) or not arch:
+        if not isinstance(arch, str) or not arch or not arch.isprintable():
             raise ModelFileError(f"{source} does not name its architecture; convert the model again")
         if arch == "controlvector":
             raise ModelFileError(f"{source} is a control file, not a model; give the model that it steers")
@@ -119,7 +121,7 @@ class ModelInfo:
 def _integer(metadata: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
     """An integer value; llama.cpp hands metadata out as text."""
     value = metadata.get(key, default)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS:
         value = int(value)
     if type(value) is not int:
         raise ModelFileError(f"{source} is not a language model: its header has no usable {key}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from os import PathLike
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alignez_gguf.errors import QueryError
+from alignez_gguf.journal import Journal
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,20 @@ _FOREIGN_FIELDS = {"prompt": "query", "chosen": "helpful", "rejected": "harmful"
 class PairStore:
     """An append-only file of pairs that survives a crash: what `append` returned from is on the disk.
 
-    Opening drops a last line that a crash left half-written. One process at a time may append.
+    Opening drops what is not as it was written; see `Journal`. One process at a time may append.
 
     Raises:
-        QueryError: a whole line of the file is not a pair, or the file cannot be opened.
+        WorkDirectoryError: the file cannot be used.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            self._drop_partial_line()
-            self.pairs = load_pairs(self.path) if self.path.exists() else []
-            self._file = self.path.open("ab")
-        except OSError as error:
-            raise QueryError(f"cannot open the pairs {path}: {error.strerror or error}") from error
+        self._journal = Journal(self.path)
+        self.pairs = [_pair_of(row, str(self.path)) for row in self._journal.rows]
 
     def append(self, pair: PreferencePair) -> None:
-        row = json.dumps(asdict(pair), ensure_ascii=False) + "\n"
-        self._file.write(row.encode("utf-8", errors="replace"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Store a pair. Raises `WorkDirectoryError` where it cannot be written."""
+        self._journal.append(asdict(pair))
         self.pairs.append(pair)
 
     def __len__(self) -> int:
@@ -73,20 +67,13 @@ class PairStore:
         return iter(self.pairs)
 
     def close(self) -> None:
-        self._file.close()
+        self._journal.close()
 
     def __enter__(self) -> PairStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _drop_partial_line(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("r+b") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
 
 
 def load_pairs(path: str | PathLike[str]) -> list[PreferencePair]:
@@ -116,6 +103,10 @@ def _pair(line: bytes, where: str) -> PreferencePair:
         raise QueryError(f"{where} is not JSON ({error}); write one object per line") from error
     if not isinstance(row, dict):
         raise QueryError(f"{where} is not a JSON object; write one object per line")
+    return _pair_of(row, where)
+
+
+def _pair_of(row: dict[str, Any], where: str) -> PreferencePair:
     named = {_FOREIGN_FIELDS.get(key, key): value for key, value in row.items()}
     known: dict[str, Any] = {}
     for field in fields(PreferencePair):

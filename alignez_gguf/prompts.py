@@ -28,6 +28,9 @@ METADATA_KEY = "alignez.templates"
 SAFETY = "safety"
 """The aspect in which the personas `helpful` and `harmful` differ."""
 
+_MAX_DOTS = 100
+"""In a line: tomllib takes seconds for a key of thousands of parts, and a model may bring its templates."""
+
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ASPECT_NAME = re.compile(r"[a-z0-9_]+")
 
@@ -84,9 +87,14 @@ class Templates:
     @classmethod
     def from_toml(cls, text: str, source: str = "templates") -> Templates:
         """Read templates from TOML text. Raises `TemplateError` naming the field that is wrong."""
+        if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+            raise TemplateError(f"{source} is not valid TOML: a line has more than {_MAX_DOTS} dots")
         try:
             document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # numbers and nesting without end are no TOMLDecodeError
             raise TemplateError(f"{source} is not valid TOML: {error}") from error
         stop = document.pop("stop", [])
         if not isinstance(stop, list) or not all(isinstance(item, str) and item for item in stop):

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import mmap
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -92,9 +97,40 @@ def test_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def die(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np.lib.format, "open_memmap", die)
+    monkeypatch.setattr(os, "fsync", die)
     with pytest.raises(KeyboardInterrupt):
         Activations(3, 4, 8, tmp_path)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
     assert not Activations(3, 4, 8, tmp_path).done.any()
+
+
+GROWTH = """
+import resource, sys
+import numpy as np
+from alignez_gguf.activations import Activations, SelectedPairs, class_gap
+
+def peak_mb():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+row = np.ones((16, 4096), np.float16)
+before = peak_mb()
+activations = Activations(16, 500, 4096, sys.argv[1])
+for pair in range(500):
+    activations.write(pair, row * pair, -row)
+everything = np.arange(500)
+gap = class_gap(*(SelectedPairs(side, everything) for side in (activations.helpful, activations.harmful)))
+assert (gap == 250.5).all(), gap
+print(activations.helpful.nbytes * 2 / 2**20, peak_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system cannot give mapped pages back")
+def test_activations_on_disk_do_not_stay_resident(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", GROWTH, str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    stored, grown = map(float, printed.split())
+    assert stored == 125
+    assert grown < 75

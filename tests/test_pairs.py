@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import QueryError, WorkDirectoryError
 from alignez_gguf.pairs import PairStore, PreferencePair, load_pairs
 
 FIRST = PreferencePair("How do I bake?", "With care,\nslowly.", "Don't.", "be kind", "be rude")
@@ -84,12 +84,10 @@ def test_malformed_line_is_refused_by_number(tmp_path, line, message):
     path.write_bytes(b'{"query": "q", "helpful": "a", "harmful": "b"}\n' + line + b"\n")
     with pytest.raises(QueryError, match=message):
         load_pairs(path)
-    with pytest.raises(QueryError, match=message):
-        PairStore(path)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(QueryError, match="No such file"):
         load_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(QueryError, match="cannot open"):
+    with pytest.raises(WorkDirectoryError, match="cannot open"):
         PairStore(tmp_path / "no folder" / "pairs.jsonl")

@@ -35,6 +35,7 @@ def inspect(file: Path, as_json: bool) -> None:
 def _described(control: ControlFile) -> dict[str, Any]:
     return {
         "model": asdict(control.model),
+        "sha256": control.sha256,
         "recipe": dict(control.recipe),
         "score": dict(control.score),
         "layers": [_layer(control, layer) for layer in range(_n_layer(control))],
@@ -68,7 +69,9 @@ def _print(control: ControlFile) -> None:
 
     console = Console(markup=False, highlight=False)
     model = control.model
-    console.print(f"for {model}" + (f": {model.name} {model.quantization}".rstrip() if model.name else ""))
+    console.print(
+        f"for {model}" + (_short(f": {model.name} {model.quantization}".rstrip()) if model.name else "")
+    )
     for title, fields in (("recipe", control.recipe), ("score", control.score)):
         shown = [f"{key} {_short(value)}" for key, value in fields.items() if not isinstance(value, tuple)]
         if shown:
@@ -82,4 +85,7 @@ def _print(control: ControlFile) -> None:
 
 
 def _short(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    """For a terminal, which the text of a stranger's file must not control."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "".join(character if character.isprintable() else "?" for character in str(value))

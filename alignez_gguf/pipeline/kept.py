@@ -1,44 +1,87 @@
-"""Figures that a work directory keeps, so that nothing is measured twice."""
+"""What a work directory keeps, so that nothing is computed twice.
+
+Beside every file lies its checksum, in the form of `sha256sum`; a file that does not agree with it is made
+again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignez_gguf.atomic import write_text
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.atomic import replacing
 from alignez_gguf.candidates import Candidate, Source
+from alignez_gguf.errors import WorkDirectoryError
+from alignez_gguf.journal import Journal
 from alignez_gguf.scoring import Divergence, Figures
 
 
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` returned when it was called first, now or in an earlier run, as JSON gives it back.
+
+    Raises:
+        WorkDirectoryError: the file cannot be read or written.
+    """
+    return json.loads(_kept(path, lambda: json.dumps(make()).encode()))
+
+
+def kept_array(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """The same for an array."""
+
+    def encoded() -> bytes:
+        np.save(buffer := io.BytesIO(), make())
+        return buffer.getvalue()
+
+    array: NDArray[Any] = np.load(io.BytesIO(_kept(path, encoded)))
+    return array
+
+
+def kept_arrays(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """The same for arrays by name."""
+
+    def encoded() -> bytes:
+        np.savez(buffer := io.BytesIO(), **make())
+        return buffer.getvalue()
+
+    with np.load(io.BytesIO(_kept(path, encoded))) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
 def kept_figures(path: Path, measure: Callable[[], Mapping[str, Figures]]) -> dict[str, Figures]:
-    """What `measure` returned when it was called first: now, or in an earlier run."""
-    if not path.exists():
-        write_text(path, json.dumps({name: asdict(figures) for name, figures in measure().items()}))
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    """The same for figures by name."""
+    rows = kept_json(path, lambda: {name: asdict(figures) for name, figures in measure().items()})
     return {name: _figures(row) for name, row in rows.items()}
 
 
 class KnownFigures(MutableMapping[Candidate, Figures]):
-    """Figures of candidates, kept in a file to which each new one is appended."""
+    """Figures of candidates, kept in a file to which each new one is appended. A context manager.
+
+    Raises:
+        WorkDirectoryError: the file cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._figures: dict[Candidate, Figures] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        for line in lines[:-1]:
-            candidate, figures = json.loads(line)
-            self._figures[_candidate(candidate)] = _figures(figures)
-        if lines and lines[-1]:  # what follows the last newline was cut off by a crash
-            with path.open("r+b") as file:
-                file.truncate(path.stat().st_size - len(lines[-1]))
+        self._journal = Journal(path)
+        self._figures = {_candidate(row["candidate"]): _figures(row["figures"]) for row in self._journal.rows}
+
+    def __enter__(self) -> KnownFigures:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._journal.close()
 
     def __setitem__(self, candidate: Candidate, figures: Figures) -> None:
         self._figures[candidate] = figures
-        with self._path.open("ab") as file:
-            file.write(json.dumps([asdict(candidate), asdict(figures)]).encode() + b"\n")
+        self._journal.append({"candidate": asdict(candidate), "figures": asdict(figures)})
 
     def __getitem__(self, candidate: Candidate) -> Figures:
         return self._figures[candidate]
@@ -51,6 +94,52 @@ class KnownFigures(MutableMapping[Candidate, Figures]):
 
     def __len__(self) -> int:
         return len(self._figures)
+
+
+def _kept(path: Path, make: Callable[[], bytes]) -> bytes:
+    content = _intact(path)
+    if content is None:
+        content = make()
+        # The checksum first: a file without one that agrees is never taken for whole.
+        _write(_seal_of(path), _sealed(path, content))
+        _write(path, content)
+    return content
+
+
+def _intact(path: Path) -> bytes | None:
+    """The content of a file as it was written; `None` where there is none."""
+    if not path.exists():
+        return None
+    try:
+        content, seal = path.read_bytes(), _seal_of(path)
+        if seal.exists() and seal.read_bytes() == _sealed(path, content):
+            return content
+    except OSError as error:
+        raise _unusable(path, error) from error
+    warnings.warn(f"{path} is damaged and is made again; check the disk", stacklevel=4)
+    return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sealed(path: Path, content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
+
+
+def _unusable(path: Path, error: OSError) -> WorkDirectoryError:
+    return WorkDirectoryError(
+        f"cannot keep {path}: {error.strerror or error}; make room for it, or choose another --work-dir"
+    )
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:

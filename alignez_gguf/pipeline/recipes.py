@@ -153,13 +153,14 @@ def _search_scopes(
         with (
             scorer(job, held_out, scope) as scored,
             job.reporter.stage(f"trying edits ({scope})", None) as advance,
+            KnownFigures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)) as known,
         ):
             search = Search(
                 scored,
                 fits.edits,
                 budget=settings.kl_budget,
                 advance=partial(_count, advance),
-                known=KnownFigures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)),
+                known=known,
             )
             try:
                 layers = settings.layers or tuple(range(job.target.info.n_layer))

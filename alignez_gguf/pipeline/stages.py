@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,8 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf import directions
-from alignez_gguf.activations import Activations, ReadingPosition, SelectedPairs, class_gap
-from alignez_gguf.atomic import replacing, write_text
+from alignez_gguf.activations import (
+    Activations,
+    ForeignArraysError,
+    ReadingPosition,
+    SelectedPairs,
+    class_gap,
+)
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import GenerationRequest, Hook, Passage, Pooling, Sampling
@@ -29,8 +35,10 @@ from alignez_gguf.generation import (
     persona_margins,
     request_seed,
 )
+from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PairStore, PreferencePair
 from alignez_gguf.pipeline.job import Job
+from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import ANSWER_TOKENS, Divergence, Scorer, SteeredModel
 
@@ -71,11 +79,12 @@ def given_pairs(job: Job, pairs: Sequence[PreferencePair]) -> list[PreferencePai
     if not missing:
         return numbered
     path = job.work.part("characteristics", keys=missing, **_determining_texts(job)).with_suffix(".json")
-    if not path.exists():
+
+    def asked() -> list[tuple[str, str]]:
         with job.reporter.stage("asking for characteristics", None):
-            found = characteristics(job.generator, missing, job.templates, _sampling(job), job.settings.seed)
-        write_text(path, json.dumps(found))
-    traits = dict(zip(missing, json.loads(path.read_text(encoding="utf-8")), strict=True))
+            return characteristics(job.generator, missing, job.templates, _sampling(job), job.settings.seed)
+
+    traits = dict(zip(missing, kept_json(path, asked), strict=True))
     described = []
     for pair in numbered:
         helpful, harmful = traits.get(
@@ -102,10 +111,12 @@ def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
     path = job.work.part(
         "margins", model=job.engine.info, templates=job.templates, pairs=unweighted(pairs)
     ).with_suffix(".npy")
-    if not path.exists():
+
+    def measured() -> NDArray[np.float64]:
         with job.reporter.stage("comparing personas", len(pairs)) as advance:
-            _save(path, persona_margins(job.engine, pairs, job.templates, advance))
-    return np.asarray(np.load(path), np.float64)
+            return persona_margins(job.engine, pairs, job.templates, advance)
+
+    return np.asarray(kept_array(path, measured), np.float64)
 
 
 def read_activations(
@@ -121,7 +132,7 @@ def read_activations(
         reading=reading,
         hook=hook,
     )
-    activations = Activations(engine.info.n_layer, len(pairs), engine.info.n_embd, folder)
+    activations = _opened_activations(engine.info, len(pairs), folder)
     missing = [index for index in range(len(pairs)) if not activations.done[index]]
     if not missing:
         return activations
@@ -134,6 +145,17 @@ def read_activations(
             activations.write(index, helpful, harmful)
             advance(1)
     return activations
+
+
+def _opened_activations(model: ModelInfo, n_pairs: int, folder: Path) -> Activations:
+    """What an earlier run has read; nothing where its files are damaged beyond telling the rows."""
+    shape = (model.n_layer, n_pairs, model.n_embd)
+    try:
+        return Activations(*shape, folder)
+    except ForeignArraysError:  # the name of the folder says whose it is, so this is damage
+        warnings.warn(f"{folder} is damaged and is made again; check the disk", stacklevel=3)
+        shutil.rmtree(folder, ignore_errors=True)
+        return Activations(*shape, folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +188,8 @@ def fit_directions(
         rank=rank,
         seed=job.settings.seed,
     ).with_suffix(".npz")
-    if not path.exists():
+
+    def fitted() -> dict[str, Any]:
         activations = read_activations(job, pairs, reading, hook)
         helpful = SelectedPairs(activations.helpful, fit_indices)
         harmful = SelectedPairs(activations.harmful, fit_indices)
@@ -178,11 +201,11 @@ def fit_directions(
             )
             arrays = {field.name: getattr(found, field.name) for field in fields(found)}
             arrays["class_gap"] = class_gap(helpful, harmful, weights)
-            _save(path, {name: array for name, array in arrays.items() if array is not None})
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    gap = arrays.pop("class_gap")
-    return Fit(Directions(**{**arrays, "method": str(arrays["method"])}), gap)
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    found: dict[str, Any] = kept_arrays(path, fitted)
+    gap = found.pop("class_gap")
+    return Fit(Directions(**{**found, "method": str(found["method"])}), gap)
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,8 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
     path = job.work.part(
         "answers", model=target.info, templates=job.templates, queries=queries, seed=job.settings.seed
     ).with_suffix(".json")
-    if not path.exists():
+
+    def answered_plainly() -> list[dict[str, Any]]:
         sampling = Sampling(max_tokens=ANSWER_TOKENS, stop=job.templates.stop)
         requests = [
             GenerationRequest(
@@ -213,8 +237,9 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
             for index, completion in target.generate(requests, sampling):
                 answers[index] = BaseAnswer(completion.text, completion.n_tokens)
                 advance(1)
-        write_text(path, json.dumps([asdict(answer) for answer in answers]))
-    return [BaseAnswer(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        return [asdict(answer) for answer in answers]
+
+    return [BaseAnswer(**row) for row in kept_json(path, answered_plainly)]
 
 
 @contextmanager
@@ -238,9 +263,8 @@ def scorer(job: Job, pairs: Sequence[PreferencePair], scope: Scope) -> Iterator[
         path = job.work.part(
             "base", model=target.info, templates=job.templates, queries=plain, scope=scope
         ).with_suffix(".npy")
-        if not path.exists():
-            _save(path, model.first_token_logprobs({})[0])
-        yield Scorer(model, p_helpful, p_harmful, np.load(path))
+        base_logprobs = kept_array(path, lambda: model.first_token_logprobs({})[0])
+        yield Scorer(model, p_helpful, p_harmful, base_logprobs)
 
 
 def _persona_probabilities(
@@ -250,16 +274,18 @@ def _persona_probabilities(
     path = job.work.part(
         "personas", model=job.target.info, templates=job.templates, pairs=unweighted(pairs)
     ).with_suffix(".npz")
-    if not path.exists():
+
+    def measured() -> dict[str, NDArray[np.float32]]:
         asked = [prompt for pair in pairs for prompt in answer_prompts(job.templates, pair)]
         personas = []
         with job.reporter.stage("asking the personas", len(asked)) as advance:
             for logprobs in job.target.next_token_logprobs(asked):
                 personas.append(np.exp(logprobs))
                 advance(1)
-        _save(path, {"helpful": np.stack(personas[0::2]), "harmful": np.stack(personas[1::2])})
-    with np.load(path) as stored:
-        return stored["helpful"], stored["harmful"]
+        return {"helpful": np.stack(personas[0::2]), "harmful": np.stack(personas[1::2])}
+
+    stored = kept_arrays(path, measured)
+    return stored["helpful"], stored["harmful"]
 
 
 class _OnDemand:
@@ -294,9 +320,7 @@ def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:
         pairs=unweighted(pairs),
         seed=job.settings.seed,
     ).with_suffix(".npy")
-    if not path.exists():
-        _save(path, np.array(_persona_divergence(job, pairs, base)))
-    return float(np.load(path))
+    return float(kept_array(path, lambda: np.array(_persona_divergence(job, pairs, base))))
 
 
 def _persona_divergence(job: Job, pairs: Sequence[PreferencePair], base: Sequence[BaseAnswer]) -> float:
@@ -338,12 +362,3 @@ def _sampling(job: Job) -> Sampling:
     sampling = default_sampling(job.templates)
     limit = job.settings.max_tokens
     return sampling if limit is None else replace(sampling, max_tokens=limit)
-
-
-def _save(path: Path, arrays: NDArray[Any] | Mapping[str, Any]) -> None:
-    """Write .npy or .npz in full or not at all."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        if isinstance(arrays, Mapping):
-            np.savez(file, **arrays)
-        else:
-            np.save(file, arrays)

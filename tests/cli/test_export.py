@@ -106,8 +106,7 @@ append = pairs.PairStore.append
 def append_and_die(store, pair):
     append(store, pair)
     if len(store) == 10:
-        store._file.write(b'{{"query": "half a li')
-        store._file.flush()
+        store._journal._file.write(b'{{"query": "half a li')
         os.kill(os.getpid(), signal.{name})
 pairs.PairStore.append = append_and_die
 """

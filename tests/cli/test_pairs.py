@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from alignez_gguf import demo
-from alignez_gguf.pairs import load_pairs
+from alignez_gguf.pairs import PairStore, load_pairs
 from tests.cli.conftest import Run
 
 QUICK = ("--max-tokens", "12")
@@ -41,8 +42,11 @@ def test_work_directory_that_is_named_is_kept_and_used_again(
     command = ("pairs", model, "-q", queries, *QUICK, "--work-dir", "work", "--quiet")
     assert run(*command, "-o", "one.jsonl").exit_code == 0
     (store,) = (tmp_path / "work").glob("pairs-*.jsonl")
-    text = store.read_text(encoding="utf-8")
-    store.write_text(text.replace('"helpful": "', '"helpful": "MARK ', 1), encoding="utf-8")
+    first, *others = load_pairs(store)
+    store.unlink()
+    with PairStore(store) as marked:
+        for pair in (replace(first, helpful=f"MARK {first.helpful}"), *others):
+            marked.append(pair)
     assert run(*command, "-o", "two.jsonl").exit_code == 0
     assert load_pairs(tmp_path / "two.jsonl")[0].helpful.startswith("MARK ")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from alignez_gguf.engines import Passage
 from alignez_gguf.engines.endpoint import EndpointGenerator
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.generation import answer_prompts, answered, characteristics, default_sampling
-from alignez_gguf.pairs import PreferencePair, load_pairs
+from alignez_gguf.pairs import PairStore, PreferencePair, load_pairs
 from alignez_gguf.pipeline import Job, self_generated_pairs
 from alignez_gguf.pipeline.stages import (
     base_answers,
@@ -85,9 +84,10 @@ def test_pairs_that_are_done_are_not_asked_for_again(job: Job) -> None:
     first = self_generated_pairs(job, QUERIES[:4])
     (path,) = job.work.path.glob("pairs-*.jsonl")
     marked = replace(first[2], helpful="marked")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows[2]["helpful"] = "marked"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.unlink()
+    with PairStore(path) as store:
+        for pair in (first[0], first[1], marked, first[3]):
+            store.append(pair)
     again = self_generated_pairs(job, QUERIES[:6])
     assert again[:4] == [first[0], first[1], marked, first[3]]
     assert load_pairs(path) == again
