@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,17 @@ from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.context import CELLS, Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.reader import LayerReader
 from alignez_gguf.scope import Scope
 
 _DEFAULT_CONTEXT = 1024
 _GENERATION = Scope()
-_CACHE_BYTES = 4 << 30
-"""All sequences together keep at most so much in the KV cache; fewer texts grow at once where it is tight."""
+_CACHE_SHARE = 0.5
+"""All texts that grow together keep at most so much of the model's size in the KV cache,"""
+_LEAST_CACHE_BYTES = 256 << 20
+"""or so much where that is more; fewer texts grow at once where it is tight."""
 
 
 class LlamaEngine:
@@ -73,12 +76,15 @@ class LlamaEngine:
         self._open = ExitStack()
         self.model = self._open.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
         self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
-        self.n_parallel = max(1, min(n_parallel, _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)))
+        self.n_parallel = max(1, n_parallel)
+        self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * Path(model_path).stat().st_size))
         self._n_threads = n_threads
         self._exact = exact and not self.model.uses_gpu
         self._edits: Edits = {}
         self._scope = Scope()
         self._generating = False
+        self._writing: Slots | None = None
+        """The sequences in which completions grow."""
 
     @property
     def info(self) -> ModelInfo:
@@ -92,9 +98,10 @@ class LlamaEngine:
             RuntimeUnavailableError: llama.cpp lacks the patch.
         """
         scope = Scope.parse(scope)
-        for slots in (self._writing, self._reading):
-            library.set_edits(slots.context.pointer, edits, self.info.n_embd)
-            slots.clear()
+        self._require_idle()
+        library.set_edits(self._reading.context.pointer, edits, self.info.n_embd)
+        self._reading.clear()
+        self._stop_writing()
         self._edits = {layer: edit for layer, edit in edits.items() if edit.decision != "none"}
         self._scope = scope
 
@@ -114,7 +121,8 @@ class LlamaEngine:
             for index, request in enumerate(requests)
             for tokens in [self._tokens(request.prompt, sampling.max_tokens)]
         ]
-        return self._alone(generate(self._writing, self.n_parallel, jobs, sampling, on_text))
+        longest = max((len(job.tokens) for job in jobs), default=0) + sampling.max_tokens
+        return self._alone(lambda: self._complete(jobs, longest, sampling, on_text))
 
     def steered_prompts(
         self,
@@ -133,6 +141,7 @@ class LlamaEngine:
     ) -> Iterator[NDArray[np.float16]]:
         """What every layer makes of each passage; see `Engine`. Never steered."""
         split = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
+        self._stop_writing()
         return (
             self._activation(tokens, first if pooling == "mean" else len(tokens) - 1, hook)
             for tokens, first in split
@@ -172,26 +181,52 @@ class LlamaEngine:
         self.close()
 
     @cached_property
-    def _writing(self) -> Slots:
-        """The sequences in which completions grow."""
-        if not self._exact:
-            return self._slots(self.n_parallel)
-        return self._slots(max(self.n_parallel, 2), company_needed_from(self.info.quantization))
-
-    @cached_property
     def _reader(self) -> LayerReader:
         return LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
 
     @cached_property
     def _reading(self) -> Slots:
         """One sequence of its own, which goes from prompt to prompt and keeps what they have in common."""
-        return self._slots(1, on_node=self._reader.on_node)
+        return self._slots(1, self.n_ctx, on_node=self._reader.on_node)
 
-    def _slots(self, n_sequences: int, company_from: int | None = None, on_node: Any = None) -> Slots:
+    def _complete(
+        self,
+        jobs: Sequence[Job],
+        longest: int,
+        sampling: Sampling,
+        on_text: Callable[[int, str], None] | None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Complete jobs of at most `longest` tokens each in sequences that are long enough."""
+        cells_bytes = self._cells(longest) * self.model.cache_bytes
+        n_parallel = max(1, min(self.n_parallel, self._cache_bytes // cells_bytes))
+        n_sequences = max(n_parallel, 2) if self._exact else n_parallel
+        slots = self._writing
+        if slots is None or slots.context.n_ctx < longest or slots.context.n_sequences < n_sequences:
+            self._stop_writing()
+            company_from = company_needed_from(self.info.quantization) if self._exact else None
+            slots = self._writing = self._slots(n_sequences, self._cells(longest), company_from)
+            if self._edits:
+                library.set_edits(slots.context.pointer, self._edits, self.info.n_embd)
+        return generate(slots, n_parallel, jobs, sampling, on_text)
+
+    def _cells(self, longest: int) -> int:
+        """Of a sequence: what the longest text needs, or all of the context where there is room for that."""
+        affordable = self.n_parallel * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
+        return self.n_ctx if affordable else min(self.n_ctx, -(-longest // CELLS) * CELLS)
+
+    def _stop_writing(self) -> None:
+        """Free the sequences in which completions grow, unless they do."""
+        if self._writing is not None and not self._generating:
+            self._writing.context.close()
+            self._writing = None
+
+    def _slots(
+        self, n_sequences: int, n_ctx: int, company_from: int | None = None, on_node: Any = None
+    ) -> Slots:
         piece = EXACT_PIECE if self._exact else FAST_PIECE
         context = Context(
             self.model,
-            n_ctx=self.n_ctx,
+            n_ctx=n_ctx,
             n_sequences=n_sequences,
             n_batch=max(piece, n_sequences),
             n_threads=self._n_threads,
@@ -220,15 +255,21 @@ class LlamaEngine:
     def _tokens(self, prompt: str, n_new: int = 0) -> list[int]:
         return prompt_tokens(self.model.tokenize, prompt, self.n_ctx, n_new)
 
-    def _alone(self, completions: Iterator[tuple[int, Completion]]) -> Iterator[tuple[int, Completion]]:
+    def _alone(
+        self, complete: Callable[[], Iterator[tuple[int, Completion]]]
+    ) -> Iterator[tuple[int, Completion]]:
         """Keep a second call from writing into the sequences of one that is not finished."""
-        if self._generating:
-            raise RuntimeError("the engine is generating; finish or close that iterator first")
+        self._require_idle()
+        completions = complete()
         self._generating = True
         try:
             yield from completions
         finally:
             self._generating = False
+
+    def _require_idle(self) -> None:
+        if self._generating:
+            raise RuntimeError("the engine is generating; finish or close that iterator first")
 
     def _activation(self, tokens: Sequence[int], first: int, hook: Hook) -> NDArray[np.float16]:
         reader, slots = self._reader, self._reading
