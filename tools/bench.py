@@ -1,201 +1,95 @@
-"""Measure speed, each figure as a ratio to an anchor that runs beside it, repeated.
+"""Measure speed and memory, each figure held against an anchor that runs beside it, repeated.
 
-    python3 tools/bench.py [--only generation] [--model M.gguf] [--json]
+    python3 tools/bench.py [--only steering] [--model M.gguf] [--json] [--write docs/performance.md]
 
-generation  self-generated answers, tokens/s: many at once against a loop over `Llama.__call__`, and against
-            nothing but the decoding of the same number of sequences
-reading     activations of all layers, tokens/s: against the same prompts without reading
-ccs         fitting CCS probes: against a plain loop over layers and restarts, of which a part is run
+steering    decoding and prefill under an edit over the same without: the patch with rank 1 and rank 4 at
+            every layer, the forms that stock llama.cpp takes, and the merged model. Times; less is better
+generation  self-generated answers, tokens/s, over a loop over Llama.__call__ and over llama.cpp's
+            llama-batched-bench. Speeds; more is better
+reading     activations of all layers, tokens/s, over the same prompts unread, over llama.cpp's
+            llama-cvector-generator and over repeng. Speeds; more is better
+ccs         fitting CCS probes, over a plain loop over layers and restarts, of which a part is run, and
+            scikit-learn's logistic regression. Times of these over ours; more is better
+switching   milliseconds of a change of strength or control file, and the token after it
+end_to_end  minutes from a model to its control file with both recipes, by stages, and the peak memory
+growth      time with 2, 4 and 8 times the queries, pairs, layers, over the straight line. Less is better
 
-Ratios above 1 are faster than the anchor. The model is a random one of 22 x 2048 unless one is given.
+The model is a random one of 22 x 2048 in Q4_K_M unless one is given. All of it takes about an hour on a
+quiet machine of 2 cores. llama.cpp's programs are looked for in --llama-bin; to build them:
+python3 tools/build_llama_tools.py llama-batched-bench llama-cvector-generator. repeng is taken where it is
+installed (pip install --no-deps repeng). With --json the last line is one object; what could not be measured
+is null.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import setup_environment
 
 if TYPE_CHECKING:
-    from alignez_gguf.engines.llama import LlamaEngine
+    from benching.figures import Measured
+    from benching.setting import Setting
 
-N_PARALLEL = 32
-N_SHARED, N_PROMPT, N_ANSWER = 64, 96, 128
-"""Tokens that all prompts begin with, as pairs do; tokens of a prompt and of an answer."""
-LOOPED = 2
-"""Answers that the loop gives."""
-READ = 8
-"""Passages that are read."""
+MEASUREMENTS = ("steering", "generation", "reading", "ccs", "switching", "end_to_end", "growth")
+"""Each is the function `measure` of the module of this name in `benching`."""
 
-Figures = dict[str, float]
-
-
-def generation(model: Path, repeats: int) -> Figures:
-    """Tokens/s of 32 answers at once, against one after the other and against bare decoding."""
-    from llama_cpp import Llama
-
-    from alignez_gguf.engines import GenerationRequest, Sampling
-    from alignez_gguf.engines.llama import LlamaEngine
-    from alignez_gguf.runtime.threads import physical_cores
-
-    prompts = _prompts(N_PARALLEL)
-    sampling = Sampling(max_tokens=N_ANSWER)
-    threads = physical_cores()
-    loop = Llama(str(model), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
-    ours, looped, bare = [], [], []
-    with LlamaEngine(model, n_ctx=256, n_parallel=N_PARALLEL) as engine:
-        for _ in range(repeats):
-            requests = [GenerationRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
-            n_tokens = 0
-
-            def generate(requests: Sequence[GenerationRequest] = requests) -> None:
-                nonlocal n_tokens
-                n_tokens = sum(done.n_tokens for _, done in engine.generate(requests, sampling))
-
-            seconds = _seconds(generate)
-            ours.append(n_tokens / seconds)
-
-            def one_by_one() -> None:
-                nonlocal n_tokens
-                n_tokens = 0
-                for prompt in prompts[:LOOPED]:
-                    answer = loop(prompt, max_tokens=N_ANSWER, temperature=1.0)
-                    n_tokens += answer["usage"]["completion_tokens"]
-
-            seconds = _seconds(one_by_one)
-            looped.append(n_tokens / seconds)
-            bare.append(N_PARALLEL * N_ANSWER / _seconds(lambda: _decode_only(engine, prompts)))
-    loop.close()
-    return {
-        "tokens_per_second": statistics.median(ours),
-        "vs_loop": _ratio(ours, looped),
-        "vs_bare_decoding": _ratio(ours, bare),
-    }
-
-
-def reading(model: Path, repeats: int) -> Figures:
-    """Passages/s with all layers read, against the same passages without."""
-    from alignez_gguf.engines import Passage
-    from alignez_gguf.engines.llama import LlamaEngine
-
-    prompts = _prompts(READ, n_shared=0)
-    passages = [Passage(prompt) for prompt in prompts]
-    found: Figures = {}
-    with LlamaEngine(model, n_ctx=256) as engine:
-        list(engine.activations(passages[:1]))
-        for hook in ("mlp", "residual"):
-            read, plain = [], []
-            for _ in range(repeats):
-                read.append(1 / _seconds(lambda hook=hook: list(engine.activations(passages, hook=hook))))
-                plain.append(1 / _seconds(lambda: list(engine.next_token_logprobs(prompts))))
-            found[f"vs_prefill_{hook}"] = _ratio(read, plain)
-    return found
-
-
-def ccs(_: Path, repeats: int) -> Figures:
-    """32 layers x 4096 x 256 pairs x 10 restarts x 1000 epochs, against one layer and restart at a time."""
-    import numpy as np
-    import torch
-
-    from alignez_gguf import directions
-    from alignez_gguf.directions.ccs import RESTARTS
-    from alignez_gguf.directions.probe_training import EPOCHS, LEARNING_RATE, WEIGHT_DECAY
-
-    n_layer, n_pairs, n_embd = 32, 256, 4096
-    rng = np.random.default_rng(0)
-    helpful, harmful = (rng.standard_normal((n_layer, n_pairs, n_embd), dtype=np.float32) for _ in range(2))
-    seconds = _seconds(lambda: directions.fit("ccs", helpful, harmful))
-    good, bad = torch.from_numpy(helpful[0]), torch.from_numpy(harmful[0])
-
-    def one_probe(epochs: int) -> None:
-        probe = torch.nn.Linear(n_embd, 1)
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        for _ in range(epochs):
-            p, q = probe(good).sigmoid(), probe(bad).sigmoid()
-            loss = ((p + q - 1) ** 2 + torch.minimum(p, q)).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-    one_probe(10)
-    sample = EPOCHS // 5
-    loop = [_seconds(lambda: one_probe(sample)) * EPOCHS / sample for _ in range(max(repeats, 3))]
-    return {"seconds": seconds, "vs_loop": statistics.median(loop) * n_layer * RESTARTS / seconds}
-
-
-MEASUREMENTS: dict[str, Callable[[Path, int], Figures]] = {
-    "generation": generation,
-    "reading": reading,
-    "ccs": ccs,
-}
-
-
-def _decode_only(engine: LlamaEngine, prompts: Sequence[str]) -> None:
-    """What 32 sequences cost if nothing is sampled and no text is made: the prompts, then a token each."""
-    from alignez_gguf.runtime.context import Context
-
-    with Context(engine.model, n_ctx=256, n_sequences=len(prompts), n_batch=512) as context:
-        lengths = []
-        for sequence, prompt in enumerate(prompts):
-            tokens = engine.model.tokenize(prompt)
-            start = 0 if sequence == 0 else N_SHARED
-            if start:
-                context.copy_sequence(0, sequence)
-                context.truncate_sequence(sequence, start)
-            rest = tokens[start:]
-            last = [False] * (len(rest) - 1) + [True]
-            context.decode(rest, range(start, len(tokens)), [sequence] * len(rest), last)
-            lengths.append(len(tokens))
-        for step in range(N_ANSWER - 1):
-            positions = [length + step for length in lengths]
-            context.decode([5] * len(prompts), positions, range(len(prompts)), [True] * len(prompts))
-
-
-def _prompts(count: int, n_shared: int = N_SHARED) -> list[str]:
-    """Prompts that are the same for `n_shared` characters, each of which is a token."""
-    beginning = "a" * n_shared
-    return [f"{beginning}{number:03d} ".ljust(N_PROMPT, "bcdefgh"[number % 7]) for number in range(count)]
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _ratio(ours: Sequence[float], anchor: Sequence[float]) -> float:
-    """The median of ratios of runs that were made side by side."""
-    return statistics.median(a / b for a, b in zip(ours, anchor, strict=True))
+BUILD = setup_environment.ROOT / "build"
 
 
 def main() -> None:
-    """Run the measurements and print a table, or JSON as the last line."""
+    """Run the measurements; end with an error in one line where one cannot be made."""
     options = _parse()
-    from make_bench_model import make
+    from benching.figures import BenchError
 
-    chosen = options.only or list(MEASUREMENTS)
-    model = options.model
-    if model is None and chosen != ["ccs"]:
-        model = make("22x2048", "Q4_K_M", setup_environment.ROOT / "build" / "bench")
-    found = {}
-    for name in chosen:
+    from alignez_gguf.errors import AlignezError
+
+    try:
+        _run(options)
+    except (AlignezError, BenchError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Print a table after each measurement, and JSON as the last line where that is asked for."""
+    from benching import report
+
+    setting = _setting(options)
+    about = report.about_machine(setting.model, setting.n_threads, setting.n_gpu_layers)
+    found: dict[str, Measured] = {}
+    for name in options.only or MEASUREMENTS:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        found[name] = {
-            key: round(value, 3) for key, value in MEASUREMENTS[name](model, options.repeats).items()
-        }
+        found[name] = import_module(f"benching.{name}").measure(setting)
+        if options.write is not None:
+            report.write(options.write, {name: found[name]}, about)
+        print(report.as_text({name: found[name]}), flush=True)
     if options.json:
-        print(json.dumps(found))
-        return
-    for name, figures in found.items():
-        for key, value in figures.items():
-            print(f"{name:12s}{key:24s}{value:10.3f}")
+        print(json.dumps(report.as_json(found, about)))
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    from benching.setting import Setting
+    from make_bench_model import SHAPES, make
+
+    from alignez_gguf.runtime.threads import physical_cores
+
+    cache = BUILD / "bench"
+    return Setting(
+        model=options.model or make(SHAPES["22x2048"], "Q4_K_M", cache),
+        cache=cache,
+        repeats=options.repeats,
+        pairs=options.pairs,
+        n_threads=options.threads or physical_cores(),
+        n_gpu_layers=options.gpu_layers,
+        llama_bin=options.llama_bin,
+        n_queries=options.queries,
+    )
 
 
 def _parse() -> argparse.Namespace:
@@ -204,7 +98,24 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", action="append", choices=MEASUREMENTS, help="only this measurement")
     parser.add_argument("--model", type=Path, help="measure on this GGUF")
-    parser.add_argument("--repeats", type=int, default=3, help="of each pair of runs (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of runs that take long (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=15, help="of short runs, base and other (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="of llama.cpp (default: the physical cores)")
+    parser.add_argument(
+        "--gpu-layers", type=int, default=-1, help="layers on a GPU; -1 for all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--llama-bin",
+        type=Path,
+        default=Path(os.environ.get("ALIGNEZ_LLAMA_BIN", BUILD / "llama.cpp" / "bin")),
+        help="the folder of llama.cpp's programs (default: $ALIGNEZ_LLAMA_BIN, else build/llama.cpp/bin)",
+    )
+    parser.add_argument("--queries", type=int, default=64, help="of end_to_end (default: %(default)s)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this document")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     return parser.parse_args()
 

@@ -2,18 +2,25 @@
 
     python3 tools/make_bench_model.py 22x2048 [--level Q4_K_M] [--cache DIR]
 
-A model is made once and kept: build/bench/22x2048-Q4_K_M.gguf. What it writes is noise.
+A model is made once and kept: build/bench/22x2048-Q4_K_M.gguf. What it writes is noise, but of words: as
+with a real tokenizer, a word of the package's own prompts is about one token, and a text that the model wrote
+has about as many tokens when it is read; and its answers depend on the persona that is asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import setup_environment
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,39 +34,57 @@ class Shape:
     n_head_kv: int
     n_vocab: int = 32_000
 
+    @property
+    def name(self) -> str:
+        return f"{self.n_layer}x{self.n_embd}"
+
 
 SHAPES = {
-    "30x576": Shape(30, 576, 1536, 9, 3),  # SmolLM2-135M
-    "22x2048": Shape(22, 2048, 5632, 32, 4),  # TinyLlama-1.1B
-    "32x4096": Shape(32, 4096, 14336, 32, 8),  # Llama-3-8B
+    shape.name: shape
+    for shape in (
+        Shape(30, 576, 1536, 9, 3),  # SmolLM2-135M
+        Shape(22, 2048, 5632, 32, 4),  # TinyLlama-1.1B
+        Shape(32, 4096, 14336, 32, 8),  # Llama-3-8B
+    )
 }
 LEVELS = ("Q4_K_M", "Q8_0")
 CONTEXT = 4096
 
+_GAINS = {"attn_q": 2.0, "attn_k": 2.0, "attn_v": 4.0, "attn_output": 4.0, "output": 4.0}
+"""How strongly what came before speaks in a token, and how sure the model is of it: so that it answers two
+personas differently, as it must for the export to keep its pairs. All other products keep their scale."""
 
-def make(name: str, level: str, cache: Path) -> Path:
+_WORDS = 60_000
+"""Made-up words that the vocabulary is filled with."""
+
+
+def make(shape: Shape, level: str, cache: Path) -> Path:
     """The path of the model, made if it is not there."""
+    from alignez_gguf.atomic import replacing
     from alignez_gguf.runtime.quantize_file import quantize_file
 
-    path = cache / f"{name}-{level}.gguf"
+    path = cache / f"{shape.name}-{level}.gguf"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        source = cache / f"{name}-F16.gguf"
+        source = cache / f"{shape.name}-F16.gguf"
         print(f"making {path}", file=sys.stderr)
-        _write(source, name, SHAPES[name])
-        quantize_file(source, path, level, n_threads=2)
-        source.unlink()
+        try:
+            _write(source, shape)
+            with replacing(path) as unfinished:
+                quantize_file(source, unfinished, level, n_threads=2)
+        finally:
+            source.unlink(missing_ok=True)
     return path
 
 
-def _write(path: Path, name: str, shape: Shape) -> None:
+def _write(path: Path, shape: Shape) -> None:
     """A GGUF in F16, written tensor by tensor."""
     import gguf
     import numpy as np
 
     head = shape.n_embd // shape.n_head
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(f"random {name}")
+    writer.add_name(f"random {shape.name}")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(shape.n_embd)
@@ -79,11 +104,12 @@ def _write(path: Path, name: str, shape: Shape) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(0)
-    for _, dimensions in tensors:
+    for tensor, dimensions in tensors:
         if len(dimensions) == 1:
             weight = np.ones(dimensions, np.float32)
         else:
-            weight = (0.02 * rng.standard_normal(dimensions, dtype=np.float32)).astype(np.float16)
+            deviation = _GAINS.get(tensor.split(".")[-2], 1.0) / dimensions[1] ** 0.5
+            weight = (deviation * rng.standard_normal(dimensions, dtype=np.float32)).astype(np.float16)
         writer.write_tensor_data(weight)
     writer.close()
 
@@ -107,30 +133,62 @@ def _tensors(shape: Shape, head: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "output.weight", (shape.n_vocab, n_embd)
 
 
-def _add_tokenizer(writer: object, n_vocab: int) -> None:
-    """A byte-level tokenizer: one token for every byte, and fillers up to the size of a real vocabulary."""
-    import gguf
-    from tokenizers.pre_tokenizers import ByteLevel
+def _add_tokenizer(writer: Any, n_vocab: int) -> None:
+    """A byte-level BPE of exactly `n_vocab` tokens."""
+    import json
 
-    assert isinstance(writer, gguf.GGUFWriter)
-    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "th"]
-    tokens += [f"<filler {number}>" for number in range(n_vocab - len(tokens))]
-    special = [gguf.TokenType.CONTROL] * 2
+    import gguf
+
+    bpe = json.loads(_trained(n_vocab).to_str())["model"]
+    tokens = sorted(bpe["vocab"], key=bpe["vocab"].get)
+    if len(tokens) != n_vocab:
+        raise ValueError(f"the text gives {len(tokens)} tokens, not {n_vocab}; make up more words")
     writer.add_vocab_size(n_vocab)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types(special + [gguf.TokenType.NORMAL] * (n_vocab - 2))
-    writer.add_token_merges(["t h"])  # llama.cpp wants one at least
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (n_vocab - 2))
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
 
 
+def _trained(n_vocab: int) -> Tokenizer:
+    """Trained on the package's own texts, which come first, and on made-up words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    data = setup_environment.ROOT / "alignez_gguf" / "data"
+    own = [(data / name).read_text(encoding="utf-8") for name in ("queries.txt", "templates.toml")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*own * 50, " ".join(_words())], trainer)
+    return tokenizer
+
+
+def _words() -> Iterator[str]:
+    """Words of one to three made-up syllables, always the same ones."""
+    draw = random.Random(0)
+    for _ in range(_WORDS):
+        syllables = draw.randint(1, 3)
+        yield "".join(
+            draw.choice("bcdfghklmnprstvwz")
+            + draw.choice("aeiou")
+            + draw.choice(("", "", "n", "r", "l", "s"))
+            for _ in range(syllables)
+        )
+
+
 def main() -> None:
     """Read the options, make the model, and say where it is."""
     options = _parse()
-    print(make(options.shape, options.level, options.cache))
+    print(make(SHAPES[options.shape], options.level, options.cache))
 
 
 def _parse() -> argparse.Namespace:

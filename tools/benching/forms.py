@@ -1,0 +1,149 @@
+"""The forms in which an edit reaches llama.cpp, each switched on and off on one context."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from alignez_gguf.edits import Edits
+    from alignez_gguf.model_info import ModelInfo
+    from alignez_gguf.runtime.context import Context
+
+_STRENGTHS = (0.5, 0.75, 1.0)
+
+
+class Form(Protocol):
+    """A form of an edit on a context."""
+
+    def on(self) -> None:
+        """From the next decode on, every token is steered, or those that the form means."""
+        ...
+
+    def off(self) -> None:
+        """The context is as if it had never been steered."""
+        ...
+
+    def before_token(self) -> None:
+        """Called before each token that is decoded while the form is on; its time counts."""
+        ...
+
+
+class NoEdit:
+    """Nothing, done twice: what two runs differ by for no reason."""
+
+    def on(self) -> None: ...
+
+    def off(self) -> None: ...
+
+    def before_token(self) -> None: ...
+
+
+class Patch(NoEdit):
+    """The patch, at strength 1 from position `first` on."""
+
+    def __init__(self, context: Context, edits: Edits, first: int = 0) -> None:
+        self._context = context
+        self._edits = edits
+        self._first = first
+
+    def on(self) -> None:
+        from alignez_gguf.runtime import library
+
+        library.set_edits(self._context.pointer, self._edits, self._context.model.info.n_embd)
+        if self._first > 0:
+            library.set_strength(self._context.pointer, 0.0)
+            library.set_strength(self._context.pointer, 1.0, first=self._first)
+
+    def off(self) -> None:
+        from alignez_gguf.runtime import library
+
+        library.set_edits(self._context.pointer, {}, self._context.model.info.n_embd)
+
+
+class ChangingStrength(Patch):
+    """The patch, with another strength for every token; off is a strength that stays."""
+
+    def __init__(self, context: Context, edits: Edits) -> None:
+        super().__init__(context, edits)
+        self._changes = False
+        self._strengths = itertools.cycle(_STRENGTHS)
+
+    def on(self) -> None:
+        super().on()
+        self._changes = True
+
+    def off(self) -> None:
+        super().on()
+        self._changes = False
+
+    def before_token(self) -> None:
+        from alignez_gguf.runtime import library
+
+        if self._changes:
+            library.set_strength(self._context.pointer, next(self._strengths))
+
+
+class Stock(NoEdit):
+    """What any llama.cpp takes: a LoRA that removes, or a control vector that adds."""
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        lora: Path | None = None,
+        additions: Mapping[int, NDArray[np.float32]] | None = None,
+    ) -> None:
+        from alignez_gguf.runtime.stock import StockAdapters
+
+        info = context.model.info
+        self._adapters = StockAdapters(
+            context.pointer,
+            context.model.pointer,
+            lora=lora,
+            additions=additions or {},
+            n_layer=info.n_layer,
+            n_embd=info.n_embd,
+        )
+
+    def on(self) -> None:
+        self._adapters.steer(1.0, range(1))
+        next(iter(self._adapters.pieces(0, 1)))
+
+    def off(self) -> None:
+        self._adapters.steer(0.0, range(0))
+
+    def __enter__(self) -> Stock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._adapters.detach()
+
+
+def removal(info: ModelInfo, rank: int) -> Edits:
+    """Random orthonormal directions, removed at every layer."""
+    import numpy as np
+
+    from alignez_gguf.edits import LayerEdit
+
+    rng = np.random.default_rng(rank)
+    return {
+        layer: LayerEdit(remove=rng.standard_normal((rank, info.n_embd)).astype(np.float32))
+        for layer in range(info.n_layer)
+    }
+
+
+def additions(info: ModelInfo) -> dict[int, NDArray[np.float32]]:
+    """A small random vector for every layer that a stock control vector reaches: all but the first."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    return {
+        layer: (0.01 * rng.standard_normal(info.n_embd)).astype(np.float32)
+        for layer in range(1, info.n_layer)
+    }
