@@ -9,7 +9,7 @@ deterministic. This module knows nothing of engines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -99,6 +99,7 @@ class Search:
         advance: called after every measurement, with a line about it.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
             measurements and change nothing else.
+        shared: `first_tokens` of a search under another scope that steers the first token alike.
     """
 
     scorer: Scorer
@@ -106,8 +107,14 @@ class Search:
     budget: float = DEFAULT_BUDGET
     advance: Callable[[str], None] = lambda _: None
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
+    shared: Mapping[Candidate, Figures] = field(default_factory=dict)
     _tried: dict[Candidate, Figures] = field(default_factory=dict)
     """In the order in which they were tried, with what this search has asked for: `known` may hold more."""
+
+    @property
+    def first_tokens(self) -> dict[Candidate, Figures]:
+        """What was tried, with what the first tokens say of it."""
+        return {candidate: _first_token(figures) for candidate, figures in self._tried.items()}
 
     def run(self, sources: Sequence[Source], layers: tuple[int, ...]) -> Selection:
         """Choose among `sources`, and among `layers` and parts of them.
@@ -143,14 +150,14 @@ class Search:
             edits = self.edits_of(unit)
             if not edits:
                 continue
-            if any(candidate not in self.known for candidate in members):
+            if any(candidate not in self.shared and candidate not in self.known for candidate in members):
                 # All together even if some are known: rounding depends on what is computed together.
                 strengths = [candidate.amount if unit.operation == "add" else 1.0 for candidate in members]
                 found = self.scorer.first_tokens(edits, strengths)
                 for candidate, figures in zip(members, found, strict=True):
                     self.known.setdefault(candidate, figures)
             for candidate in members:
-                self._tried[candidate] = replace(self.known[candidate], divergence=None)
+                self._tried[candidate] = _first_token(self.shared.get(candidate) or self.known[candidate])
                 self.advance(str(candidate))
 
     def _grow(self, candidate: Candidate) -> None:
@@ -265,14 +272,21 @@ class Search:
 
     def _measured(self, scored: Scored) -> Scored:
         if scored.figures.divergence is None:
-            candidate, figures = scored.candidate, self.known[scored.candidate]
-            if figures.divergence is None:
+            candidate, figures = scored.candidate, scored.figures
+            known = self.known.get(candidate)
+            if known is not None and known.divergence is not None:
+                figures = replace(figures, divergence=known.divergence)
+            else:
                 figures = self.scorer.complete(figures, self.edits_of(candidate))
                 self.known[candidate] = figures
             self._tried[candidate] = figures
             self.advance(str(candidate))
             scored = replace(scored, figures=figures)
         return scored
+
+
+def _first_token(figures: Figures) -> Figures:
+    return replace(figures, divergence=None)
 
 
 def random_edits(like: Edits, seed: int) -> dict[int, LayerEdit]:

@@ -503,3 +503,15 @@ def test_choice_is_about_as_good_as_the_best_of_all_candidates(budget: float) ->
     shares = [share_of_the_best(seed, budget) for seed in range(4)]
     assert np.median(shares) >= 0.97
     assert min(shares) >= 0.7
+
+
+def test_first_tokens_of_another_scope_are_not_measured_again() -> None:
+    model = FakeModel(table(0, -1.0, 2.0), cost(0), table(1, 0.0, 0.5))
+    wide = Search(Scorer(model, HELPFUL, HARMFUL, BASE), edits_of)
+    wide.run(SOURCES, LAYERS)
+    narrow = replace(model, kl_of=cost(1), asked=[], measured=[])
+    alone = search(replace(narrow, asked=[], measured=[]))
+    assert search(narrow, shared=wide.first_tokens) == alone
+    asked = {candidate for together in narrow.asked for candidate in together}
+    assert asked.isdisjoint(candidate for candidate in wide.first_tokens if candidate.operation != "add")
+    assert narrow.measured

@@ -142,13 +142,15 @@ def _search_scopes(
 ) -> tuple[Scope, Selection]:
     """The best choice among several scopes, the first of which is the widest.
 
-    The score sees only how an answer begins, so that a narrower scope never loses by it: it is taken only if
-    the net is greater by a margin.
+    All of them steer the first token alike, so that what it says of an edit is measured once. The score sees
+    only how an answer begins, so that a narrower scope never loses by it: it is taken only if the net is
+    greater by a margin.
     """
     settings = job.settings
     scopes = SEARCHED if settings.scope is None else (settings.scope,)
     found: list[tuple[Scope, Selection]] = []
     failure: NoGainError | None = None
+    shared: dict[Candidate, Figures] = {}
     for scope in scopes:
         with (
             scorer(job, held_out, scope) as scored,
@@ -161,12 +163,14 @@ def _search_scopes(
                 budget=settings.kl_budget,
                 advance=partial(_count, advance),
                 known=known,
+                shared=shared,
             )
             try:
                 layers = settings.layers or tuple(range(job.target.info.n_layer))
                 found.append((scope, search.run(candidates, layers)))
             except NoGainError as error:
                 failure = failure or error
+            shared = {**search.first_tokens, **shared}
     if failure is not None and not found:
         raise failure
     best = found[0]

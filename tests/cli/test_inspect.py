@@ -60,6 +60,7 @@ def test_json_holds_everything(run: Run, by_hand: str) -> None:
             "fingerprint": "f" * 64,
             "quantization": "Q8_0",
         },
+        "sha256": ControlFile.load(by_hand).sha256,
         "recipe": {"method": "mean", "seed": 7},
         "score": {"score": 1.5, "tried.score": [1.5, -0.25]},
         "layers": [

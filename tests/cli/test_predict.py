@@ -87,12 +87,21 @@ def test_work_directory_that_is_named_serves_a_second_run(
 ) -> None:
     first = predicted(run, model, queries, *QUICK, "--work-dir", "work")
     (store,) = (tmp_path / "work").glob("pairs-*.jsonl")
+    written = store.stat().st_mtime_ns
+    assert predicted(run, model, queries, *QUICK, "--work-dir", "work") == first
+    assert store.stat().st_mtime_ns == written
+
+
+def test_pair_that_a_bad_disk_changed_is_written_again(
+    run: Run, model: str, queries: str, tmp_path: Path
+) -> None:
+    first = predicted(run, model, queries, *QUICK, "--work-dir", "work")
+    (store,) = (tmp_path / "work").glob("pairs-*.jsonl")
     text = store.read_text(encoding="utf-8")
     store.write_text(text.replace('"helpful": "', '"helpful": "MARK ', 1), encoding="utf-8")
     again = run("predict", model, "-q", queries, "--json", *QUICK, "--work-dir", "work", "--quiet")
-    assert again.exit_code == 0
-    assert json.loads(again.stdout) != first
-    assert "MARK" in store.read_text(encoding="utf-8")
+    assert json.loads(again.stdout) == first
+    assert "MARK" not in store.read_text(encoding="utf-8")
 
 
 def test_quick_needs_no_patch_and_the_held_out_score_does(
