@@ -151,11 +151,12 @@ def _refuse_truncated(header: Header) -> None:
 
 def _fingerprint(path: Path, header: Header) -> str:
     digest = hashlib.sha256()
+    first = min(header.data_offset, header.file_size)  # a file without tensors may be aligned to anywhere
+    last = max(first, header.file_size - _SAMPLE_BYTES)
     with path.open("rb") as file:
-        digest.update(file.read(header.data_offset))
+        digest.update(file.read(first))
         digest.update(header.file_size.to_bytes(8, "little"))
-        last = max(header.data_offset, header.file_size - _SAMPLE_BYTES)
         for sample in range(_SAMPLES):
-            file.seek(header.data_offset + (last - header.data_offset) * sample // (_SAMPLES - 1))
+            file.seek(first + (last - first) * sample // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import gguf
 import numpy as np
 import pytest
@@ -76,6 +78,23 @@ def test_first_part_of_a_split_model_is_enough_and_later_parts_are_refused(tmp_p
     assert ModelInfo.from_gguf(write_model(tmp_path / "1.gguf", split__no=0, split__count=2)).n_layer == 4
     with pytest.raises(ModelFileError, match="00001-of"):
         ModelInfo.from_gguf(write_model(tmp_path / "2.gguf", split__no=1, split__count=2))
+
+
+def test_alignment_beyond_the_file_takes_no_memory(tmp_path):
+    path = tmp_path / "aligned.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("general.alignment", 1 << 31)
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tracemalloc.start()
+    try:
+        assert ModelInfo.from_gguf(path).n_embd == 32
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_missing_file_and_folder_and_other_files_are_refused(tmp_path):

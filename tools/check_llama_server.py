@@ -164,7 +164,7 @@ def random_control(info: ModelInfo) -> ControlFile:
 
     random = np.random.default_rng(0).standard_normal
     edits = {
-        layer: LayerEdit(remove=random((2, info.n_embd)), add=0.05 * random(info.n_embd))
+        layer: LayerEdit(remove=random((2, info.n_embd)), add=0.5 * random(info.n_embd))
         for layer in range(info.n_layer)
     }
     return ControlFile(info, edits)
