@@ -176,6 +176,7 @@ def broken_files(info: ModelInfo, control: Path, folder: Path) -> Iterator[tuple
 
     unit = np.eye(info.n_embd, dtype=np.float32)[0]
     tensors = {
+        "an empty addition": {"direction.1": unit[:0], "direction.2": unit},
         "NaN in an addition": {"direction.1": unit * np.float32("nan")},
         "NaN in a projection": {"projection.1": unit * np.float32("nan")},
         "a projection not of length 1": {"projection.1": 2 * unit},

@@ -20,8 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from stressing import Outcome, Scale
 from stressing.building import program
 from stressing.mutation import corpus, mutated
@@ -144,8 +142,7 @@ def _checksum(data: bytes, path: Path) -> int | None:
         edits = ControlFile.load(path).edits
     except ControlFileError:
         return None
-    # The loader sums additions, from 0 on, and -0 is 0 after that.
-    added = [(layer, edit.add + np.float32(0)) for layer, edit in edits.items() if edit.add is not None]
+    added = [(layer, edit.add) for layer, edit in edits.items() if edit.add is not None]
     removed = [(layer, edit.remove) for layer, edit in edits.items() if edit.remove is not None]
     if len(added) + len(removed) != len(read_header(path).tensors):
         return None
