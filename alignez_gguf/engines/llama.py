@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ class LlamaEngine:
         self.model = self._open.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
         self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
         self.n_parallel = max(1, n_parallel)
-        self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * Path(model_path).stat().st_size))
+        self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
         self._n_threads = n_threads
         self._exact = exact and not self.model.uses_gpu
         self._edits: Edits = {}
@@ -204,9 +203,10 @@ class LlamaEngine:
         if slots is None or slots.context.n_ctx < longest or slots.context.n_sequences < n_sequences:
             self._stop_writing()
             company_from = company_needed_from(self.info.quantization) if self._exact else None
-            slots = self._writing = self._slots(n_sequences, self._cells(longest), company_from)
+            slots = self._slots(n_sequences, self._cells(longest), company_from)
             if self._edits:
                 library.set_edits(slots.context.pointer, self._edits, self.info.n_embd)
+            self._writing = slots
         return generate(slots, n_parallel, jobs, sampling, on_text)
 
     def _cells(self, longest: int) -> int:

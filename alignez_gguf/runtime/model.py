@@ -47,6 +47,8 @@ class Model:
         self._vocab: Any = llama.llama_model_get_vocab(self._pointer)
         self._pieces: dict[int, bytes] = {}
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
+        self.n_bytes = int(llama.llama_model_size(self._pointer))
+        """Of all weights, in every part of a split model."""
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
         self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
