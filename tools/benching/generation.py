@@ -40,7 +40,6 @@ class Sizes:
 def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
     """Tokens/s of answers, the time of their prompts included."""
     import llama_cpp
-    from llama_cpp import Llama
 
     from alignez_gguf.engines.llama import LlamaEngine
 
@@ -55,14 +54,7 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
         n_gpu_layers=setting.n_gpu_layers,
     ) as engine:
         prompts = texts(engine.model.tokenize, sizes.n_parallel, sizes.n_prompt, n_shared=sizes.n_shared)
-        loop = Llama(
-            str(setting.model),
-            n_ctx=1024,
-            n_threads=setting.n_threads,
-            n_threads_batch=setting.n_threads,
-            n_gpu_layers=setting.n_gpu_layers,
-            verbose=False,
-        )
+        loop = setting.open_llama()
         for repeat in range(setting.repeats):
             ours.append(_together(engine, prompts, sizes, repeat))
             looped.append(_one_by_one(loop, prompts[: sizes.looped], sizes))

@@ -6,6 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,19 @@ class Setting:
     n_gpu_layers: int
     llama_bin: Path
     n_queries: int = 64
+
+    def open_llama(self) -> Llama:
+        """The model as a script opens it."""
+        from llama_cpp import Llama
+
+        return Llama(
+            str(self.model),
+            n_ctx=1024,
+            n_threads=self.n_threads,
+            n_threads_batch=self.n_threads,
+            n_gpu_layers=self.n_gpu_layers,
+            verbose=False,
+        )
 
 
 SLACK = 8

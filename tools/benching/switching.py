@@ -36,19 +36,11 @@ class Sizes:
 def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
     """Milliseconds of the change itself, and ratios of the time to the first token after it."""
     import llama_cpp
-    from llama_cpp import Llama
 
     from alignez_gguf.control import ControlFile, ModelInfo
 
     sizes = sizes or Sizes()
-    llm = Llama(
-        str(setting.model),
-        n_ctx=1024,
-        n_threads=setting.n_threads,
-        n_threads_batch=setting.n_threads,
-        n_gpu_layers=setting.n_gpu_layers,
-        verbose=False,
-    )
+    llm = setting.open_llama()
     info = ModelInfo.from_gguf(setting.model)
     with tempfile.TemporaryDirectory() as folder, closing(llm):
         controls = [Path(folder) / f"rank-{rank}.gguf" for rank in (1, 2)]
