@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from os import PathLike
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import check_strength
 from alignez_gguf.engines.transformers_info import gguf_architecture
-from alignez_gguf.engines.transformers_model import decoder_layers, layer_mlps
+from alignez_gguf.engines.transformers_model import cache_in, cache_name, decoder_layers, layer_mlps
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.scope import Scope
 
@@ -48,8 +49,9 @@ def steer_transformers(
 
     Raises:
         ControlFileError: the file is malformed or made for another model.
-        ModelFileError: the layers of this architecture cannot be told.
-        SteeringError: the strength or the scope is not valid.
+        ModelFileError: the layers of this architecture cannot be told, or it has no KV cache.
+        SteeringError: the strength or the scope is not valid, or the model is a PEFT model. While the handle
+            is there, also whatever runs the layers without a call of the model.
     """
     if not isinstance(control, ControlFile):
         control = ControlFile.load(control)
@@ -61,6 +63,10 @@ class TransformersSteering:
     """A steered model. Leaving the `with` block, or `remove()`, gives the original model back."""
 
     def __init__(self, model: Any, control: ControlFile, strength: float, scope: Scope) -> None:
+        if hasattr(model, "get_base_model"):
+            raise SteeringError(
+                "a PEFT model runs its base model past the hooks; steer its get_base_model(), and run that"
+            )
         config = model.config.get_text_config()
         control.check_fits(
             ModelInfo(
@@ -72,14 +78,18 @@ class TransformersSteering:
         self._scope = scope
         self._positions: tuple[int, int | None] = (0, 0)
         """First steered position and the end (exclusive, or none) of the present request."""
-        self._first = 0
-        """The position at which the present forward pass begins."""
+        self._first: int | None = None
+        """The position at which the present forward pass begins; `None` outside of one."""
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
+        """Of a forward pass, in the order in which they can be given without a name."""
+        cache_name(self._parameters, config)
         blocks = decoder_layers(model, config)
         mlps = layer_mlps(blocks, config) if any(edit.rank for edit in control.edits.values()) else []
         self._hooks = ExitStack()
         with ExitStack() as hooks:
             handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
             hooks.callback(handle.remove)
+            hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
             for layer, edit in control.edits.items():
                 if edit.remove is not None:
                     self._hook(hooks, mlps[layer], _removal(torch.tensor(edit.remove)))
@@ -127,14 +137,18 @@ class TransformersSteering:
 
     def _begin(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """See where a forward pass begins, and whether a prompt does."""
-        ids = named.get("input_ids", arguments[0] if arguments else None)
-        tokens = named.get("inputs_embeds") if ids is None else ids
+        given = {**dict(zip(self._parameters, arguments, strict=False)), **named}
+        ids = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if ids is None else ids
         if tokens is None:
             raise SteeringError("a steered model needs `input_ids` or `inputs_embeds`; give one of them")
-        cache, width = named.get("past_key_values"), tokens.shape[1]
+        cache, width = cache_in(given), tokens.shape[1]
         self._first = 0 if cache is None else int(cache.get_seq_length())
         if self._first == 0 or width > 1:
             self._positions = self._scope.positions(self._first + width)
+
+    def _end(self, *_: object) -> None:
+        self._first = None
 
     def _hook(self, hooks: ExitStack, module: nn.Module, edit: Callable[[Tensor, float], Tensor]) -> None:
         def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -146,6 +160,10 @@ class TransformersSteering:
 
     def _edited(self, states: Tensor, edit: Callable[[Tensor, float], Tensor]) -> Tensor:
         """`states` [n_rows, width, n_embd] with the steered columns edited."""
+        if self._first is None:
+            raise SteeringError(
+                "the layers run without a call of the model that was steered; call it, or its generate()"
+            )
         begin, end = self._positions
         columns = slice(max(0, begin - self._first), None if end is None else max(0, end - self._first))
         if self._strength == 0 or states[:, columns].shape[1] == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from alignez_gguf import steer_transformers
 from alignez_gguf.control import ControlFile, ModelInfo
@@ -195,6 +199,43 @@ def test_controls_are_removed_in_any_order_and_leave_exactly_the_others() -> Non
         assert torch.equal(generated(tiny)[1], alone[left])
         handles[left].remove()
         assert torch.equal(generated(tiny)[1], plain)
+
+
+def test_cache_may_be_given_by_any_of_its_names_or_by_none() -> None:
+    """transformers 5.24 renamed `past_key_values`, which it still takes, to `cache`."""
+    tiny = tiny_model("llama")
+    tokens = torch.cat([PROMPT, PROMPT[:, :1]], dim=1)
+    expected = expected_logits(tiny, tokens, control_for(tiny), 1.0, range(N_PROMPT - 1, N_PROMPT))[-1]
+    parameters = list(inspect.signature(tiny.hf.forward).parameters)
+    place = next(parameters.index(name) for name in ("cache", "past_key_values") if name in parameters)
+    with steer_transformers(tiny.hf, control_for(tiny), scope="first:1"), torch.inference_mode():
+        for name in {"past_key_values", parameters[place]}:
+            held = DynamicCache(config=tiny.hf.config)
+            tiny.hf(PROMPT, **{name: held})
+            found = tiny.hf(tokens[:, -1:], **{name: held}).logits[0, -1]
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+        held = DynamicCache(config=tiny.hf.config)
+        tiny.hf(PROMPT, *[None] * (place - 1), held)
+        found = tiny.hf(tokens[:, -1:], *[None] * (place - 1), held).logits[0, -1]
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_layers_that_run_past_the_steering_are_an_error_and_not_unsteered() -> None:
+    tiny = tiny_model("llama")
+    wrapped = peft.get_peft_model(copy.deepcopy(tiny.hf), peft.LoraConfig(target_modules=["down_proj"]))
+    with steer_transformers(tiny.hf, control_for(tiny)):
+        with pytest.raises(SteeringError, match="without a call of the model"):
+            tiny.hf.base_model(PROMPT)
+        tiny.hf(PROMPT)
+        with pytest.raises(SteeringError, match="without a call of the model"):
+            tiny.hf.base_model(PROMPT)
+    with pytest.raises(SteeringError, match=r"get_base_model\(\)"):
+        steer_transformers(wrapped, control_for(tiny))
+    with steer_transformers(wrapped.get_base_model(), control_for(tiny)):
+        steered = wrapped.generate(input_ids=PROMPT, max_new_tokens=N_NEW, do_sample=False)
+    with steer_transformers(tiny.hf, control_for(tiny)):
+        expected = tiny.hf.generate(PROMPT, max_new_tokens=N_NEW, do_sample=False)  # type: ignore[operator]
+    assert torch.equal(steered, expected)
 
 
 def test_control_of_another_model_is_refused_and_leaves_no_hook(tmp_path: Path) -> None:

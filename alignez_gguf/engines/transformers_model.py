@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +31,9 @@ _MLP_NAMES = (
     "experts",
 )
 """What decoder layers call their MLP, or its parts."""
+
+_CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward pass calls its KV cache: the first since transformers 5.24 (models/*/modeling_*.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,7 @@ class TorchModel:
         self.info = model_info(self.config, folder, str(source), self.module.dtype)
         self.n_ctx_train = int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
         self._accepts = inspect.signature(type(self.module).forward).parameters
+        self._cache_name = cache_name(self._accepts, self.config)
         self._bos = self.tokenizer.bos_token_id
         # Some tokenizers put a token at the end as well, which no prompt wants.
         self._adds_bos = self._bos is not None and self._bos in self.tokenizer.encode("")
@@ -130,7 +134,7 @@ class TorchModel:
 
         With a cache, `rows.mask` covers what it holds as well, and `ids` are what follows that.
         """
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {self._cache_name: cache}
         if "position_ids" in self._accepts:
             arguments["position_ids"] = rows.positions
         if "logits_to_keep" in self._accepts:
@@ -138,11 +142,10 @@ class TorchModel:
         output = self.module(
             input_ids=rows.ids,
             attention_mask=rows.mask,
-            past_key_values=cache,
             use_cache=True,
             **arguments,
         )
-        return output.logits[:, -n_last:].float(), output.past_key_values
+        return output.logits[:, -n_last:].float(), cache_in(output)
 
     def run(self, rows: Sequence[Sequence[int]]) -> None:
         """Compute rows of tokens for what hooks see, [n_rows, longest, n_embd]; without the head.
@@ -153,6 +156,25 @@ class TorchModel:
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
+
+
+def cache_name(parameters: Collection[str], config: Any) -> str:
+    """What a forward pass with these parameters calls its KV cache.
+
+    Raises:
+        ModelFileError: it takes none.
+    """
+    for name in _CACHE_NAMES:
+        if name in parameters:
+            return name
+    raise ModelFileError(
+        f"a forward pass of {config.model_type!r} takes no KV cache; use a model of another architecture"
+    )
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The KV cache among what a forward pass takes or returns, if there is one."""
+    return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
 
 
 def decoder_layers(model: nn.Module, config: Any) -> list[nn.Module]:
