@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class PreferencePair:
 
 _FOREIGN_FIELDS = {"prompt": "query", "chosen": "helpful", "rejected": "harmful"}
 """The names that data sets for preference optimisation use."""
+
+
+def unweighted(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The pairs as a model sees them: how much each counts decides nothing but a fit."""
+    return [replace(pair, weight=1.0) for pair in pairs]
 
 
 class PairStore:

@@ -78,6 +78,14 @@ Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
+class Readout:
+    """What is taken of every layer."""
+
+    hook: Hook = "mlp"
+    pooling: Pooling = "last"
+
+
+@dataclass(frozen=True)
 class Passage:
     """A text to be read: a prompt and, directly behind it, a response to it, which may be empty."""
 
@@ -116,12 +124,13 @@ class Engine(Generator, Protocol):
     def info(self) -> ModelInfo: ...
 
     def activations(
-        self, passages: Sequence[Passage], *, hook: Hook = "mlp", pooling: Pooling = "last"
+        self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
-        """What every layer makes of each passage, [n_layer, n_embd], in order.
+        """What every layer makes of each passage, [n_readouts, n_layer, n_embd], in order.
 
-        The last token is that of the whole text; the mean is taken over the tokens behind those of the prompt
-        alone, or over the last token where there are none.
+        A passage is computed once for all readouts, and a readout does not depend on the others. The last
+        token is that of the whole text; the mean is taken over the tokens behind those of the prompt alone,
+        or over the last token where there are none.
 
         Raises:
             QueryError: a text is empty or longer than the context.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
-from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Pooling, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.engines.batching import Job, generate
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.slots import (
@@ -136,15 +136,12 @@ class LlamaEngine:
         )
 
     def activations(
-        self, passages: Sequence[Passage], *, hook: Hook = "mlp", pooling: Pooling = "last"
+        self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
         """What every layer makes of each passage; see `Engine`. Never steered."""
         split = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
         self._stop_writing()
-        return (
-            self._activation(tokens, first if pooling == "mean" else len(tokens) - 1, hook)
-            for tokens, first in split
-        )
+        return (self._activations(tokens, first, readouts) for tokens, first in split)
 
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
@@ -271,13 +268,17 @@ class LlamaEngine:
         if self._generating:
             raise RuntimeError("the engine is generating; finish or close that iterator first")
 
-    def _activation(self, tokens: Sequence[int], first: int, hook: Hook) -> NDArray[np.float16]:
+    def _activations(
+        self, tokens: Sequence[int], first: int, readouts: Sequence[Readout]
+    ) -> NDArray[np.float16]:
         reader, slots = self._reader, self._reading
         if not reader.knows_graph:
             reader.watch()
             slots.prefill(0, tokens[:EXACT_PIECE])  # one piece
             reader.learn()
-        with reader.reading(hook):
+        with reader.reading(readouts):
+            # From `first` on whatever is read: the last layer computes only tokens with logits, and how many
+            # they are decides how it rounds.
             for piece in slots.plan(0, tokens, first):
                 if piece.n_wanted:
                     reader.arm(piece.n_wanted)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Pooling, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Passage, Pooling, Readout, Sampling
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.transformers_generation import Job, generate
 from alignez_gguf.engines.transformers_model import TorchModel, hidden
@@ -89,15 +89,15 @@ class TransformersEngine:
         return generate(self.model, self.n_parallel, jobs, sampling, on_text)
 
     def activations(
-        self, passages: Sequence[Passage], *, hook: Hook = "mlp", pooling: Pooling = "last"
+        self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
         """What every layer makes of each passage; see `Engine`."""
-        modules = self.model.mlps if hook == "mlp" else self.model.blocks
+        modules = [self.model.mlps if readout.hook == "mlp" else self.model.blocks for readout in readouts]
         texts = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
-        if pooling == "last":
-            texts = [(tokens, len(tokens) - 1) for tokens, _ in texts]
         return (
-            array for batch in _batches(texts, self.n_parallel) for array in self._activations(batch, modules)
+            array
+            for batch in _batches(texts, self.n_parallel)
+            for array in self._activations(batch, readouts, modules)
         )
 
     def response_logprobs(
@@ -157,26 +157,36 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _activations(
-        self, texts: Sequence[tuple[list[int], int]], modules: Sequence[nn.Module]
+        self,
+        texts: Sequence[tuple[list[int], int]],
+        readouts: Sequence[Readout],
+        modules: Sequence[Sequence[nn.Module]],
     ) -> NDArray[np.float16]:
-        """[n_texts, n_layer, n_embd], the mean over the tokens of each text from `first` on."""
+        """[n_texts, n_readouts, n_layer, n_embd], of what the `modules` of each readout put out."""
         width = max(len(tokens) for tokens, _ in texts)
-        layers: list[Tensor] = []
 
-        def forward_hook(_: nn.Module, __: Any, output: Any) -> None:
-            states = hidden(output, width, self.info.n_embd)
-            rows = [
-                states[row, first : len(tokens)].float().mean(0) for row, (tokens, first) in enumerate(texts)
-            ]
-            layers.append(torch.stack(rows).cpu())
+        def taking(pooling: Pooling, layers: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+            """A hook that appends what a layer puts out, [n_texts, n_embd]."""
 
+            def forward_hook(_: nn.Module, __: Any, output: Any) -> None:
+                states = hidden(output, width, self.info.n_embd)
+                rows = []
+                for row, (tokens, first) in enumerate(texts):
+                    begin = first if pooling == "mean" else len(tokens) - 1
+                    rows.append(states[row, begin : len(tokens)].float().mean(0))
+                layers.append(torch.stack(rows).cpu())
+
+            return forward_hook
+
+        found: list[list[Tensor]] = [[] for _ in readouts]
         with ExitStack() as hooks:
-            for module in modules:
-                hooks.callback(module.register_forward_hook(forward_hook).remove)
+            for readout, layers, hooked in zip(readouts, found, modules, strict=True):
+                for module in hooked:
+                    hooks.callback(module.register_forward_hook(taking(readout.pooling, layers)).remove)
             self.model.run([tokens for tokens, _ in texts])
+        array = torch.stack([torch.stack(layers, dim=1) for layers in found], dim=1)
         # Massive activations of some models exceed float16.
-        array = torch.stack(layers, dim=1).clamp(-_MAX_FLOAT16, _MAX_FLOAT16)
-        return np.asarray(array.numpy(), np.float16)
+        return np.asarray(array.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).numpy(), np.float16)
 
     @torch.inference_mode()
     def _response_logprobs(self, texts: Sequence[tuple[list[int], int]]) -> list[float]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.control import ControlFile
-from alignez_gguf.engines import Engine, Passage
+from alignez_gguf.engines import Engine, Hook, Passage, Readout
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +43,11 @@ def project(engine: Engine, control: ControlFile, prompts: Sequence[str], streng
         addition / max(edit.scale, np.finfo(np.float64).tiny) if edit.remove is None else edit.remove[0]
     )
 
-    def along(hook_outputs: Sequence[NDArray[np.float16]]) -> NDArray[np.float64]:
-        return np.array([output[layer].astype(np.float64) @ direction for output in hook_outputs])
-
-    before = along(list(engine.activations(passages, hook="residual")))
+    hooks: Sequence[Hook] = ("residual",) if edit.remove is None else ("residual", "mlp")
+    outputs = engine.activations(passages, list(map(Readout, hooks)))
+    along = np.array([output[:, layer].astype(np.float64) @ direction for output in outputs])
+    before = along[:, 0]
     after = before + strength * float(addition @ direction)
     if edit.remove is not None:
-        after = after - strength * along(list(engine.activations(passages, hook="mlp")))
+        after = after - strength * along[:, 1]
     return Projections(layer, before, after)

@@ -12,17 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf import directions
-from alignez_gguf.activations import ReadingPosition
 from alignez_gguf.candidates import Candidate, Source, span
 from alignez_gguf.control import Field
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits, paper_edits, span_edits
-from alignez_gguf.engines import Hook
 from alignez_gguf.errors import NoGainError, QueryError
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.kept import KnownFigures, kept_figures
-from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorer, unweighted
+from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorer
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures, Scorer
 from alignez_gguf.selection import Baseline, Search, Selection, random_edits
@@ -74,8 +73,9 @@ class Made:
 def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer."""
     settings = job.settings
-    method, reading, hook = settings.method or "ccs", settings.reading or "response", settings.hook or "mlp"
-    fit = fit_directions(job, pairs, np.arange(len(pairs)), method, reading, hook, rank=1)
+    method = settings.method or "ccs"
+    place = Place(settings.reading or "response", settings.hook or "mlp")
+    fit = fit_directions(Embeddings(job, pairs, [place]), np.arange(len(pairs)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
     if not edits:
         raise NoGainError(
@@ -84,8 +84,8 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         )
     recipe: dict[str, Field] = {
         "method": method,
-        "reading": reading,
-        "hook": hook,
+        "reading": place.reading,
+        "hook": place.hook,
         "rank": 1,
         "threshold": settings.threshold,
         "pairs.fit": len(pairs),
@@ -184,10 +184,10 @@ def _search_scopes(
 class Fits:
     """What every source found, and the edits that candidates make of it."""
 
-    fits: Mapping[tuple[str, ReadingPosition, Hook], Fit]
+    fits: Mapping[tuple[str, Place], Fit]
 
     def of(self, source: Source) -> Fit:
-        return self.fits[source.method, source.reading, source.hook]
+        return self.fits[source.method, _place(source)]
 
     def edits(self, candidate: Candidate) -> Edits:
         fit = self.of(candidate.source)
@@ -205,13 +205,18 @@ def fit_sources(
     job: Job, pairs: Sequence[PreferencePair], fit_indices: NDArray[np.int64], sources: Sequence[Source]
 ) -> Fits:
     """Fit each method once at each place, with the highest rank that is asked of it."""
-    fits: dict[tuple[str, ReadingPosition, Hook], Fit] = {}
+    embeddings = Embeddings(job, pairs, list(map(_place, sources)))
+    fits: dict[tuple[str, Place], Fit] = {}
     for source in sources:
-        key = source.method, source.reading, source.hook
+        key = source.method, _place(source)
         if key not in fits:
             rank = max(other.rank for other in sources if other.method == source.method)
-            fits[key] = fit_directions(job, pairs, fit_indices, *key, rank=rank)
+            fits[key] = fit_directions(embeddings, fit_indices, *key, rank)
     return Fits(fits)
+
+
+def _place(source: Source) -> Place:
+    return Place(source.reading, source.hook)
 
 
 def split(pairs: Sequence[PreferencePair], seed: int) -> tuple[NDArray[np.int64], list[PreferencePair]]:
@@ -237,13 +242,13 @@ def sources(settings: Settings) -> list[Source]:
     position is asked for.
     """
     methods = directions.METHODS if settings.method is None else (settings.method,)
-    places: list[tuple[ReadingPosition, Hook]] = [
-        ("prompt", "mlp"),
-        ("response", "mlp"),
-        ("response-mean", "mlp"),
-        ("prompt", "residual"),
-        ("response", "residual"),
-        ("response-mean", "residual"),
+    places = [
+        Place("prompt", "mlp"),
+        Place("response", "mlp"),
+        Place("response-mean", "mlp"),
+        Place("prompt", "residual"),
+        Place("response", "residual"),
+        Place("response-mean", "residual"),
     ]
     if settings.reading is None and settings.hook is None:
         places = places[:4]

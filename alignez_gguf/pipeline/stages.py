@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf import directions
-from alignez_gguf.activations import (
-    Activations,
-    ForeignArraysError,
-    ReadingPosition,
-    SelectedPairs,
-    class_gap,
-)
+from alignez_gguf.activations import SelectedPairs, class_gap
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits
-from alignez_gguf.engines import GenerationRequest, Hook, Passage, Pooling, Sampling
+from alignez_gguf.engines import GenerationRequest, Passage, Sampling
 from alignez_gguf.filters import PairFilterReport, filter_pairs
 from alignez_gguf.generation import (
     answer_prompts,
-    answered,
     characteristics,
     default_sampling,
     generate_pairs,
     persona_margins,
     request_seed,
 )
-from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.pairs import PairStore, PreferencePair
+from alignez_gguf.pairs import PairStore, PreferencePair, unweighted
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json
 from alignez_gguf.scope import Scope
@@ -119,45 +109,6 @@ def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
     return np.asarray(kept_array(path, measured), np.float64)
 
 
-def read_activations(
-    job: Job, pairs: Sequence[PreferencePair], reading: ReadingPosition, hook: Hook
-) -> Activations:
-    """Embeddings of all layers for both sides of every pair, in their order."""
-    engine = job.engine
-    folder = job.work.part(
-        "activations",
-        model=engine.info,
-        templates=job.templates,
-        pairs=unweighted(pairs),
-        reading=reading,
-        hook=hook,
-    )
-    activations = _opened_activations(engine.info, len(pairs), folder)
-    missing = [index for index in range(len(pairs)) if not activations.done[index]]
-    if not missing:
-        return activations
-    passages = [passage for index in missing for passage in _passages(job, pairs[index], reading)]
-    pooling: Pooling = "mean" if reading == "response-mean" else "last"
-    with job.reporter.stage(f"reading activations ({reading}, {hook})", len(pairs)) as advance:
-        advance(len(pairs) - len(missing))
-        outputs = engine.activations(passages, hook=hook, pooling=pooling)
-        for index, helpful, harmful in zip(missing, outputs, outputs, strict=True):
-            activations.write(index, helpful, harmful)
-            advance(1)
-    return activations
-
-
-def _opened_activations(model: ModelInfo, n_pairs: int, folder: Path) -> Activations:
-    """What an earlier run has read; nothing where its files are damaged beyond telling the rows."""
-    shape = (model.n_layer, n_pairs, model.n_embd)
-    try:
-        return Activations(*shape, folder)
-    except ForeignArraysError:  # the name of the folder says whose it is, so this is damage
-        warnings.warn(f"{folder} is damaged and is made again; check the disk", stacklevel=3)
-        shutil.rmtree(folder, ignore_errors=True)
-        return Activations(*shape, folder)
-
-
 @dataclass(frozen=True, eq=False)
 class Fit:
     """What a method found, and the gap between the class means that it was found in."""
@@ -167,15 +118,10 @@ class Fit:
 
 
 def fit_directions(
-    job: Job,
-    pairs: Sequence[PreferencePair],
-    fit_indices: NDArray[np.int64],
-    method: str,
-    reading: ReadingPosition,
-    hook: Hook,
-    rank: int,
+    embeddings: Embeddings, fit_indices: NDArray[np.int64], method: str, place: Place, rank: int
 ) -> Fit:
-    """Fit a method on some of the pairs."""
+    """Fit a method on some of the pairs, as they are embedded at a place."""
+    job, pairs = embeddings.job, embeddings.pairs
     path = job.work.part(
         "directions",
         model=job.engine.info,
@@ -183,19 +129,19 @@ def fit_directions(
         pairs=list(pairs),
         fit_indices=fit_indices.tolist(),
         method=method,
-        reading=reading,
-        hook=hook,
+        reading=place.reading,
+        hook=place.hook,
         rank=rank,
         seed=job.settings.seed,
     ).with_suffix(".npz")
 
     def fitted() -> dict[str, Any]:
-        activations = read_activations(job, pairs, reading, hook)
+        activations = embeddings.at(place)
         helpful = SelectedPairs(activations.helpful, fit_indices)
         harmful = SelectedPairs(activations.harmful, fit_indices)
         counts = np.array([pairs[index].weight for index in fit_indices])
         weights = None if (counts == counts[0]).all() else counts
-        with job.reporter.stage(f"fitting directions ({method}, {reading}, {hook})", None):
+        with job.reporter.stage(f"fitting directions ({method}, {place})", None):
             found = directions.fit(
                 method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights
             )
@@ -333,17 +279,6 @@ def _persona_divergence(job: Job, pairs: Sequence[PreferencePair], base: Sequenc
         passages.append(Passage(answer_prompts(job.templates, pair)[0], answer.text))
     logprobs = np.fromiter(job.target.response_logprobs(passages), np.float64).reshape(-1, 2)
     return float((logprobs[:, 0] - logprobs[:, 1]).sum() / max(sum(a.n_tokens for _, a in asked), 1))
-
-
-def _passages(job: Job, pair: PreferencePair, reading: ReadingPosition) -> Iterable[Passage]:
-    if reading == "prompt":
-        return map(Passage, answer_prompts(job.templates, pair))
-    return answered(job.templates, pair)
-
-
-def unweighted(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """The pairs as a model sees them: how much each counts decides nothing but a fit."""
-    return [replace(pair, weight=1.0) for pair in pairs]
 
 
 def _determining_texts(job: Job) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.recipes import auto
-from alignez_gguf.pipeline.stages import read_activations, self_generated_pairs, usable_pairs
+from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
 from alignez_gguf.predict.separability import (
     MIN_QUERIES,
     PERMUTATIONS,
@@ -203,7 +204,8 @@ def _embeddings(
     """Features of every layer, [2, n_pairs, n_embd] each."""
     if not pairs:
         return [np.empty((2, 0, job.engine.info.n_embd), np.float16)] * job.engine.info.n_layer
-    read = read_activations(job, pairs, reading, hook)
+    place = Place(reading, hook)
+    read = Embeddings(job, pairs, [place]).at(place)
     return [np.stack(both) for both in zip(read.helpful, read.harmful, strict=True)]
 
 

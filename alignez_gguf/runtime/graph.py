@@ -9,12 +9,9 @@ from __future__ import annotations
 import ctypes
 import re
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
-
-Hook = Literal["mlp", "residual"]
-"""An output of a layer: that of its MLP, or the residual stream at the end of its block."""
 
 Node = tuple[bytes, int]
 """A node that can be found again in the next graph: its name, and how many before it have the same."""

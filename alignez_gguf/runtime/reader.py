@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,15 +10,16 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.engines import Hook, Readout
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.runtime.graph import F32, BlockOutputs, Hook, MlpOutputs, Node, Tensor, copy_rows, name_of
+from alignez_gguf.runtime.graph import F32, BlockOutputs, MlpOutputs, Node, Tensor, copy_rows, name_of
 
 _CALLED: dict[Hook, str] = {"mlp": "MLP output", "residual": "residual stream at the end"}
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class LayerReader:
-    """Takes the outputs of all layers for the last tokens of decodes, and averages them.
+    """Takes the outputs of all layers for the last tokens of decodes: the last one, or their mean.
 
     A first decode shows where the outputs are: `watch` before it, `learn` after it. Then a text is read
     inside `reading`, by `arm` before each decode that has tokens to be read, and `take` after the last.
@@ -34,18 +35,19 @@ class LayerReader:
 
     def __init__(self, architecture: str, n_layer: int, n_embd: int) -> None:
         self._architecture = architecture
-        self._n_layer = n_layer
+        self._shape = (n_layer, n_embd)
         self._found: dict[Hook, dict[int, Node]] | None = None
         self._finders: dict[Hook, MlpOutputs | BlockOutputs] = {}
-        self._wanted: dict[Node, int] = {}
-        self._hook: Hook = "mlp"
-        self._sums = np.zeros((n_layer, n_embd), np.float32)
+        self._readouts: Sequence[Readout] = ()
+        self._wanted: dict[Node, tuple[Hook, int]] = {}
+        self._sums: dict[Hook, NDArray[np.float32]] = {}
+        self._last: dict[Hook, NDArray[np.float32]] = {}
         self._n_summed = 0
         self._rows = np.empty((2, n_embd), np.float32)
         self._armed = False
         self._seen: dict[bytes, int] = {}
-        self._layer = -1
-        self._missing: set[int] = set()
+        self._shown: tuple[Hook, int] = ("mlp", -1)
+        self._missing: set[tuple[Hook, int]] = set()
         self._error: BaseException | None = None
         self.on_node: Any = llama.ggml_backend_sched_eval_callback(self._safely_visit)
 
@@ -56,7 +58,7 @@ class LayerReader:
 
     def watch(self) -> None:
         """Look at the next decode. It must be one of a single sequence, with logits for its last token."""
-        self._finders = {"mlp": MlpOutputs(), "residual": BlockOutputs(self._n_layer)}
+        self._finders = {"mlp": MlpOutputs(), "residual": BlockOutputs(self._shape[0])}
         self._seen.clear()
         self._armed = True
 
@@ -67,22 +69,17 @@ class LayerReader:
         self._finders = {}
 
     @contextmanager
-    def reading(self, hook: Hook) -> Iterator[None]:
-        """Inside, this output is read of the tokens that `arm` names.
+    def reading(self, readouts: Sequence[Readout]) -> Iterator[None]:
+        """Inside, this is read of the tokens that `arm` names.
 
         Raises:
             ModelFileError: a layer has no such output that can be told with certainty.
         """
-        found = (self._found or {}).get(hook, {})
-        missing = [layer for layer in range(self._n_layer) if layer not in found]
-        if missing or len(found) != self._n_layer:
-            raise ModelFileError(
-                f"the {_CALLED[hook]} of layer {missing[0] if missing else self._n_layer} cannot be found in "
-                f"the graph of the architecture {self._architecture!r}; use a model of another architecture"
-            )
-        self._hook = hook
-        self._wanted = {node: layer for layer, node in found.items()}
-        self._sums.fill(0)
+        hooks = {readout.hook for readout in readouts}
+        self._wanted = {node: (hook, layer) for hook in hooks for layer, node in self._nodes(hook).items()}
+        self._readouts = readouts
+        self._sums = {readout.hook: self._zeros() for readout in readouts if readout.pooling == "mean"}
+        self._last = {hook: self._zeros() for hook in hooks}
         self._n_summed = 0
         try:
             yield
@@ -96,17 +93,40 @@ class LayerReader:
         not computed, since llama.cpp stops after the last output.
         """
         self._disarm()
-        self._rows = np.empty((1 + n_tokens, self._sums.shape[1]), np.float32)
+        self._rows = np.empty((1 + n_tokens, self._shape[1]), np.float32)
         self._n_summed += n_tokens
-        self._missing = set(range(self._n_layer))
+        self._missing = set(self._wanted.values())
         self._seen.clear()
         self._armed = True
 
     def take(self) -> NDArray[np.float16]:
-        """The mean over all tokens read, [n_layer, n_embd]."""
+        """What was read, [n_readouts, n_layer, n_embd]."""
         self._disarm()
+        found = np.stack(
+            [
+                self._last[readout.hook]
+                if readout.pooling == "last"
+                else self._sums[readout.hook] / self._n_summed
+                for readout in self._readouts
+            ]
+        )
         # Massive activations of some models exceed float16.
-        return np.clip(self._sums / self._n_summed, -_MAX_FLOAT16, _MAX_FLOAT16).astype(np.float16)
+        return np.asarray(np.clip(found, -_MAX_FLOAT16, _MAX_FLOAT16), np.float16)
+
+    def _nodes(self, hook: Hook) -> dict[int, Node]:
+        """The outputs of all layers."""
+        found = (self._found or {}).get(hook, {})
+        n_layer = self._shape[0]
+        missing = [layer for layer in range(n_layer) if layer not in found]
+        if missing or len(found) != n_layer:
+            raise ModelFileError(
+                f"the {_CALLED[hook]} of layer {missing[0] if missing else n_layer} cannot be found in "
+                f"the graph of the architecture {self._architecture!r}; use a model of another architecture"
+            )
+        return found
+
+    def _zeros(self) -> NDArray[np.float32]:
+        return np.zeros(self._shape, np.float32)
 
     def _disarm(self) -> None:
         self._armed = False
@@ -114,7 +134,7 @@ class LayerReader:
         if error is not None:
             raise error
         if self._missing:
-            raise RuntimeError(f"{len(self._missing)} of {self._n_layer} layers have not been computed")
+            raise RuntimeError(f"{len(self._missing)} outputs of layers have not been computed")
 
     def _safely_visit(self, tensor: int, ask: bool, _: object) -> bool:
         """ctypes would print an exception and go on; keep it for the caller instead."""
@@ -135,13 +155,17 @@ class LayerReader:
         self._seen[name] = occurrence + 1
         for finder in self._finders.values():
             finder.visit(tensor, (name, occurrence))
-        self._layer = -1 if self._finders else self._wanted.get((name, occurrence), -1)
-        return self._layer >= 0
+        wanted = None if self._finders else self._wanted.get((name, occurrence))
+        if wanted is None:
+            return False
+        self._shown = wanted
+        return True
 
     def _read(self, address: int) -> bool:
         """It shows those that are, computed, and goes on if this returns True."""
         tensor = Tensor.from_address(address)
-        n_tokens, n_embd = len(self._rows) - 1, self._sums.shape[1]
+        hook, layer = self._shown
+        n_tokens, n_embd = len(self._rows) - 1, self._shape[1]
         if (
             tensor.type != F32
             or tensor.ne[0] != n_embd
@@ -150,12 +174,16 @@ class LayerReader:
             or tensor.ne[2] * tensor.ne[3] != 1
         ):
             raise ModelFileError(
-                f"the {_CALLED[self._hook]} of {self._architecture!r} has an unexpected shape or type"
+                f"the {_CALLED[hook]} of {self._architecture!r} has an unexpected shape or type"
             )
-        copy_rows(address, self._rows[1:])
-        # One row after the other, so that the sum does not depend on where a decode begins.
-        self._rows[0] = self._sums[self._layer]
-        self._rows.sum(axis=0, out=self._sums[self._layer])
-        self._missing.discard(self._layer)
+        sums = self._sums.get(hook)
+        rows = self._rows if sums is not None else self._rows[-2:]
+        copy_rows(address, rows[1:])
+        self._last[hook][layer] = rows[-1]
+        if sums is not None:
+            # One row after the other, so that the sum does not depend on where a decode begins.
+            rows[0] = sums[layer]
+            rows.sum(axis=0, out=sums[layer])
+        self._missing.discard(self._shown)
         self._armed = bool(self._missing)
         return self._armed

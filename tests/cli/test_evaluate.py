@@ -17,7 +17,7 @@ from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
 from alignez_gguf.demo import eval_queries
 from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines import Passage, json_api
+from alignez_gguf.engines import Passage, Readout, json_api
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.evaluation import is_refusal
 from alignez_gguf.evaluation.queries import query_hash
@@ -38,8 +38,8 @@ def steering(tmp_path_factory: pytest.TempPathFactory) -> str:
         read = []
         for traits, persona in personas.items():
             passages = [Passage(templates.answer_prompt(persona, query, traits)) for query in queries]
-            outputs = engine.activations(passages, hook="residual")
-            read.append(np.stack([output.astype(np.float64) for output in outputs]))
+            outputs = engine.activations(passages, [Readout("residual")])
+            read.append(np.stack([output.astype(np.float64) for (output,) in outputs]))
         differences = read[0] - read[1]
         edits = {
             layer: LayerEdit(remove=np.linalg.svd(differences[:, layer], full_matrices=False)[2][0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from alignez_gguf.engines import Hook, Passage, Pooling
+from alignez_gguf.engines import Hook, Passage, Readout
 from alignez_gguf.engines import llama as llama_engine
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.engines.slots import EXACT_PIECE, Slots
@@ -30,7 +30,8 @@ PASSAGES = [
     Passage("The quick brown fox jumps over", " the lazy dog"),
 ]
 TEXTS = [passage.text for passage in PASSAGES]
-READINGS: list[tuple[Hook, Pooling]] = list(product(("mlp", "residual"), ("last", "mean")))
+READOUTS = [Readout(hook, pooling) for hook, pooling in product(("mlp", "residual"), ("last", "mean"))]
+LAST = [Readout()]
 
 FLOAT16 = 2.0**-11
 """Half the distance of neighbouring numbers in float16, relative."""
@@ -40,12 +41,12 @@ def n_tokens(text: str) -> int:
     return len(tokenizer().encode(text)) if text else 0
 
 
-def hooked(tiny: TinyModel, passage: Passage, hook: Hook, pooling: Pooling) -> NDArray[np.float32]:
+def hooked(tiny: TinyModel, passage: Passage, readout: Readout) -> NDArray[np.float32]:
     """What PyTorch's MLPs or blocks put out, [n_layer, n_embd]."""
     outputs: list[torch.Tensor] = []
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for module in (tiny.mlp_modules if hook == "mlp" else tiny.blocks)
+        for module in (tiny.mlp_modules if readout.hook == "mlp" else tiny.blocks)
     ]
     tiny.hf(torch.tensor([tokenizer().encode(passage.text)]))
     for handle in handles:
@@ -54,7 +55,7 @@ def hooked(tiny: TinyModel, passage: Passage, hook: Hook, pooling: Pooling) -> N
         (output[0] if isinstance(output, tuple) else output).reshape(-1, tiny.hf.config.hidden_size)
         for output in outputs
     ]
-    first = min(n_tokens(passage.prompt), len(rows[0]) - 1) if pooling == "mean" else -1
+    first = min(n_tokens(passage.prompt), len(rows[0]) - 1) if readout.pooling == "mean" else -1
     return torch.stack([row[first:].mean(0) for row in rows]).numpy()
 
 
@@ -75,10 +76,9 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_activations_are_what_hooks_on_the_modules_see(architecture: str) -> None:
     tiny = tiny_model(architecture)
     with LlamaEngine(tiny.gguf, n_ctx=256, n_threads=1) as engine:
-        for hook, pooling in READINGS:
-            found = engine.activations(PASSAGES, hook=hook, pooling=pooling)
-            for passage, array in zip(PASSAGES, found, strict=True):
-                expected = hooked(tiny, passage, hook, pooling)
+        for passage, arrays in zip(PASSAGES, engine.activations(PASSAGES, READOUTS), strict=True):
+            for readout, array in zip(READOUTS, arrays, strict=True):
+                expected = hooked(tiny, passage, readout)
                 # llama.cpp looks up gemma's GELU in a table of float16.
                 base = 2e-3 if architecture == "gemma3" else 2e-5
                 np.testing.assert_allclose(
@@ -94,10 +94,10 @@ def engine() -> Iterator[LlamaEngine]:
 
 def test_engine_reads_passages_in_order_one_at_a_time(engine: LlamaEngine) -> None:
     tiny = tiny_model("llama")
-    outputs = engine.activations(PASSAGES)
+    outputs = engine.activations(PASSAGES, LAST)
     for passage in PASSAGES:
-        found = next(outputs)
-        expected = hooked(tiny, passage, "mlp", "last")
+        (found,) = next(outputs)
+        expected = hooked(tiny, passage, Readout())
         assert found.dtype == np.float16
         assert found.shape == (3, 64)
         # The engine's KV cache is in float16.
@@ -105,22 +105,20 @@ def test_engine_reads_passages_in_order_one_at_a_time(engine: LlamaEngine) -> No
     assert next(outputs, None) is None
 
 
-@pytest.mark.parametrize(("hook", "pooling"), READINGS)
-def test_reading_does_not_depend_on_what_was_read_before(
-    engine: LlamaEngine, hook: Hook, pooling: Pooling
-) -> None:
-    together = list(engine.activations(PASSAGES, hook=hook, pooling=pooling))
-    for passage, expected in zip(reversed(PASSAGES), reversed(together), strict=True):
-        (found,) = engine.activations([passage], hook=hook, pooling=pooling)
-        np.testing.assert_array_equal(found, expected)
+def test_reading_depends_neither_on_what_was_read_before_nor_on_other_readouts(engine: LlamaEngine) -> None:
+    together = list(engine.activations(PASSAGES, READOUTS))
+    for passage, arrays in zip(reversed(PASSAGES), reversed(together), strict=True):
+        for readout, expected in zip(READOUTS, arrays, strict=True):
+            ((found,),) = engine.activations([passage], [readout])
+            np.testing.assert_array_equal(found, expected)
 
 
-def test_hooks_and_poolings_may_take_turns(engine: LlamaEngine) -> None:
-    alone = [list(engine.activations(PASSAGES, hook=hook, pooling=pooling)) for hook, pooling in READINGS]
-    turns = [engine.activations(PASSAGES, hook=hook, pooling=pooling) for hook, pooling in READINGS]
-    for index in range(len(PASSAGES)):
-        for expected, reading in zip(alone, turns, strict=True):
-            np.testing.assert_array_equal(next(reading), expected[index])
+def test_readouts_may_take_turns(engine: LlamaEngine) -> None:
+    together = list(engine.activations(PASSAGES, READOUTS))
+    turns = [engine.activations(PASSAGES, [readout]) for readout in READOUTS]
+    for arrays in together:
+        for expected, turn in zip(arrays, turns, strict=True):
+            np.testing.assert_array_equal(next(turn)[0], expected)
 
 
 def test_next_token_logprobs_are_those_of_the_model(engine: LlamaEngine) -> None:
@@ -132,7 +130,7 @@ def test_next_token_logprobs_are_those_of_the_model(engine: LlamaEngine) -> None
 
 def test_logprobs_may_follow_a_reading_that_leaves_the_head_out(engine: LlamaEngine) -> None:
     (expected,) = engine.next_token_logprobs(TEXTS[:1])
-    list(engine.activations(PASSAGES[:1], pooling="mean"))
+    list(engine.activations(PASSAGES[:1], [Readout(pooling="mean")]))
     (found,) = engine.next_token_logprobs(TEXTS[:1])
     np.testing.assert_array_equal(found, expected)
 
@@ -165,9 +163,9 @@ def test_response_that_is_predicted_from_the_end_of_a_piece_is_as_any_other(engi
     letters = "QZXJKVWY" * 12
     passage = Passage(letters[:EXACT_PIECE], letters[EXACT_PIECE:])
     assert n_tokens(passage.prompt) == EXACT_PIECE
-    list(engine.activations([Passage(letters[:20])]))
+    list(engine.activations([Passage(letters[:20])], LAST))
     shifted = list(engine.response_logprobs([passage]))
-    list(engine.activations([Passage("x")]))
+    list(engine.activations([Passage("x")], LAST))
     assert list(engine.response_logprobs([passage])) == shifted
 
 
@@ -184,7 +182,7 @@ def test_response_that_cannot_be_predicted_is_refused(
 
 def test_text_that_does_not_fit_is_refused_before_anything_is_read(engine: LlamaEngine) -> None:
     with pytest.raises(QueryError, match=r"takes \d+ tokens, more than the context of 256"):
-        engine.activations([Passage("x"), Passage("why", " why" * 200)])
+        engine.activations([Passage("x"), Passage("why", " why" * 200)], LAST)
 
 
 def test_quantized_model_reads_nearly_the_same() -> None:
@@ -192,7 +190,7 @@ def test_quantized_model_reads_nearly_the_same() -> None:
     read = []
     for path in (gguf, quantized(gguf, "Q8_0")):
         with LlamaEngine(path, n_ctx=256, n_threads=1) as engine:
-            read.append(np.stack(list(engine.activations(PASSAGES))).astype(np.float32))
+            read.append(np.stack(list(engine.activations(PASSAGES, LAST))).astype(np.float32))
     exact, rounded = (array / np.linalg.norm(array, axis=-1, keepdims=True) for array in read)
     assert np.sum(exact * rounded, axis=-1).min() > 0.99
     assert not np.array_equal(exact, rounded)
@@ -215,7 +213,10 @@ def learned(reader: LayerReader, on_model: str = "llama") -> LayerReader:
 )
 def test_output_that_a_layer_lacks_is_refused_by_name(hook: Hook, name: str) -> None:
     reader = learned(LayerReader("rwkv7", n_layer=4, n_embd=64))
-    with pytest.raises(ModelFileError, match=f"the {name} of layer 3 .*'rwkv7'"), reader.reading(hook):
+    with (
+        pytest.raises(ModelFileError, match=f"the {name} of layer 3 .*'rwkv7'"),
+        reader.reading([Readout(hook)]),
+    ):
         pass
 
 
@@ -282,7 +283,7 @@ def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor() -> None
             reader.watch()
             slots.prefill(0, [5, 6, 7])
             reader.learn()
-            with reader.reading("mlp"):
+            with reader.reading(LAST):
                 reader.arm(1)
                 slots.prefill(0, [5, 6, 8])
                 with pytest.raises(ModelFileError, match="unexpected shape"):

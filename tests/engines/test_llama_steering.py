@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.engines.llama import LlamaEngine
 from tests.models import TinyModel, tiny_model, tokenizer
 
@@ -111,13 +111,13 @@ def test_former_edits_leave_no_trace(engine: LlamaEngine) -> None:
     assert completed(engine, REQUESTS) == expected
 
 
-@pytest.mark.parametrize("hook", ["mlp", "residual"])
-def test_activations_are_never_steered(engine: LlamaEngine, hook: Hook) -> None:
+def test_activations_are_never_steered(engine: LlamaEngine) -> None:
     passages = [Passage(prompt, " and so on") for prompt in PROMPTS]
-    before = list(engine.activations(passages, hook=hook, pooling="mean"))
+    readouts = [Readout("mlp", "mean"), Readout("residual", "mean")]
+    before = list(engine.activations(passages, readouts))
     predicted = list(engine.response_logprobs(passages))
     engine.set_edits(random_edits(), "all")
     next(engine.next_token_logprobs(PROMPTS, 1.0))
-    np.testing.assert_array_equal(list(engine.activations(passages, hook=hook, pooling="mean")), before)
+    np.testing.assert_array_equal(list(engine.activations(passages, readouts)), before)
     next(engine.next_token_logprobs(PROMPTS, 1.0))
     assert list(engine.response_logprobs(passages)) == predicted

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Pooling, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.engines import llama as llama_engine
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.engines.transformers import TransformersEngine
@@ -35,7 +35,7 @@ PASSAGES = [
 ]
 ANSWERED = [PASSAGES[0], PASSAGES[3], PASSAGES[4]]
 PROMPTS = [passage.text for passage in PASSAGES]
-READINGS: list[tuple[Hook, Pooling]] = list(product(("mlp", "residual"), ("last", "mean")))
+READOUTS = [Readout(hook, pooling) for hook, pooling in product(("mlp", "residual"), ("last", "mean"))]
 GREEDY = Sampling(max_tokens=24, temperature=0)
 DRAWN = Sampling(max_tokens=24, temperature=1.0, top_p=0.95)
 
@@ -91,14 +91,12 @@ def test_both_engines_read_and_predict_the_same(architecture: str, saved: Saved)
     ours = TransformersEngine(saved(architecture), n_ctx=256, n_parallel=3)
     with LlamaEngine(tiny_model(architecture).gguf, n_ctx=256, n_threads=1) as theirs:
         assert (ours.info.arch, ours.info.n_embd, ours.info.n_layer) == (theirs.info.arch, 64, 3)
-        for hook, pooling in READINGS:
-            found = list(ours.activations(PASSAGES, hook=hook, pooling=pooling))
-            for array, expected in zip(
-                found, theirs.activations(PASSAGES, hook=hook, pooling=pooling), strict=True
-            ):
-                assert array.dtype == expected.dtype == np.float16
-                largest = np.abs(expected).max().astype(np.float32)
-                np.testing.assert_allclose(array, expected, rtol=2.0**-10, atol=tolerance * largest)
+        expected = np.stack(list(theirs.activations(PASSAGES, READOUTS)))
+        found = np.stack(list(ours.activations(PASSAGES, READOUTS)))
+        assert found.dtype == expected.dtype == np.float16
+        largest = np.abs(expected).max((-1, -2), keepdims=True).astype(np.float32)
+        difference = np.abs(found.astype(np.float32) - expected)
+        assert (difference <= 2.0**-10 * np.abs(expected) + tolerance * largest).all()
         found = np.stack(list(ours.next_token_logprobs(PROMPTS)))
         expected = np.stack(list(theirs.next_token_logprobs(PROMPTS)))
         np.testing.assert_allclose(found, expected, atol=10 * tolerance)
@@ -199,7 +197,7 @@ def test_text_that_does_not_fit_is_refused_before_anything_is_computed(engine: T
     with pytest.raises(QueryError, match=r"takes \d+ tokens and 24 for the answer, more than .* 256"):
         engine.generate([GenerationRequest("x"), GenerationRequest("why " * 100)], GREEDY)
     with pytest.raises(QueryError, match=r"takes \d+ tokens, more than the context of 256"):
-        engine.activations([Passage("why " * 200)])
+        engine.activations([Passage("why " * 200)], READOUTS)
     with pytest.raises(QueryError, match="is empty"):
         engine.next_token_logprobs([""])
     with pytest.raises(QueryError, match="has no response"):
@@ -215,8 +213,8 @@ def test_half_precision_reads_nearly_the_same(saved: Saved) -> None:
     for dtype, name in (("float16", "F16"), ("bfloat16", "BF16")):
         half = TransformersEngine(saved("llama"), dtype=dtype)
         assert half.info.quantization == name
-        expected = np.stack(list(TransformersEngine(saved("llama")).activations(PASSAGES)))
-        found = np.stack(list(half.activations(PASSAGES)))
+        expected = np.stack(list(TransformersEngine(saved("llama")).activations(PASSAGES, READOUTS)))
+        found = np.stack(list(half.activations(PASSAGES, READOUTS)))
         assert not np.array_equal(found, expected)
         cosine = np.sum(found * expected, -1, dtype=np.float32) / (
             np.linalg.norm(found.astype(np.float32), axis=-1)
@@ -287,10 +285,10 @@ def test_missing_package_is_an_error_that_says_what_to_install(monkeypatch: pyte
 def test_engine_needs_no_llama_cpp(saved: Saved) -> None:
     program = (
         "import sys; sys.modules['llama_cpp'] = None\n"
-        "from alignez_gguf.engines import Passage\n"
+        "from alignez_gguf.engines import Passage, Readout\n"
         "from alignez_gguf.engines.transformers import TransformersEngine\n"
         "engine = TransformersEngine(sys.argv[1])\n"
-        "print(next(engine.activations([Passage('x')])).shape)\n"
+        "print(next(engine.activations([Passage('x')], [Readout()])).shape)\n"
         "with engine.steered_prompts(['why not?'], [' x'], [' x']) as model: model.divergence({})"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -301,7 +299,7 @@ def test_engine_needs_no_llama_cpp(saved: Saved) -> None:
         check=False,
         env=environment,
     )
-    assert (run.stdout, run.returncode, run.stderr) == ("(3, 64)\n", 0, "")
+    assert (run.stdout, run.returncode, run.stderr) == ("(1, 3, 64)\n", 0, "")
 
 
 def test_layers_without_an_mlp_of_a_known_name_are_refused_only_where_it_is_needed(
@@ -310,9 +308,9 @@ def test_layers_without_an_mlp_of_a_known_name_are_refused_only_where_it_is_need
     engine = TransformersEngine(saved("llama"))
     for block in engine.model.blocks:
         block.add_module("shared_mlp", torch.nn.Identity())
-    assert next(engine.activations(PASSAGES, hook="residual")).shape == (3, 64)
+    assert next(engine.activations(PASSAGES, [Readout("residual")])).shape == (1, 3, 64)
     with pytest.raises(ModelFileError, match="the MLP of layer 0 of the architecture 'llama'"):
-        engine.activations(PASSAGES)
+        engine.activations(PASSAGES, READOUTS)
 
 
 def _copied(directory: Path, target: Path) -> Path:

@@ -84,6 +84,11 @@ def job(engine: LlamaEngine, templates: Templates, tmp_path: Path) -> Iterator[J
         yield Job(engine, templates, QUICK, work, SilentReporter(), engine, engine)
 
 
+def with_engine(job: Job, engine: Any) -> Job:
+    """The same job with everything done by another engine."""
+    return replace(job, engine=engine, target=engine, generator=engine)
+
+
 class Watched:
     """An engine that counts the texts that go through each of its methods."""
 

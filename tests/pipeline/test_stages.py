@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,72 +12,21 @@ from numpy.typing import NDArray
 
 from alignez_gguf.engines import Passage
 from alignez_gguf.engines.endpoint import EndpointGenerator
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.generation import answer_prompts, answered, characteristics, default_sampling
+from alignez_gguf.generation import answer_prompts, characteristics, default_sampling
 from alignez_gguf.pairs import PairStore, PreferencePair, load_pairs
 from alignez_gguf.pipeline import Job, self_generated_pairs
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.stages import (
+    Fit,
     base_answers,
     fit_directions,
     given_pairs,
     persona_divergence,
-    read_activations,
     usable_pairs,
 )
-from tests.pipeline.conftest import QUERIES, Watched, texts
+from tests.pipeline.conftest import QUERIES, Watched, texts, with_engine
 
 PAIR = PreferencePair("How do I bake?", "With care and time.", "Go away now.", "be kind", "be rude")
-
-
-def with_engine(job: Job, engine: Any) -> Job:
-    return replace(job, engine=engine, target=engine, generator=engine)
-
-
-@pytest.mark.parametrize("hook", ["mlp", "residual"])
-@pytest.mark.parametrize("reading", ["prompt", "response", "response-mean"])
-def test_activations_are_read_where_the_position_says(job: Job, reading: str, hook: str) -> None:
-    found = read_activations(job, [PAIR], reading, hook)  # type: ignore[arg-type]
-    prompts, responses = answer_prompts(job.templates, PAIR), answered(job.templates, PAIR)
-    passages = [Passage(prompt) for prompt in prompts] if reading == "prompt" else list(responses)
-    pooling = "mean" if reading == "response-mean" else "last"
-    helpful, harmful = job.engine.activations(passages, hook=hook, pooling=pooling)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(found.helpful[:, 0], helpful)
-    np.testing.assert_array_equal(found.harmful[:, 0], harmful)
-    assert not np.array_equal(helpful, harmful)
-
-
-class Interrupting:
-    """An engine that is interrupted after some texts have been read."""
-
-    def __init__(self, engine: Any, after: int) -> None:
-        self._engine = engine
-        self._after = after
-        self.n_read = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def activations(self, passages: Sequence[Passage], **options: Any) -> Iterator[NDArray[np.float16]]:
-        for output in self._engine.activations(passages, **options):
-            if self.n_read == self._after:
-                raise KeyboardInterrupt
-            self.n_read += 1
-            yield output
-
-
-def test_reading_that_was_interrupted_goes_on_with_the_missing_pairs(job: Job, engine: LlamaEngine) -> None:
-    pairs = self_generated_pairs(job, QUERIES[:9])
-    whole = read_activations(job, pairs, "response", "mlp")
-    expected = whole.helpful.copy(), whole.harmful.copy()
-    for path in job.work.path.glob("activations-*/*"):
-        path.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        read_activations(with_engine(job, Interrupting(engine, after=11)), pairs, "response", "mlp")
-    rest = Interrupting(engine, after=-1)
-    found = read_activations(with_engine(job, rest), pairs, "response", "mlp")
-    assert rest.n_read == 2 * (len(pairs) - 5)
-    np.testing.assert_array_equal(found.helpful, expected[0])
-    np.testing.assert_array_equal(found.harmful, expected[1])
 
 
 def test_pairs_that_are_done_are_not_asked_for_again(job: Job) -> None:
@@ -180,13 +129,18 @@ def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) ->
     every = np.arange(len(pairs))
     watched = Watched(job.engine)
     job = with_engine(job, watched)
-    plain = fit_directions(job, pairs, every, "mean", "prompt", "mlp", 1)
+    place = Place("prompt", "mlp")
+
+    def fitted(pairs: Sequence[PreferencePair], indices: NDArray[np.int64]) -> Fit:
+        return fit_directions(Embeddings(job, pairs, [place]), indices, "mean", place, 1)
+
+    plain = fitted(pairs, every)
     usable_pairs(job, pairs, [])
     watched.counts.clear()
-    weighted = fit_directions(job, heavy, every, "mean", "prompt", "mlp", 1)
+    weighted = fitted(heavy, every)
     usable_pairs(job, heavy, [])
     assert watched.counts == {}
-    expected = fit_directions(job, pairs, np.array(repeated), "mean", "prompt", "mlp", 1)
+    expected = fitted(pairs, np.array(repeated))
     np.testing.assert_allclose(weighted.class_gap, expected.class_gap, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(weighted.directions.vectors, expected.directions.vectors, atol=1e-4)
     assert not np.allclose(weighted.class_gap, plain.class_gap, rtol=1e-3)
@@ -194,7 +148,10 @@ def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) ->
 
 def test_fit_comes_back_from_the_work_directory_as_it_was(job: Job) -> None:
     pairs = self_generated_pairs(job, QUERIES[:8])
-    first, again = (fit_directions(job, pairs, np.arange(8), "ccs", "response", "mlp", 1) for _ in range(2))
+    place = Place("response", "mlp")
+    first, again = (
+        fit_directions(Embeddings(job, pairs, [place]), np.arange(8), "ccs", place, 1) for _ in range(2)
+    )
     assert first is not again
     np.testing.assert_array_equal(first.class_gap, again.class_gap)
     for name in ("vectors", "p_helpful", "p_harmful", "accuracy", "loss", "spread"):

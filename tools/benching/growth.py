@@ -120,10 +120,10 @@ def _generation(engine: LlamaEngine, sizes: Sizes, factor: int) -> Work:
 
 
 def _reading(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
-    from alignez_gguf.engines import Passage
+    from alignez_gguf.engines import Passage, Readout
 
     passages = [Passage(prompt) for prompt in texts(engine.model.tokenize, count, sizes.n_tokens)]
-    return lambda: list(engine.activations(passages))
+    return lambda: list(engine.activations(passages, [Readout()]))
 
 
 def _selection(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:

@@ -55,10 +55,10 @@ class _Reader:
         self.tokens = [engine.model.tokenize(prompt) for prompt in prompts]
 
     def read(self, hook: Literal["mlp", "residual"]) -> float:
-        from alignez_gguf.engines import Passage
+        from alignez_gguf.engines import Passage, Readout
 
         passages = [Passage(prompt) for prompt in self.prompts]
-        return self.speed(lambda: list(self.engine.activations(passages, hook=hook)))
+        return self.speed(lambda: list(self.engine.activations(passages, [Readout(hook)])))
 
     def plain(self) -> float:
         return self.speed(lambda: list(self.engine.next_token_logprobs(self.prompts)))

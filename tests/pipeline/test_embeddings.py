@@ -1,0 +1,103 @@
+"""Where pairs are embedded, in how many passes, and what is found in the work directory again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from alignez_gguf.engines import Passage, Readout
+from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.generation import answer_prompts, answered
+from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline import Job, self_generated_pairs
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from tests.pipeline.conftest import QUERIES, Watched, with_engine
+
+PAIR = PreferencePair("How do I bake?", "With care and time.", "Go away now.", "be kind", "be rude")
+PLACES = [
+    Place(reading, hook)
+    for reading in ("prompt", "response", "response-mean")
+    for hook in ("mlp", "residual")
+]
+RESPONSE, MEAN = Place("response", "mlp"), Place("response-mean", "mlp")
+
+
+class Interrupting:
+    """An engine that is interrupted after some texts have been read."""
+
+    def __init__(self, engine: Any, after: int) -> None:
+        self._engine = engine
+        self._after = after
+        self.n_read = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def activations(
+        self, passages: Sequence[Passage], readouts: Sequence[Readout]
+    ) -> Iterator[NDArray[np.float16]]:
+        for output in self._engine.activations(passages, readouts):
+            if self.n_read == self._after:
+                raise KeyboardInterrupt
+            self.n_read += 1
+            yield output
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_pairs_are_embedded_where_the_place_says(job: Job, place: Place) -> None:
+    found = Embeddings(job, [PAIR], PLACES).at(place)
+    prompts, responses = answer_prompts(job.templates, PAIR), answered(job.templates, PAIR)
+    passages = [Passage(prompt) for prompt in prompts] if place.reading == "prompt" else list(responses)
+    readout = Readout(place.hook, "mean" if place.reading == "response-mean" else "last")
+    (helpful,), (harmful,) = job.engine.activations(passages, [readout])
+    np.testing.assert_array_equal(found.helpful[:, 0], helpful)
+    np.testing.assert_array_equal(found.harmful[:, 0], harmful)
+    assert not np.array_equal(helpful, harmful)
+
+
+def test_each_text_is_computed_once_for_all_places(job: Job) -> None:
+    watched = Watched(job.engine)
+    embeddings = Embeddings(with_engine(job, watched), [PAIR, PAIR], PLACES)
+    assert watched.counts == {}
+    for place in PLACES:
+        embeddings.at(place)
+    assert watched.counts == {"activations": 2 * 2 * len([PAIR, PAIR])}
+
+
+def test_place_that_an_earlier_run_has_read_is_not_read_again(job: Job) -> None:
+    alone = Embeddings(job, [PAIR], [RESPONSE]).at(RESPONSE)
+    before = alone.helpful.copy()
+    watched = Watched(job.engine)
+    embeddings = Embeddings(with_engine(job, watched), [PAIR], [RESPONSE, MEAN])
+    np.testing.assert_array_equal(embeddings.at(RESPONSE).helpful, before)
+    embeddings.at(MEAN)
+    assert watched.counts == {"activations": 2}
+    Embeddings(with_engine(job, watched), [PAIR], [RESPONSE, MEAN]).at(MEAN)
+    assert watched.counts == {"activations": 2}
+
+
+def test_reading_that_was_interrupted_goes_on_with_the_missing_pairs(job: Job, engine: LlamaEngine) -> None:
+    pairs = self_generated_pairs(job, QUERIES[:9])
+    both = [RESPONSE, MEAN]
+
+    def read(by: Any) -> list[NDArray[np.float16]]:
+        embeddings = Embeddings(with_engine(job, by), pairs, both)
+        return [
+            side.copy()
+            for place in both
+            for found in [embeddings.at(place)]
+            for side in (found.helpful, found.harmful)
+        ]
+
+    expected = read(engine)
+    for path in job.work.path.glob("activations-*/*"):
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        read(Interrupting(engine, after=11))
+    rest = Interrupting(engine, after=-1)
+    np.testing.assert_array_equal(read(rest), expected)
+    assert rest.n_read == 2 * (len(pairs) - 5)
