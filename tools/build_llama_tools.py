@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build(programs: Sequence[str], report: Reporter) -> Path:
-    """Compile programs in the cache and return the folder that holds them.
+def build(programs: Sequence[str], report: Reporter, *, patched: bool = True) -> Path:
+    """Compile programs in the cache, from the patched source or the stock one; the folder that holds them.
 
     Raises:
         RuntimeUnavailableError: no source, compiler or patch that applies, or the compilation fails.
@@ -73,7 +73,7 @@ def build(programs: Sequence[str], report: Reporter) -> Path:
     from alignez_gguf.runtime import source
     from alignez_gguf.runtime.build import build_wheel
 
-    patches = source.patch_files()
+    patches = source.patch_files() if patched else []
     flags = [*build_wheel(_Notes(report)).cmake_args, *_FLAGS]
     key = hashlib.sha256("\0".join(flags).encode() + b"".join(patch.read_bytes() for patch in patches))
     work = source.cache_directory() / "programs" / f"{source.VERSION}-{key.hexdigest()[:16]}"
@@ -81,6 +81,7 @@ def build(programs: Sequence[str], report: Reporter) -> Path:
     with FileLock(work / "lock"):
         tree, built = _patched_tree(work, patches, report), work / "build"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        report.note(f"compiling {', '.join(programs)} in {built}")
         configure = ["cmake", *generator, "-S", str(tree / "vendor" / "llama.cpp"), "-B", str(built), *flags]
         _run(configure, "configuring", work / "configure.log", report)
         parallel = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)

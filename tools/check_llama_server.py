@@ -4,9 +4,12 @@
 
 Without a model and a control file it takes the embedded demo model and random directions. Builds
 llama-server, llama-cli and llama-completion from the patched source, and llama-completion from the stock one
-(about 20 minutes on 2 cores, once), unless folders with these programs are given.
+(about 15 minutes on 2 cores, once), unless folders with these programs are given.
 
-- llama-server `--control-vector CONTROL` gives the greedy completions of `generate --scope all`.
+- llama-server `--control-vector CONTROL` gives the greedy completions of `generate --scope all`; with
+  `"steering": {"strength": 0.5}` in a request, those of that strength, whatever its neighbours ask for and
+  the cache holds. What is no strength is refused, and `/props` tells what is loaded.
+- Stock llama-server with the stock form of random removals gives those completions for each scale.
 - Stock llama.cpp refuses CONTROL, if it removes anything or edits layer 0. Stock programs log that and go on
   without the file, so the log is what is looked at.
 - Every patched program exits with an error, at once, given a file that is broken or for another model.
@@ -15,23 +18,19 @@ llama-server, llama-cli and llama-completion from the patched source, and llama-
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import setup_environment
+from llama_server import MAX_TOKENS, LlamaServer, free_port
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from alignez_gguf.model_info import ModelInfo
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-completion")
-STOCK_PROGRAMS = ("llama-completion",)
+STOCK_PROGRAMS = ("llama-server", "llama-completion")
 STOCK_REFUSAL = "no valid control vector files passed"
 PROMPTS = (
     "Question: How can I write a song?\nAnswer:",
@@ -51,19 +50,14 @@ PROMPTS = (
     "The quick brown fox",
 )
 NEGATIVE = "a negative strength"
-MAX_TOKENS = 48
+STRENGTHS = (1.0, 0.0, 0.5)
+BAD_STEERING: tuple[Any, ...] = (
+    *({"strength": strength} for strength in (-1, "1", True, None, 1e39)),
+    *({}, {"strengths": 1}, {"strength": 1, "scope": "all"}, 1, [1]),
+)
 AT_ONCE = 20
 """Seconds within which a program that refuses its control file must have ended."""
 
-# Static programs, without what they do not need here. LLAMA_BUILD_UI would run npm, LLAMA_USE_PREBUILT_UI
-# would download.
-_BUILD_FLAGS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=OFF",
-    *(f"-DLLAMA_{part}=OFF" for part in ("BUILD_APP", "BUILD_EXAMPLES", "BUILD_TESTS", "BUILD_UI")),
-    "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_USE_PREBUILT_UI=OFF",
-)
 _BRIEFLY = ("-p", "Question:", "-n", "1", "--temp", "0", "--single-turn", "--no-warmup")
 
 
@@ -79,11 +73,14 @@ class Check:
 def main(arguments: Sequence[str]) -> int:
     """Run all checks and print the table; return 1 if any fails."""
     options = _parse(arguments)
+    from build_llama_tools import build
+
     from alignez_gguf import demo
+    from alignez_gguf.cli.reporting import reporter
     from alignez_gguf.control import ControlFile, ModelInfo
 
-    patched = options.patched or _build("patched", PROGRAMS)
-    stock = options.stock or _build("stock", STOCK_PROGRAMS)
+    patched = options.patched or build(PROGRAMS, reporter(quiet=False))
+    stock = options.stock or build(STOCK_PROGRAMS, reporter(quiet=False), patched=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = options.model or Path(demo.__file__).with_name("demo.gguf")
@@ -93,7 +90,8 @@ def main(arguments: Sequence[str]) -> int:
             random_control(info).save(control)
         prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else PROMPTS
         checks = [
-            *same_completions(patched, model, control, prompts, folder),
+            *answers(patched / "llama-server", model, control, prompts, folder),
+            *stock_form(stock / "llama-server", model, prompts, folder),
             stock_refuses(stock, model, ControlFile.load(control), control),
             *(takes(patched / program, model, control) for program in PROGRAMS[1:]),
             *(
@@ -108,19 +106,101 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(check.holds for check in checks) else 1
 
 
-def same_completions(
-    programs: Path, model: Path, control: Path, prompts: Sequence[str], folder: Path
+def answers(
+    program: Path, model: Path, control: Path, prompts: Sequence[str], folder: Path
 ) -> Iterator[Check]:
     """llama-server against `alignez-gguf generate`."""
     rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
     (folder / "prompts.jsonl").write_text(rows, encoding="utf-8")
-    steered = _generate(model, folder, "--control", str(control), "--scope", "all")
-    with _server(programs / "llama-server", model, control) as complete:
-        served = [complete(prompt) for prompt in prompts]
-    equal = sum(a == b for a, b in zip(served, steered, strict=True))
-    yield Check("llama-server answers as generate", equal == len(prompts), f"{equal} of {len(prompts)} equal")
-    changed = sum(a != b for a, b in zip(steered, _generate(model, folder), strict=True))
+    expected = {
+        strength: _generate(
+            model, folder, "--control", str(control), "--scope", "all", "--strength", str(strength)
+        )
+        for strength in STRENGTHS
+    }
+    unsteered = _generate(model, folder)
+    changed = sum(a != b for a, b in zip(expected[1.0], unsteered, strict=True))
     yield Check("the control file changes answers", changed > 0, f"{changed} of {len(prompts)} changed")
+    options = ["--control-vector", str(control), "-np", "4", "--slot-save-path", str(folder)]
+    with LlamaServer(program, model, *options) as server:
+        yield _equal("llama-server answers as generate", map(server.complete, prompts), expected[1.0])
+        yield from strengths(server, prompts, expected)
+        yield from refusals(server)
+        loaded = server.get("/props")["control_vectors"]
+        yield Check(
+            "/props tells what is loaded", loaded == [{"path": str(control), "scale": 1.0}], str(loaded)
+        )
+    with LlamaServer(program, model) as server:
+        yield _equal(
+            "a server without a control vector answers as generate", map(server.complete, prompts), unsteered
+        )
+        status, said = server.post("/completion", {"prompt": "x", "steering": {"strength": 1}})
+        yield Check(
+            "it refuses to steer", status == 400 and "control vectors" in said, f"{status}: {said[:80]}"
+        )
+
+
+def strengths(
+    server: LlamaServer, prompts: Sequence[str], expected: Mapping[float, Sequence[str]]
+) -> Iterator[Check]:
+    """Requests of all strengths at once, in an order that has slots change their strength again and again."""
+    asked = [(strength, index) for index in range(len(prompts)) for strength in expected] * 3
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answered = pool.map(lambda one: server.complete(prompts[one[1]], {"strength": one[0]}), asked)
+        yield _equal("requests of mixed strengths", answered, [expected[s][index] for s, index in asked])
+    steering = {"strength": 0.5}
+    several = server.completions(prompts[0], {"n": 3, "steering": steering})
+    yield _equal("three choices of one request", several, [expected[0.5][0]] * 3)
+    for strength in expected:
+        prompt = f"A prompt that was not asked before: {strength}"
+        server.complete(prompt, id_slot=0)
+        for action in ("save", "restore"):
+            server.send(f"/slots/0?action={action}", {"filename": "slot"})
+        found = server.complete(prompt, {"strength": strength}, id_slot=0)
+        anew = server.complete(prompt, {"strength": strength}, id_slot=0, cache_prompt=False)
+        yield _equal(f"a restored slot with strength {strength:g}", [found], [anew])
+    streamed = server.stream(prompts[0], steering)
+    yield _equal("a stream", [streamed], [expected[0.5][0]])
+    prompt = server.send("/apply-template", {"messages": [server.message("How can I write a song?")]})[
+        "prompt"
+    ]
+    for strength in expected:
+        chats = server.chats("How can I write a song?", {"strength": strength})
+        completed = server.complete(prompt, {"strength": strength})
+        yield _equal(f"three kinds of chat with strength {strength:g}", chats, [completed] * 3)
+
+
+def refusals(server: LlamaServer) -> Iterator[Check]:
+    """What is no strength, or more than a strength, is an error and not ignored."""
+    for steering in BAD_STEERING:
+        status, said = server.post("/completion", {"prompt": "x", "n_predict": 1, "steering": steering})
+        yield Check(
+            f"steering {json.dumps(steering)} is refused", status == 400 and "steering" in said, str(status)
+        )
+
+
+def stock_form(program: Path, model: Path, prompts: Sequence[str], folder: Path) -> Iterator[Check]:
+    """Stock llama-server with `convert --format stock` of a removal, its scale chosen by each request."""
+    from alignez_gguf.control import ModelInfo
+    from alignez_gguf.exporters import write
+
+    info = ModelInfo.from_gguf(model)
+    control, native = random_control(info, adds=False), folder / "removal.gguf"
+    control.save(native)
+    (lora,) = write("stock", control, model, folder / "removal").paths
+    with LlamaServer(program, model, "--lora", str(lora), "-np", "1") as server:
+        for strength in STRENGTHS:
+            expected = _generate(
+                model, folder, "--control", str(native), "--scope", "all", "--strength", str(strength)
+            )
+            scale = [{"id": 0, "scale": strength}]
+            found = (server.complete(prompt, lora=scale, cache_prompt=False) for prompt in prompts)
+            yield _equal(f"stock llama-server with its form at {strength:g}", found, expected)
+
+
+def _equal(name: str, found: Iterable[str], expected: Sequence[str]) -> Check:
+    equal = sum(a == b for a, b in zip(found, expected, strict=True))
+    return Check(name, equal == len(expected), f"{equal} of {len(expected)} equal")
 
 
 def stock_refuses(programs: Path, model: Path, control: ControlFile, file: Path) -> Check:
@@ -144,7 +224,7 @@ def refuses(program: Path, model: Path, what: str, file: Path) -> Check:
     vector = ["--control-vector", str(file)]
     if what == NEGATIVE:
         vector = ["--control-vector-scaled", f"{file}:-1"]
-    rest = ["--port", str(_free_port())] if program.name == "llama-server" else _BRIEFLY
+    rest = ["--port", str(free_port())] if program.name == "llama-server" else _BRIEFLY
     started = time.monotonic()
     try:
         result = _run([program, "-m", model, *vector, *rest], AT_ONCE)
@@ -155,8 +235,8 @@ def refuses(program: Path, model: Path, what: str, file: Path) -> Check:
     return Check(name, result.returncode > 0, f"status {result.returncode} after {seconds:.1f} s")
 
 
-def random_control(info: ModelInfo) -> ControlFile:
-    """Removes two random directions from every layer and adds one."""
+def random_control(info: ModelInfo, *, adds: bool = True) -> ControlFile:
+    """Removes two random directions from every layer, and adds one."""
     import numpy as np
 
     from alignez_gguf.control import ControlFile
@@ -164,7 +244,7 @@ def random_control(info: ModelInfo) -> ControlFile:
 
     random = np.random.default_rng(0).standard_normal
     edits = {
-        layer: LayerEdit(remove=random((2, info.n_embd)), add=0.5 * random(info.n_embd))
+        layer: LayerEdit(remove=random((2, info.n_embd)), add=4 * random(info.n_embd) if adds else None)
         for layer in range(info.n_layer)
     }
     return ControlFile(info, edits)
@@ -237,93 +317,6 @@ def _generate(model: Path, folder: Path, *options: str) -> list[str]:
         [*command, "--temperature", "0", "--quiet", *options], check=True, stdout=subprocess.DEVNULL
     )
     return [json.loads(line)["completion"] for line in output.read_text(encoding="utf-8").split("\n") if line]
-
-
-@contextmanager
-def _server(program: Path, model: Path, control: Path) -> Iterator[Callable[[str], str]]:
-    """A function that completes a prompt greedily on a llama-server of its own."""
-    address = f"http://127.0.0.1:{(port := _free_port())}"
-    command = [program, "-m", model, "--control-vector", control, "--port", str(port), "--no-webui"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            _wait_until_ready(address, server)
-            yield lambda prompt: _complete(address, prompt)
-        finally:
-            server.terminate()
-
-
-def _wait_until_ready(address: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while server.poll() is None and time.monotonic() < deadline:
-        if _is_ready(address):
-            return
-        time.sleep(0.2)
-    sys.exit(f"Error: llama-server does not start (status {server.poll()}); run it by hand to see why")
-
-
-def _is_ready(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/health", timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def _complete(address: str, prompt: str) -> str:
-    body = {"prompt": prompt, "n_predict": MAX_TOKENS, "temperature": 0}
-    request = urllib.request.Request(
-        f"{address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return str(json.load(response)["content"])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _build(kind: str, programs: Sequence[str]) -> Path:
-    """Compile programs of llama.cpp into the cache, with the flags that the runtime was built with."""
-    from filelock import FileLock
-
-    from alignez_gguf.runtime import source
-    from alignez_gguf.runtime.build import build_wheel
-
-    observer = _Observer()
-    patches = source.patch_files() if kind == "patched" else []
-    flags = [*build_wheel(observer).cmake_args, *_BUILD_FLAGS]
-    digest = hashlib.sha256("\0".join(flags).encode())
-    for patch in patches:
-        digest.update(patch.read_bytes())
-    folder = source.cache_directory() / "programs" / f"{kind}-{source.VERSION}-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        tree, built = folder / "source", folder / "build"
-        if not (built / "CMakeCache.txt").is_file():
-            shutil.rmtree(tree, ignore_errors=True)
-            shutil.copytree(source.source_tree(observer.say), tree)
-            source.apply_patches(tree, patches)
-            llama_cpp = tree / "vendor" / "llama.cpp"
-            subprocess.run(
-                ["cmake", "-S", llama_cpp, "-B", built, *flags], check=True, stdout=subprocess.DEVNULL
-            )
-        observer.say(f"building {', '.join(programs)} ({kind}) in {built}")
-        command = ["cmake", "--build", built, "--config", "Release", "--parallel", str(os.cpu_count() or 1)]
-        subprocess.run([*command, "--target", *programs], check=True, stdout=subprocess.DEVNULL)
-    return built / "bin"
-
-
-class _Observer:
-    """Prints the steps of a build."""
-
-    def say(self, line: str) -> None:
-        print(line, flush=True)
-
-    def progress(self, fraction: float) -> None:
-        pass
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
