@@ -111,21 +111,28 @@ def test_runs_alternate_so_that_a_drift_hits_both() -> None:
     assert (first, second) == ([1, 4, 5, 8], [2, 3, 6, 7])
 
 
+def test_steps_are_done_in_turns_within_a_run() -> None:
+    order: list[str] = []
+    first, second = timing.in_turns(
+        lambda step: order.append(f"a{step}"), lambda step: order.append(f"b{step}"), 3
+    )
+    assert "".join(order) == "a0b0b1a1a2b2"
+    assert first > 0
+    assert second > 0
+
+
 def test_cost_of_a_form_shows_in_its_ratio(setting: Setting) -> None:
     class Slow(forms.NoEdit):
-        pause = 0.0
-
-        def on(self) -> None:
-            self.pause = 0.02
-
-        def off(self) -> None:
-            self.pause = 0.0
-
         def before_token(self) -> None:
-            time.sleep(self.pause)
+            time.sleep(0.02)
 
-    with Model(setting.model) as model, bed.Bed(model, setting, BED) as here:
-        without, with_form = here.compare(Slow(), here.decode)
+    with (
+        Model(setting.model) as model,
+        bed.Bed(model, setting, BED) as base,
+        bed.Bed(model, setting, BED) as other,
+    ):
+        without, with_form = bed.Pair(base, other, setting.pairs).decode(Slow())
+    assert len(without) == len(with_form) == setting.pairs
     differences = [b - a for a, b in zip(without, with_form, strict=True)]
     assert max(differences) > 0.8 * BED.least_tokens * 0.02
 

@@ -1,15 +1,14 @@
-"""A context in which runs of decoding and of prefill are timed, under a form of an edit or none."""
+"""Two contexts in which decoding and prefill are timed side by side, one of them under a form of an edit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benching.forms import Form, NoEdit
 from benching.setting import Setting
-from benching.timing import alternated, seconds
+from benching.timing import alternated, in_turns, seconds
 
 if TYPE_CHECKING:
     from alignez_gguf.runtime.context import Context
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 _TOKEN = 7
 """Which token it is decides nothing about the time."""
+
+_NOTHING = NoEdit()
 
 
 @dataclass(frozen=True)
@@ -42,66 +43,35 @@ class Sizes:
 
 
 class Bed:
-    """Times runs on a model, which are as long as those of another bed, or as long as they should last."""
+    """A context on which tokens and prompts are timed; each token may be one of several sequences'."""
 
-    def __init__(self, model: Model, setting: Setting, sizes: Sizes, like: Bed | None = None) -> None:
+    def __init__(self, model: Model, setting: Setting, sizes: Sizes, n_sequences: int = 1) -> None:
+        from alignez_gguf.runtime.context import Context
+
         self.sizes = sizes
-        self.pairs = setting.pairs
-        self.context = open_context(model, setting, sizes)
-        self._n_decoded = self._n_prefills = 1
-        nothing = NoEdit()
-        per_token = [self.decode(nothing) for _ in range(2)][-1]
-        per_prefill = [self.prefill(nothing) for _ in range(2)][-1]
-        if like is None:
-            self._n_decoded = sizes.n_decoded(per_token)
-            self._n_prefills = max(1, round(sizes.run_seconds / per_prefill))
-        else:
-            self._n_decoded, self._n_prefills = like._n_decoded, like._n_prefills
+        self.context = Context(
+            model,
+            n_ctx=max(sizes.n_prefill, sizes.n_before + sizes.most_tokens),
+            n_sequences=n_sequences,
+            n_batch=max(sizes.n_prefill, sizes.n_before),
+            n_threads=setting.n_threads,
+        )
 
-    def decode(self, form: Form) -> float:
-        """Seconds of decoding a number of tokens, one at a time, after the same ones."""
-        self._fill(self.sizes.n_before)
-
-        def run() -> None:
-            for position in range(self.sizes.n_before, self.sizes.n_before + self._n_decoded):
-                form.before_token()
-                decode(self.context, position)
-
-        return seconds(run)
-
-    def prefill(self, _: Form) -> float:
-        """Seconds of computing a prompt a number of times."""
-        n_tokens = self.sizes.n_prefill
-        self._fill(1)
-
-        def run() -> None:
-            for _ in range(self._n_prefills):
-                self.context.clear()
-                prefill(self.context, n_tokens)
-
-        return seconds(run)
-
-    def compare(self, form: Form, run: Callable[[Form], float]) -> tuple[list[float], list[float]]:
-        """Seconds of runs without and with a form."""
-
-        def without() -> float:
-            form.off()
-            return run(form)
-
-        def with_form() -> float:
-            form.on()
-            return run(form)
-
-        found = alternated(without, with_form, self.pairs)
-        form.off()
-        return found
-
-    def _fill(self, n_tokens: int) -> None:
-        """Bring so many tokens into the cache; the last one alone, in a graph of its own."""
+    def fill(self) -> None:
+        """Bring the first tokens into the cache; the last one alone, in a graph of its own."""
         self.context.clear()
-        if n_tokens > 1:
-            prefill(self.context, n_tokens - 1)
-        decode(self.context, n_tokens - 1)
+        for sequence in range(self.context.n_sequences):
+            prefill(self.context, self.sizes.n_before - 1, sequence)
+        self.decode(-1)
+
+    def decode(self, step: int) -> None:
+        """Compute a token, counted from those that `fill` brings."""
+        decode(self.context, self.sizes.n_before + step, self.context.n_sequences)
+
+    def prefill(self) -> None:
+        """Compute a prompt."""
+        self.context.clear()
+        prefill(self.context, self.sizes.n_prefill)
 
     def __enter__(self) -> Bed:
         return self
@@ -110,17 +80,50 @@ class Bed:
         self.context.close()
 
 
-def open_context(model: Model, setting: Setting, sizes: Sizes, n_sequences: int = 1) -> Context:
-    """A context with room for every run."""
-    from alignez_gguf.runtime.context import Context
+class Pair:
+    """Two beds, whose runs take turns: tokens one by one, prompts one by one.
 
-    return Context(
-        model,
-        n_ctx=max(sizes.n_prefill, sizes.n_before + sizes.most_tokens),
-        n_sequences=n_sequences,
-        n_batch=max(sizes.n_prefill, sizes.n_before),
-        n_threads=setting.n_threads,
-    )
+    Args:
+        base, other: the beds.
+        runs: of each comparison.
+    """
+
+    def __init__(self, base: Bed, other: Bed, runs: int) -> None:
+        self.base, self.other = base, other
+        self._runs = runs
+        base.fill()
+        self._n_tokens = base.sizes.n_decoded(seconds(lambda: base.decode(0)))
+        base.prefill()
+        self._n_prompts = max(1, round(base.sizes.run_seconds / seconds(base.prefill)))
+
+    def decode(self, form: Form = _NOTHING, base_form: Form = _NOTHING) -> tuple[list[float], list[float]]:
+        """Seconds of runs of as many tokens on both, under these forms."""
+
+        def base_token(step: int) -> None:
+            base_form.before_token()
+            self.base.decode(step)
+
+        def other_token(step: int) -> None:
+            form.before_token()
+            self.other.decode(step)
+
+        with form, base_form:
+            taken = []
+            for _ in range(self._runs):
+                self.base.fill()
+                self.other.fill()
+                taken.append(in_turns(base_token, other_token, self._n_tokens))
+        return [base for base, _ in taken], [other for _, other in taken]
+
+    def prefill(self, form: Form = _NOTHING) -> tuple[list[float], list[float]]:
+        """Seconds of runs of as many prompts on both."""
+
+        def run(bed: Bed) -> float:
+            return seconds(lambda: [bed.prefill() for _ in range(self._n_prompts)])
+
+        with form:
+            self.other.prefill()
+            return alternated(lambda: run(self.base), lambda: run(self.other), self._runs)
 
 
 def prefill(context: Context, n_tokens: int, sequence: int = 0) -> None:

@@ -48,16 +48,15 @@ def main(path: str) -> int:
 
 def _graphs(name: str, context: Context, form: Form) -> int:
     """How many captured graphs were used again while tokens were decoded, less those that were lost."""
-    form.on()
-    context.clear()
-    for position in range(_WARM_UP):
-        form.before_token()
-        decode(context, position)
-    with _log_lines() as lines:
-        for position in range(_WARM_UP, _WARM_UP + _COUNTED):
+    with form:
+        context.clear()
+        for position in range(_WARM_UP):
             form.before_token()
             decode(context, position)
-    form.off()
+        with _log_lines() as lines:
+            for position in range(_WARM_UP, _WARM_UP + _COUNTED):
+                form.before_token()
+                decode(context, position)
     n_reused = sum(_REUSED in line for line in lines)
     n_lost = sum(any(reason in line for reason in _LOST) for line in lines)
     print(f"{name}: in {_COUNTED} tokens {n_reused} captured graphs used again, {n_lost} lost")

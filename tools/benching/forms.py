@@ -1,4 +1,4 @@
-"""The forms in which an edit reaches llama.cpp, each switched on and off on one context."""
+"""The forms in which an edit reaches a context of llama.cpp."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ _STRENGTHS = (0.5, 0.75, 1.0)
 
 
 class Form(Protocol):
-    """A form of an edit on a context."""
+    """A form of an edit on a context, which is steered within the block."""
 
-    def on(self) -> None:
+    def __enter__(self) -> object:
         """From the next decode on, every token is steered, or those that the form means."""
         ...
 
-    def off(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """The context is as if it had never been steered."""
         ...
 
     def before_token(self) -> None:
-        """Called before each token that is decoded while the form is on; its time counts."""
+        """Called before each token that is decoded; its time counts."""
         ...
 
 
 class NoEdit:
-    """Nothing, done twice: what two runs differ by for no reason."""
+    """Nothing: what two runs differ by for no reason."""
 
-    def on(self) -> None: ...
+    def __enter__(self) -> object:
+        return self
 
-    def off(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def before_token(self) -> None: ...
 
@@ -52,41 +53,41 @@ class Patch(NoEdit):
         self._edits = edits
         self._first = first
 
-    def on(self) -> None:
+    def __enter__(self) -> object:
         from alignez_gguf.runtime import library
 
         library.set_edits(self._context.pointer, self._edits, self._context.model.info.n_embd)
-        if self._first > 0:
-            library.set_strength(self._context.pointer, 0.0)
-            library.set_strength(self._context.pointer, 1.0, first=self._first)
+        library.set_strength(self._context.pointer, 1.0, first=self._first)
+        return self
 
-    def off(self) -> None:
+    def __exit__(self, *_: object) -> None:
         from alignez_gguf.runtime import library
 
         library.set_edits(self._context.pointer, {}, self._context.model.info.n_embd)
 
 
 class ChangingStrength(Patch):
-    """The patch, with another strength for every token; off is a strength that stays."""
+    """The patch, with another strength for every token."""
 
     def __init__(self, context: Context, edits: Edits) -> None:
         super().__init__(context, edits)
-        self._changes = False
         self._strengths = itertools.cycle(_STRENGTHS)
-
-    def on(self) -> None:
-        super().on()
-        self._changes = True
-
-    def off(self) -> None:
-        super().on()
-        self._changes = False
 
     def before_token(self) -> None:
         from alignez_gguf.runtime import library
 
-        if self._changes:
-            library.set_strength(self._context.pointer, next(self._strengths))
+        library.set_strength(self._context.pointer, next(self._strengths))
+
+
+class BaseAndSteered(Patch):
+    """The patch on all sequences of a context but the first."""
+
+    def __enter__(self) -> object:
+        from alignez_gguf.runtime import library
+
+        super().__enter__()
+        library.set_strength(self._context.pointer, 0.0, sequence=0)
+        return self
 
 
 class Stock(NoEdit):
@@ -99,26 +100,24 @@ class Stock(NoEdit):
         lora: Path | None = None,
         additions: Mapping[int, NDArray[np.float32]] | None = None,
     ) -> None:
+        self._context = context
+        self._lora = lora
+        self._additions = additions or {}
+
+    def __enter__(self) -> object:
         from alignez_gguf.runtime.stock import StockAdapters
 
-        info = context.model.info
+        info = self._context.model.info
         self._adapters = StockAdapters(
-            context.pointer,
-            context.model.pointer,
-            lora=lora,
-            additions=additions or {},
+            self._context.pointer,
+            self._context.model.pointer,
+            lora=self._lora,
+            additions=self._additions,
             n_layer=info.n_layer,
             n_embd=info.n_embd,
         )
-
-    def on(self) -> None:
         self._adapters.steer(1.0, range(1))
         next(iter(self._adapters.pieces(0, 1)))
-
-    def off(self) -> None:
-        self._adapters.steer(0.0, range(0))
-
-    def __enter__(self) -> Stock:
         return self
 
     def __exit__(self, *_: object) -> None:

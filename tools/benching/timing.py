@@ -13,6 +13,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def in_turns(
+    first: Callable[[int], object], second: Callable[[int], object], steps: int
+) -> tuple[float, float]:
+    """Seconds of both over the steps 0, 1, 2, ..., which they do in turns: A0 B0 B1 A1 A2 B2 ..."""
+    taken = [0.0, 0.0]
+    for step in range(steps):
+        for which in (0, 1) if step % 2 == 0 else (1, 0):
+            began = time.perf_counter()
+            (first, second)[which](step)
+            taken[which] += time.perf_counter() - began
+    return taken[0], taken[1]
+
+
 def alternated(
     first: Callable[[], float], second: Callable[[], float], pairs: int
 ) -> tuple[list[float], list[float]]:
