@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from functools import cache
 from typing import Any
 
 from numpy.typing import NDArray
+
+from alignez_gguf.runtime.library import ggml_base
 
 Node = tuple[bytes, int]
 """A node that can be found again in the next graph: its name, and how many before it have the same."""
@@ -58,10 +59,10 @@ def copy_rows(address: int, rows: NDArray[Any]) -> None:
     count, size = len(rows), rows.shape[1] * 4
     offset = (tensor.ne[1] - count) * tensor.nb[1]
     if tensor.nb[1] == size:
-        _ggml().ggml_backend_tensor_get(address, rows.ctypes.data, offset, count * size)
+        ggml_base().ggml_backend_tensor_get(address, rows.ctypes.data, offset, count * size)
         return
     for row in rows:
-        _ggml().ggml_backend_tensor_get(address, row.ctypes.data, offset, size)
+        ggml_base().ggml_backend_tensor_get(address, row.ctypes.data, offset, size)
         offset += tensor.nb[1]
 
 
@@ -169,27 +170,8 @@ class BlockOutputs:
 
 
 def operation_of(address: int) -> bytes:
-    return bytes(_ggml().ggml_op_desc(address))
+    return bytes(ggml_base().ggml_op_desc(address))
 
 
 def sources_of(address: int) -> list[int]:
     return [source for source in Tensor.from_address(address).src if source]
-
-
-@cache
-def _ggml() -> Any:
-    """libggml-base; its functions are not bound by llama-cpp-python."""
-    from llama_cpp._ctypes_extensions import load_shared_library
-    from llama_cpp._ggml import libggml_base_path
-
-    library = load_shared_library("ggml-base", libggml_base_path)
-    library.ggml_op_desc.argtypes = [ctypes.c_void_p]
-    library.ggml_op_desc.restype = ctypes.c_char_p
-    library.ggml_backend_tensor_get.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-    ]
-    library.ggml_backend_tensor_get.restype = None
-    return library

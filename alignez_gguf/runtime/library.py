@@ -59,6 +59,29 @@ def ggml() -> Any:
     return libggml
 
 
+@cache
+def ggml_base() -> Any:
+    """libggml-base, of which llama-cpp-python binds no function.
+
+    Raises:
+        RuntimeUnavailableError: there is no llama.cpp.
+    """
+    _library()
+    from llama_cpp._ctypes_extensions import load_shared_library
+    from llama_cpp._ggml import libggml_base_path
+
+    base = load_shared_library("ggml-base", libggml_base_path)
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    for function, result, *arguments in (
+        (base.ggml_op_desc, ctypes.c_char_p, pointer),
+        (base.ggml_backend_tensor_get, None, pointer, pointer, size, size),
+        (base.ggml_quantize_requires_imatrix, ctypes.c_bool, ctypes.c_int),
+        (base.ggml_quantize_chunk, size, ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer),
+    ):
+        function.argtypes, function.restype = arguments, result
+    return base
+
+
 def has_gpu() -> bool:
     """Whether ggml knows of a GPU, here or behind an RPC server.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ def quantize(values: NDArray[np.float32], kind: Any) -> NDArray[np.uint8] | None
 
     block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     n_rows, n = values.shape
-    ggml = _ggml()
+    ggml = library.ggml_base()
     if n % block or ggml.ggml_quantize_requires_imatrix(int(kind)):
         return None
     if kind.name in ("F32", "F16", "BF16"):
@@ -51,25 +49,3 @@ _TYPES = frozenset(
     }
 )
 """Which ggml_quantize_chunk of ggml/src/ggml.c takes without an importance matrix; it aborts on others."""
-
-
-@cache
-def _ggml() -> Any:
-    library.is_patched()  # raises where there is no llama.cpp at all
-    from llama_cpp._ctypes_extensions import load_shared_library
-    from llama_cpp._ggml import libggml_base_path
-
-    ggml = load_shared_library("ggml-base", libggml_base_path)
-    ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
-    ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    ggml.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return ggml
