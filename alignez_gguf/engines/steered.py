@@ -6,6 +6,8 @@ an edit costs one token per query; strengths of one edit are computed together. 
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
-from alignez_gguf.errors import ModelFileError, QueryError
+from alignez_gguf.errors import ModelFileError, QueryError, WorkDirectoryError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
@@ -59,6 +61,7 @@ class SteeredPrompts:
     Raises:
         QueryError: a prompt has fewer than two tokens, or there are more queries than sequences.
         ModelFileError: the model cannot drop the end of a sequence from its cache.
+        WorkDirectoryError: there is no room for a temporary file.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class SteeredPrompts:
             unified=True,
         )
         self._read_prompts()
+        measured = self._queries[:DIVERGENCE_QUERIES]
+        self._along_base = self._unsteered([query.base_answer for query in measured])
+        self._along_helpful = self._unsteered([query.helpful_answer for query in measured])
 
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
@@ -113,11 +119,9 @@ class SteeredPrompts:
     def divergence(self, edits: Edits) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them."""
         self._set(edits)
-        measured = range(min(len(self._queries), DIVERGENCE_QUERIES))
-        for query in measured:
+        for query in range(min(len(self._queries), DIVERGENCE_QUERIES)):
             self._set_strength(edits, query, 0, 1.0)
-        along_base = self._divergences([self._queries[query].base_answer for query in measured])
-        along_helpful = self._divergences([self._queries[query].helpful_answer for query in measured])
+        along_base, along_helpful = map(self._divergences, (self._along_base, self._along_helpful))
         return Divergence(
             per_token=float(np.mean(np.concatenate(along_base))),
             after_first=float(np.mean([sum(answer[1:]) for answer in along_helpful])),
@@ -125,6 +129,8 @@ class SteeredPrompts:
 
     def close(self) -> None:
         self._context.close()
+        self._along_base.close()
+        self._along_helpful.close()
 
     def __enter__(self) -> SteeredPrompts:
         return self
@@ -132,19 +138,19 @@ class SteeredPrompts:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _divergences(self, answers: Sequence[list[int]]) -> list[list[float]]:
+    def _unsteered(self, answers: Sequence[list[int]]) -> _Unsteered:
+        """What the base model says along some answers, one to each of the first queries."""
+        starts = [len(query.prompt) - 1 for query in self._queries]
+        runs = [_Run(query, query, answer, starts[query]) for query, answer in enumerate(answers)]
+        return _Unsteered(answers, self._logprobs(runs))
+
+    def _divergences(self, unsteered: _Unsteered) -> list[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
-        runs = []
-        for query, answer in enumerate(answers):
-            runs += [self._base_run(query, answer), self._steered_run(query, 0, answer)]
-        logprobs = self._logprobs(runs)
+        runs = [self._steered_run(query, 0, answer) for query, answer in enumerate(unsteered.answers)]
         return [
             [float(np.sum(np.exp(p) * (p - q), dtype=np.float64)) for p, q in zip(base, steered, strict=True)]
-            for base, steered in zip(logprobs, logprobs, strict=True)
+            for base, steered in zip(unsteered.logprobs(), self._logprobs(runs), strict=True)
         ]
-
-    def _base_run(self, query: int, answer: list[int]) -> _Run:
-        return _Run(query, query, answer, len(self._queries[query].prompt) - 1)
 
     def _steered_run(self, query: int, copy: int, answer: list[int]) -> _Run:
         start = 0 if self._scope.kind == "all" else len(self._queries[query].prompt) - 1
@@ -241,6 +247,39 @@ class SteeredPrompts:
                 np.full(len(part), sequence),
                 np.zeros(len(part), np.int8),
             )
+
+
+class _Unsteered:
+    """Log-probabilities of the base model along answers, with which every edit is compared; in a file.
+
+    Raises:
+        WorkDirectoryError: there is no room for the file.
+    """
+
+    def __init__(self, answers: Sequence[list[int]], logprobs: Iterator[NDArray[np.float32]]) -> None:
+        self.answers = answers
+        self._shapes: list[tuple[int, ...]] = []
+        try:
+            self._file = tempfile.TemporaryFile(prefix="alignez-")  # noqa: SIM115, `close` does
+            for rows in logprobs:
+                self._shapes.append(rows.shape)
+                self._file.write(rows.tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise WorkDirectoryError(
+                f"cannot keep the base model's probabilities in {tempfile.gettempdir()}: "
+                f"{error.strerror or error}; make room there, or set TMPDIR to another folder"
+            ) from error
+
+    def logprobs(self) -> Iterator[NDArray[np.float32]]:
+        """Of each answer, [1 + len(answer), n_vocab]: after the prompt, and after each token."""
+        self._file.seek(0)
+        for shape in self._shapes:
+            data = self._file.read(math.prod(shape) * np.dtype(np.float32).itemsize)
+            yield np.frombuffer(data, np.float32).reshape(shape)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

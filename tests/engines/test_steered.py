@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.engines import steered
 from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import QueryError, WorkDirectoryError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
@@ -201,6 +205,16 @@ def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
 
 def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:
     assert figures(prompts.divergence({})) == pytest.approx((0, 0), abs=1e-6)
+
+
+def test_full_disk_is_an_error_that_names_the_folder(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(WorkDirectoryError, match=r"No space left on device; make room there, or set TMPDIR"):
+        SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1)
 
 
 def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPrompts, model: Model) -> None:
