@@ -95,6 +95,8 @@ class SteeredPrompts:
             unified=True,
         )
         self._read_prompts()
+        # Here and not when it is first asked for: which cells are free, and so how attention rounds, depends
+        # on what was measured before.
         measured = self._queries[:DIVERGENCE_QUERIES]
         self._along_base = self._unsteered([query.base_answer for query in measured])
         self._along_helpful = self._unsteered([query.helpful_answer for query in measured])
@@ -119,7 +121,7 @@ class SteeredPrompts:
     def divergence(self, edits: Edits) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them."""
         self._set(edits)
-        for query in range(min(len(self._queries), DIVERGENCE_QUERIES)):
+        for query in range(len(self._along_base.answers)):
             self._set_strength(edits, query, 0, 1.0)
         along_base, along_helpful = map(self._divergences, (self._along_base, self._along_helpful))
         return Divergence(
@@ -140,8 +142,10 @@ class SteeredPrompts:
 
     def _unsteered(self, answers: Sequence[list[int]]) -> _Unsteered:
         """What the base model says along some answers, one to each of the first queries."""
-        starts = [len(query.prompt) - 1 for query in self._queries]
-        runs = [_Run(query, query, answer, starts[query]) for query, answer in enumerate(answers)]
+        runs = [
+            _Run(number, number, answer, len(query.prompt) - 1)
+            for number, (query, answer) in enumerate(zip(self._queries, answers, strict=False))
+        ]
         return _Unsteered(answers, self._logprobs(runs))
 
     def _divergences(self, unsteered: _Unsteered) -> list[list[float]]:
