@@ -22,7 +22,7 @@ first tokens which neither the base model nor a persona would say. This module k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -50,11 +50,37 @@ class Divergence:
 
     Attributes:
         per_token: mean over the tokens of the base model's own answers, in nat.
-        after_first: sum over the tokens after the first of the helpful persona's answers, in nat per answer.
+        after_first: sum over the tokens after the first of the helpful persona's answers, in nat per answer;
+            `None` where measuring ended since the mean was sure to exceed a limit, which `per_token` is then.
     """
 
     per_token: float
-    after_first: float
+    after_first: float | None
+
+    def up_to(self, limit: float) -> Divergence:
+        """What would have been measured with a `limit`, which is at most the one that was given."""
+        return self if self.after_first is not None and self.per_token <= limit else Divergence(limit, None)
+
+
+def summed_divergence(
+    along_base: Iterable[Sequence[float]],
+    along_helpful: Iterable[Sequence[float]],
+    n_tokens: int,
+    limit: float,
+) -> Divergence:
+    """The divergence over answers, for each of which come those at its tokens, in nat.
+
+    Args:
+        n_tokens: how many all answers of the base model have; once they alone exceed `limit` in the mean, no
+            further answer is asked for.
+    """
+    total = 0.0
+    for answer in along_base:
+        total += sum(answer)
+        if total / n_tokens > limit:
+            return Divergence(limit, None)
+    after_first = [sum(answer[1:]) for answer in along_helpful]
+    return Divergence(total / n_tokens, sum(after_first) / len(after_first))
 
 
 class SteeredModel(Protocol):
@@ -64,8 +90,12 @@ class SteeredModel(Protocol):
         """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
         ...
 
-    def divergence(self, edits: Edits) -> Divergence:
-        """How far `edits` move the model along answers of at most `ANSWER_TOKENS` tokens."""
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+        """How far `edits` move the model along answers of at most `ANSWER_TOKENS` tokens.
+
+        Every token adds to it, so that the mean is sure to exceed `limit`, in nat per token, before all are
+        measured; measuring ends there.
+        """
         ...
 
 
@@ -89,7 +119,10 @@ class Figures:
 
     @property
     def kl(self) -> float | None:
-        """Mean divergence along the base model's answers, nat per token, if it was measured."""
+        """Mean divergence along the base model's answers, nat per token, if it was measured.
+
+        Where `net` is `None`, it is more than that.
+        """
         return None if self.divergence is None else self.divergence.per_token
 
     @property
@@ -99,8 +132,10 @@ class Figures:
 
     @property
     def net(self) -> float | None:
-        """What a choice maximises, in nat, if the divergence was measured."""
-        return None if self.divergence is None else self.bound - self.divergence.after_first
+        """What a choice maximises, in nat, if the divergence was measured to its end."""
+        if self.divergence is None or self.divergence.after_first is None:
+            return None
+        return self.bound - self.divergence.after_first
 
     @property
     def is_certain(self) -> bool:
@@ -139,15 +174,9 @@ class Scorer:
         onset = math.log(2) - float(np.logaddexp(0.0, -each).mean())
         return Figures(float(each.mean()), error, onset, leak)
 
-    def complete(self, figures: Figures, edits: Edits) -> Figures:
-        """The same figures with the divergence, measured where it is missing."""
-        if figures.divergence is not None:
-            return figures
-        return replace(figures, divergence=self.model.divergence(edits))
-
     def score(self, edits: Edits) -> Figures:
         """All figures of `edits`."""
-        return self.complete(self.first_tokens(edits)[0], edits)
+        return replace(self.first_tokens(edits)[0], divergence=self.model.divergence(edits))
 
 
 def gains(

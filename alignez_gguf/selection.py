@@ -37,7 +37,10 @@ _MOST = 6.0
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and its figures. The divergence is measured only for those that could be chosen."""
+    """A candidate and its figures.
+
+    The divergence is measured only for those that could be chosen, and ends where it is over the budget.
+    """
 
     candidate: Candidate
     figures: Figures
@@ -69,10 +72,10 @@ class Selection:
 
     @property
     def pareto(self) -> list[Scored]:
-        """Those of certain gain that were measured and that no other one beats in both KL and net, least KL
-        first."""
+        """Those of certain gain that were measured to the end and that no other one beats in both KL and net,
+        least KL first."""
         measured = [
-            scored for scored in self.tried if scored.figures.kl is not None and scored.figures.is_certain
+            scored for scored in self.tried if scored.figures.net is not None and scored.figures.is_certain
         ]
         front: list[Scored] = []
         for scored in sorted(measured, key=lambda s: (s.figures.kl or 0.0, -(s.figures.net or 0.0))):
@@ -137,7 +140,7 @@ class Search:
         if chosen is None:
             raise NoGainError(
                 f"nothing makes this model safer for certain within {self.budget:g} nat per token "
-                f"({_best(self._ranked())}); give more queries, raise --kl-budget, or try a larger model"
+                f"({self._best()}); give more queries, raise --kl-budget, or try a larger model"
             )
         self._measure_gentler(chosen.candidate)
         return Selection(chosen, tuple(self._ranked()), self.scorer.n_queries, self.budget)
@@ -270,15 +273,26 @@ class Search:
             if same and candidate.amount <= chosen.amount and scored.figures.gain > 0:
                 self._measured(scored)
 
+    def _best(self) -> str:
+        """What the greatest gain was, and what it would cost."""
+        if not self._tried:
+            return "no direction was found"
+        best = self._ranked()[0]
+        figures = best.figures
+        if figures.divergence is not None and figures.net is None:
+            figures = self.scorer.score(self.edits_of(best.candidate))
+        cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token"
+        return f"the best, {best.candidate}, gains {figures.gain:+.3f} +- {figures.standard_error:.3f}{cost}"
+
     def _measured(self, scored: Scored) -> Scored:
         if scored.figures.divergence is None:
-            candidate, figures = scored.candidate, scored.figures
-            known = self.known.get(candidate)
-            if known is not None and known.divergence is not None:
-                figures = replace(figures, divergence=known.divergence)
-            else:
-                figures = self.scorer.complete(figures, self.edits_of(candidate))
-                self.known[candidate] = figures
+            candidate = scored.candidate
+            known = self.known.get(candidate, scored.figures)
+            divergence = known.divergence
+            if divergence is None or (divergence.after_first is None and divergence.per_token < self.budget):
+                divergence = self.scorer.model.divergence(self.edits_of(candidate), self.budget)
+                self.known[candidate] = replace(scored.figures, divergence=divergence)
+            figures = replace(scored.figures, divergence=divergence.up_to(self.budget))
             self._tried[candidate] = figures
             self.advance(str(candidate))
             scored = replace(scored, figures=figures)
@@ -349,14 +363,4 @@ def _adding(candidate: Candidate) -> tuple[int, ...]:
 
 
 def _is_within(figures: Figures, budget: float) -> bool:
-    return figures.kl is not None and figures.kl <= budget
-
-
-def _best(ranked: Sequence[Scored]) -> str:
-    """What the greatest gain was, and what it would cost."""
-    if not ranked:
-        return "no direction was found"
-    best = ranked[0]
-    figures = best.figures
-    cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token"
-    return f"the best, {best.candidate}, gains {figures.gain:+.3f} +- {figures.standard_error:.3f}{cost}"
+    return figures.net is not None and figures.kl is not None and figures.kl <= budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.scoring import Divergence, Figures, Scorer, gains, leaks
+from alignez_gguf.scoring import Divergence, Figures, Scorer, gains, leaks, summed_divergence
 
 N_QUERIES, N_VOCAB = 12, 7
 
@@ -41,14 +41,10 @@ def expected_gains() -> list[float]:
 class FakeModel:
     """Shows `STEERED`, the more of it the greater the strength."""
 
-    def __init__(self) -> None:
-        self.n_measured = 0
-
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         return np.stack([BASE + strength * (np.log(STEERED) - BASE) for strength in strengths])
 
-    def divergence(self, edits: Edits) -> Divergence:
-        self.n_measured += 1
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
         return Divergence(per_token=0.05, after_first=0.3)
 
 
@@ -104,15 +100,51 @@ def test_every_strength_has_figures_of_its_own() -> None:
     assert scorer.n_queries == N_QUERIES
 
 
-def test_divergence_is_measured_once() -> None:
-    model = FakeModel()
-    scorer = Scorer(model, HELPFUL, HARMFUL, BASE)
-    first = scorer.first_tokens(EDITS)[0]
-    complete = scorer.complete(first, EDITS)
-    assert scorer.complete(complete, EDITS) == complete == scorer.score(EDITS)
-    assert model.n_measured == 2
-    assert complete.kl == 0.05
-    assert replace(complete, divergence=None) == first
+def test_score_is_the_first_tokens_with_the_divergence() -> None:
+    scorer = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE)
+    score = scorer.score(EDITS)
+    assert score.kl == 0.05
+    assert score.net == score.bound - 0.3
+    assert replace(score, divergence=None) == scorer.first_tokens(EDITS)[0]
+
+
+def test_divergence_ends_where_the_mean_is_sure_to_exceed_the_limit() -> None:
+    along_base = [[0.1, 0.2], [0.3], [0.4, 0.5, 0.6]]
+    along_helpful = [[1.0, 0.5, 0.25], [2.0]]
+
+    def measured(limit: float) -> tuple[Divergence, int]:
+        """The divergence, and how many answers were looked at."""
+        asked: list[int] = []
+
+        def told(answers: list[list[float]]) -> Iterator[list[float]]:
+            for answer in answers:
+                asked.append(len(answer))
+                yield answer
+
+        return summed_divergence(told(along_base), told(along_helpful), 6, limit), len(asked)
+
+    whole = Divergence(pytest.approx(2.1 / 6), pytest.approx(0.375))
+    assert measured(math.inf) == measured(0.36) == (whole, 5)
+    assert measured(0.34) == (Divergence(0.34, None), 3)
+    assert measured(0.09) == (Divergence(0.09, None), 2)
+    assert measured(0.01) == (Divergence(0.01, None), 1)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
+def test_divergence_up_to_a_limit_is_what_would_have_been_measured(limit: float) -> None:
+    along = [[0.05, 0.05], [0.05]]
+    cut = summed_divergence(along, along, 3, limit)
+    assert summed_divergence(along, along, 3, math.inf).up_to(limit) == cut
+    assert summed_divergence(along, along, 3, 0.2).up_to(limit) == cut
+    assert cut.up_to(0.01) == Divergence(0.01, None)
+
+
+def test_edit_that_was_not_measured_to_the_end_has_no_net() -> None:
+    figures = replace(
+        Scorer(FakeModel(), HELPFUL, HARMFUL, BASE).score(EDITS), divergence=Divergence(0.04, None)
+    )
+    assert figures.kl == 0.04
+    assert figures.net is None
 
 
 def test_net_pays_for_the_leak_and_for_the_rest_of_the_answer() -> None:

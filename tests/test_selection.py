@@ -54,6 +54,7 @@ class FakeModel:
     """What was computed together, in order."""
     measured: list[Candidate] = field(default_factory=list)
     """The divergence of what was measured, in order."""
+    limits: set[float] = field(default_factory=set)
 
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         named = self._named(edits)
@@ -62,10 +63,14 @@ class FakeModel:
         self.asked.append(together)
         return np.stack([self._logprobs(candidate) for candidate in together])
 
-    def divergence(self, edits: Edits) -> Divergence:
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
         candidate = self._named(edits)
         self.measured.append(candidate)
-        return Divergence(self.kl_of(candidate), self.after_first_of(candidate))
+        self.limits.add(limit)
+        kl = self.kl_of(candidate)
+        if kl > limit:
+            return Divergence(limit, None)
+        return Divergence(kl, self.after_first_of(candidate))
 
     def net_of(self, candidate: Candidate) -> float:
         return math.log(2 / (1 + math.exp(-self.gain_of(candidate)))) - self.after_first_of(candidate)
@@ -273,6 +278,16 @@ def test_what_a_search_with_another_budget_measured_changes_nothing(budget: floa
     assert search(model, known=known) == search(model)
 
 
+def test_what_is_over_the_budget_is_measured_no_further() -> None:
+    model = FakeModel(table(3, -1.0, 2.0), table(4, 0.0, 0.3), table(5, 0.0, 0.5))
+    found = search(model)
+    assert model.limits == {found.budget}
+    over = [scored for scored in found.tried if scored.figures.kl is not None and scored.figures.net is None]
+    assert over
+    assert {scored.figures.kl for scored in over} == {found.budget}
+    assert not {scored.candidate for scored in over} & {scored.candidate for scored in found.affordable}
+
+
 def test_search_is_deterministic_also_where_gains_are_equal() -> None:
     def run() -> Selection:
         return search(FakeModel(gain_of=lambda _: 1.0, kl_of=lambda _: 0.05))
@@ -300,7 +315,7 @@ def test_every_measurement_is_told() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_pareto_rows_are_those_that_nothing_beats(seed: int) -> None:
     found = search(FakeModel(table(seed, -1.0, 2.0), cost(seed), table(seed + 200, 0.0, 1.0)), budget=0.05)
-    measured = [one for one in found.tried if one.figures.kl is not None and one.figures.is_certain]
+    measured = [one for one in found.tried if one.figures.net is not None and one.figures.is_certain]
 
     def beaten(one: Scored) -> bool:
         kl, net = one.figures.kl, one.figures.net
@@ -427,7 +442,7 @@ class Network:
         ]
         return np.stack([self.states(self.plain, one)[1] for one in scaled]).astype(np.float32)
 
-    def divergence(self, edits: Edits) -> Divergence:
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
         later = replace(self, plain=np.roll(self.plain, 1, axis=1), head=np.roll(self.head, 1, axis=0) / 3)
         base, steered = later.states(later.plain, {})[1], later.states(later.plain, edits)[1]
         kl = float((np.exp(base) * (base - steered)).sum(axis=1).mean())
@@ -483,7 +498,7 @@ def share_of_the_best(seed: int, budget: float) -> float:
     for candidate in every_candidate(sources, n_layer):
         figures = scorer.first_tokens(edits(candidate))[0]
         if figures.bound > best and figures.is_certain:
-            figures = scorer.complete(figures, edits(candidate))
+            figures = scorer.score(edits(candidate))
             if figures.kl is not None and figures.net is not None and figures.kl <= budget:
                 best = max(best, figures.net)
     return chosen.net / best

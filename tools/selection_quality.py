@@ -120,7 +120,7 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         with scorer(job, held_out, scope) as scored_by:
             for scored in gaining[::stride]:
                 edits = fits.edits(scored.candidate)
-                figures = scored_by.complete(scored.figures, edits)
+                figures = scored_by.score(edits)
                 if figures.kl is not None and figures.kl <= settings.kl_budget:
                     rate = counted(edits, scope)
                     net.append(figures.net)

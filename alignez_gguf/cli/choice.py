@@ -61,7 +61,7 @@ def _choice(made: Made, selection: Selection) -> Table:
             str(scored.candidate),
             span(scored.candidate.layers),
             f"{figures.gain:+.3f} +- {figures.standard_error:.3f}",
-            _number(figures.kl) + (" over" if (figures.kl or 0.0) > selection.budget else ""),
+            _number(figures.kl),
             f"{figures.net:+.3f}",
         )
     table.add_section()

@@ -20,9 +20,11 @@ from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, summed_divergence
 
 _BATCH = 512
+_PIECE = 128
+"""Tokens of answers that are computed together: a divergence that is too much ends after a few answers."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 _STRENGTHS = 6
 """Strengths that are computed together at most."""
@@ -114,19 +116,23 @@ class SteeredPrompts:
                     self._set_strength(edits, query, copy, strength)
                     runs.append(self._steered_run(query, copy, []))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
-            for row, (logprobs,) in zip(rows, self._logprobs(runs), strict=True):
+            for row, (logprobs,) in zip(rows, self._logprobs(runs, self._context.n_batch), strict=True):
                 row[:] = logprobs
         return found
 
-    def divergence(self, edits: Edits) -> Divergence:
-        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them."""
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
+
+        Ends once it exceeds `limit`; see `SteeredModel`.
+        """
         self._set(edits)
         for query in range(len(self._along_base.answers)):
             self._set_strength(edits, query, 0, 1.0)
-        along_base, along_helpful = map(self._divergences, (self._along_base, self._along_helpful))
-        return Divergence(
-            per_token=float(np.mean(np.concatenate(along_base))),
-            after_first=float(np.mean([sum(answer[1:]) for answer in along_helpful])),
+        return summed_divergence(
+            self._divergences(self._along_base),
+            self._divergences(self._along_helpful),
+            sum(1 + len(answer) for answer in self._along_base.answers),
+            limit,
         )
 
     def close(self) -> None:
@@ -146,15 +152,16 @@ class SteeredPrompts:
             _Run(number, number, answer, len(query.prompt) - 1)
             for number, (query, answer) in enumerate(zip(self._queries, answers, strict=False))
         ]
-        return _Unsteered(answers, self._logprobs(runs))
+        return _Unsteered(answers, self._logprobs(runs, _PIECE))
 
-    def _divergences(self, unsteered: _Unsteered) -> list[list[float]]:
+    def _divergences(self, unsteered: _Unsteered) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
         runs = [self._steered_run(query, 0, answer) for query, answer in enumerate(unsteered.answers)]
-        return [
-            [float(np.sum(np.exp(p) * (p - q), dtype=np.float64)) for p, q in zip(base, steered, strict=True)]
-            for base, steered in zip(unsteered.logprobs(), self._logprobs(runs), strict=True)
-        ]
+        for base, steered in zip(unsteered.logprobs(), self._logprobs(runs, _PIECE), strict=True):
+            yield [
+                float(np.sum(np.exp(p) * (p - q), dtype=np.float64))
+                for p, q in zip(base, steered, strict=True)
+            ]
 
     def _steered_run(self, query: int, copy: int, answer: list[int]) -> _Run:
         start = 0 if self._scope.kind == "all" else len(self._queries[query].prompt) - 1
@@ -175,12 +182,13 @@ class SteeredPrompts:
             sequence = self._steered(query, copy)
             library.set_strength(self._context.pointer, strength, sequence=sequence, first=first, end=end)
 
-    def _logprobs(self, runs: Sequence[_Run]) -> Iterator[NDArray[np.float32]]:
+    def _logprobs(self, runs: Sequence[_Run], most: int) -> Iterator[NDArray[np.float32]]:
         """Of each run, the log-probabilities after the prompt and after each token of the answer.
 
-        [1 + len(answer), n_vocab]. Afterwards the cache is as it was, but for prompts computed anew.
+        [1 + len(answer), n_vocab]; computed `most` tokens at a time, or one run where that has more. At each
+        of them the cache is as it was, but for prompts computed anew.
         """
-        for chunk in self._chunks(runs):
+        for chunk in self._chunks(runs, most):
             self._decode(chunk)
             row = 0
             for run in chunk:
@@ -213,13 +221,13 @@ class SteeredPrompts:
                 "use --recipe paper"
             )
 
-    def _chunks(self, runs: Sequence[_Run]) -> Iterator[list[_Run]]:
-        """Runs that fit into one batch together."""
+    def _chunks(self, runs: Sequence[_Run], most: int) -> Iterator[list[_Run]]:
+        """Runs of at most so many tokens together, or one that has more."""
         chunk: list[_Run] = []
         used = 0
         for run in runs:
             needed = len(self._queries[run.query].prompt) - run.start + len(run.answer)
-            if used + needed > self._context.n_batch:
+            if chunk and used + needed > most:
                 yield chunk
                 chunk, used = [], 0
             chunk.append(run)

@@ -8,6 +8,7 @@ prompts are computed once and their keys and values are kept.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from alignez_gguf.engines.passages import passage_tokens
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, summed_divergence
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,16 @@ class SteeredPrompts:
         )
 
     @torch.inference_mode()
-    def divergence(self, edits: Edits) -> Divergence:
-        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them."""
-        along_base = self._divergences(lambda query: query.base_answer, edits)
-        along_helpful = self._divergences(lambda query: query.helpful_answer, edits)
-        return Divergence(
-            per_token=float(np.mean(np.concatenate(along_base))),
-            after_first=float(np.mean([sum(answer[1:]) for answer in along_helpful])),
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
+
+        Ends once it exceeds `limit`; see `SteeredModel`.
+        """
+        return summed_divergence(
+            self._divergences(lambda query: query.base_answer, edits),
+            self._divergences(lambda query: query.helpful_answer, edits),
+            sum(1 + len(query.base_answer) for query in self._queries[:DIVERGENCE_QUERIES]),
+            limit,
         )
 
     def close(self) -> None:
@@ -129,18 +133,19 @@ class SteeredPrompts:
         _, cache = self._model.logits(body, 1)
         return _Group(queries, Padded(rows.ids[:, -1:], rows.positions[:, -1:], rows.mask), cache)
 
-    def _divergences(self, answer_of: Callable[[_Query], list[int]], edits: Edits) -> list[list[float]]:
+    def _divergences(self, answer_of: Callable[[_Query], list[int]], edits: Edits) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
-        found: list[list[float]] = []
+        left = DIVERGENCE_QUERIES
         for group in self._groups:
-            if len(found) >= DIVERGENCE_QUERIES:
-                break
+            if left <= 0:
+                return
             answers = [answer_of(query) for query in group.queries]
             base = self._logprobs(group, answers, {}, 1.0)
             steered = self._logprobs(group, answers, edits, 1.0)
             each = (base.exp() * (base - steered)).sum(-1).tolist()
-            found += [row[: 1 + len(answer)] for row, answer in zip(each, answers, strict=True)]
-        return found[:DIVERGENCE_QUERIES]
+            for row, answer in zip(each[:left], answers, strict=False):
+                yield row[: 1 + len(answer)]
+            left -= len(answers)
 
     def _logprobs(self, group: _Group, answers: Sequence[list[int]], edits: Edits, strength: float) -> Tensor:
         """What follows the prompt and each token of the answer, [n_queries, 1 + longest answer, n_vocab].

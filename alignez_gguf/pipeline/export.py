@@ -193,7 +193,7 @@ def _per_aspect(jobs: Sequence[Job], fields: Sequence[Mapping[str, Field]]) -> d
 
 
 def _score(made: Made) -> dict[str, Field]:
-    """What the selection saw, for the control file; -1 where a divergence was not measured."""
+    """What the selection saw, for the control file; -1 where a divergence was not measured to its end."""
     selection = made.selection
     if selection is None:
         return {}
@@ -234,7 +234,9 @@ def _scope_columns(scopes: Mapping[str, Figures]) -> dict[str, Field]:
 
 def _measured(figures: Figures) -> tuple[float, float]:
     divergence = figures.divergence
-    return (-1.0, -1.0) if divergence is None else (divergence.per_token, divergence.after_first)
+    if divergence is None or divergence.after_first is None:
+        return -1.0, -1.0
+    return divergence.per_token, divergence.after_first
 
 
 def _tradeoff_columns(tradeoffs: Sequence[Tradeoff]) -> dict[str, Field]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -249,8 +250,8 @@ class _OnDemand:
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         return self._model().first_token_logprobs(edits, strengths)
 
-    def divergence(self, edits: Edits) -> Divergence:
-        return self._model().divergence(edits)
+    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+        return self._model().divergence(edits, limit)
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:

@@ -6,8 +6,9 @@ import errno
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -141,6 +142,7 @@ def expected_divergence(
 
 
 def figures(divergence: Divergence) -> tuple[float, float]:
+    assert divergence.after_first is not None
     return divergence.per_token, divergence.after_first
 
 
@@ -201,6 +203,28 @@ def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
     expected = expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL)
     assert min(expected) > 1e-3
     assert figures(prompts.divergence(edits)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> None:
+    many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(DIVERGENCE_QUERIES)]
+    answers = [" make a plan and mind the oven" * 3] * len(many)
+    computed: list[int] = []
+
+    class Counting(Context):
+        def decode(self, tokens: Sequence[int], *rest: Any) -> None:
+            computed.append(len(tokens))
+            super().decode(tokens, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(steered, "Context", Counting)
+        with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
+            whole = prompts.divergence(EDITS)
+            computed.clear()
+            assert prompts.divergence(EDITS, whole.per_token / 20) == Divergence(whole.per_token / 20, None)
+            assert len(computed) == 1
+            computed.clear()
+            assert prompts.divergence(EDITS, 1.01 * whole.per_token) == whole
+            assert len(computed) == 10
 
 
 def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:

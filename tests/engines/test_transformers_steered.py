@@ -92,6 +92,7 @@ def expected_divergence(tiny: TinyModel, edits: Edits, scope: str) -> tuple[floa
 
 
 def figures(divergence: Divergence) -> tuple[float, float]:
+    assert divergence.after_first is not None
     return divergence.per_token, divergence.after_first
 
 
@@ -128,6 +129,13 @@ def test_edits_leave_no_trace(engine: Callable[[str], TransformersEngine]) -> No
         np.testing.assert_array_equal(model.first_token_logprobs(EDITS), first)
         assert model.divergence(EDITS) == divergence
         assert figures(model.divergence({})) == (0, 0)
+
+
+def test_divergence_over_the_limit_ends(engine: Callable[[str], TransformersEngine]) -> None:
+    with engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model:
+        whole = model.divergence(EDITS)
+        assert model.divergence(EDITS, whole.per_token / 2) == Divergence(whole.per_token / 2, None)
+        assert model.divergence(EDITS, 2 * whole.per_token) == whole
 
 
 def test_divergence_is_measured_over_the_first_queries(engine: Callable[[str], TransformersEngine]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,10 @@ def test_auto_writes_every_figure_that_led_to_the_choice(quick: Export, tmp_path
     assert selection is not None
     tried, chosen = [one.figures for one in selection.tried], selection.chosen.figures
     assert chosen.divergence is not None
-    after_first = [-1.0 if one.divergence is None else one.divergence.after_first for one in tried]
+    measured = [
+        (-1.0, -1.0) if one.net is None or one.divergence is None else astuple(one.divergence)
+        for one in tried
+    ]
     assert dict(control.score) == {
         "score": chosen.gain,
         "standard_error": chosen.standard_error,
@@ -113,8 +116,8 @@ def test_auto_writes_every_figure_that_led_to_the_choice(quick: Export, tmp_path
         "tried.score": tuple(one.gain for one in tried),
         "tried.onset": tuple(one.onset for one in tried),
         "tried.leak": tuple(one.leak for one in tried),
-        "tried.kl": tuple(-1.0 if one.kl is None else one.kl for one in tried),
-        "tried.kl_after_first": tuple(after_first),
+        "tried.kl": tuple(per_token for per_token, _ in measured),
+        "tried.kl_after_first": tuple(after_first for _, after_first in measured),
         "baseline.name": tuple(one.name for one in made.baselines),
         "baseline.score": tuple(one.figures.gain for one in made.baselines),
         "baseline.kl": tuple(one.kl for one in made.baselines),
