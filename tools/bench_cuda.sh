@@ -30,7 +30,7 @@ import sys, llama_cpp
 sys.exit(0 if llama_cpp.llama_supports_gpu_offload() else "bench_cuda.sh: the runtime was built without CUDA")
 '
 
-# PyTorch on the CPU is the oracle, so that products must not be rounded to TF32.
+# PyTorch on the CPU is the oracle, so that products must not be rounded to TF32, as far as ggml leaves that open.
 for layers in -1 1; do
     echo "parity, layers on the GPU: $layers"
     NVIDIA_TF32_OVERRIDE=0 ALIGNEZ_TEST_GPU_LAYERS=$layers \

@@ -10,6 +10,7 @@ has about as many tokens when it is read; and its answers depend on the persona 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def make(shape: Shape, level: str, cache: Path) -> Path:
         try:
             _write(source, shape)
             with replacing(path) as unfinished:
-                quantize_file(source, unfinished, level, n_threads=2)
+                quantize_file(source, unfinished, level, n_threads=os.cpu_count() or 1)
         finally:
             source.unlink(missing_ok=True)
     return path

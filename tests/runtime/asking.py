@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,10 @@ import numpy as np
 from llama_cpp import GGML_TYPE_F32, Llama
 from numpy.typing import NDArray
 
-PARITY = 5e-5
+from tests.runtime import gpu
+from tests.runtime.gpu import tolerance
+
+PARITY = tolerance(5e-5)
 """Largest difference to PyTorch in F32."""
 N_ANSWER = 6
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(5, 380, 24)]
@@ -22,7 +24,7 @@ MORE = [int(token) for token in np.random.default_rng(1).integers(5, 380, 8)]
 def load(gguf: Path, **options: Any) -> Llama:
     """With keys and values in F32, and every logit."""
     defaults = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
-    defaults["n_gpu_layers"] = int(os.environ.get("ALIGNEZ_TEST_GPU_LAYERS", "0"))
+    defaults["n_gpu_layers"] = gpu.LAYERS
     return Llama(str(gguf), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, **(defaults | options))
 
 

@@ -6,7 +6,6 @@ Light imports only, since a child process imports it too.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
+from tests.runtime import gpu
 
 _MAX_SEQUENCES = 4
 
@@ -52,7 +52,7 @@ class Context:
         """Nodes of the graphs that were computed, all in all."""
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._count_node)
         model_parameters = llama_cpp.llama_model_default_params()
-        model_parameters.n_gpu_layers = int(os.environ.get("ALIGNEZ_TEST_GPU_LAYERS", "-1"))
+        model_parameters.n_gpu_layers = gpu.LAYERS
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 256, 256, micro_batch
         parameters.n_seq_max, parameters.kv_unified = _MAX_SEQUENCES, True

@@ -19,6 +19,7 @@ from alignez_gguf.runtime import library
 from alignez_gguf.runtime.steering import steer
 from tests.models import OUT_OF_REACH, TinyModel, tiny_model
 from tests.runtime.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
+from tests.runtime.gpu import same_bits
 from tests.runtime.oracle import hooked_logits
 
 SCOPES = ("generation", "all", "first:2")
@@ -84,7 +85,7 @@ def assert_untouched(llm: Llama, never_steered: Llama) -> None:
     llm.reset()
     never_steered.reset()
     assert answer(llm, MORE) == answer(never_steered, MORE)
-    assert np.array_equal(cached(llm)[1], cached(never_steered)[1])
+    assert same_bits(cached(llm)[1], cached(never_steered)[1])
     assert not set(vars(llm)) - set(vars(never_steered))
 
 
@@ -103,7 +104,7 @@ def test_strength_zero_is_the_unsteered_model_bit_for_bit(
     with steer(llm, control, strength=0.0, scope=scope):
         for prompt in (PROMPT, PROMPT + MORE, MORE):
             assert answer(llm, prompt) == answer(never_steered, prompt)
-            assert np.array_equal(cached(llm)[1], cached(never_steered)[1])
+            assert same_bits(cached(llm)[1], cached(never_steered)[1])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -129,7 +130,7 @@ def test_removal_leaves_the_unsteered_part_of_the_prompt_in_the_cache(
     never_steered.eval(PROMPT)
     never_steered.n_tokens = n_kept
     assert answer(llm, PROMPT + MORE) == answer(never_steered, PROMPT + MORE)
-    assert np.array_equal(cached(llm)[1][n_kept:], cached(never_steered)[1][n_kept:])
+    assert same_bits(cached(llm)[1][n_kept:], cached(never_steered)[1][n_kept:])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
