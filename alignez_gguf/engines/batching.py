@@ -10,8 +10,8 @@ from typing import Literal
 from alignez_gguf.engines import Completion, Sampling
 from alignez_gguf.engines.slots import Slots, Treatment
 from alignez_gguf.engines.text import StoppedText
-from alignez_gguf.runtime.context import Context
-from alignez_gguf.runtime.sampling import Sampler
+from alignez_gguf.runtime.model import Model
+from alignez_gguf.runtime.sampling import Sampler, SamplerThreads
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,16 @@ def generate(
     def start(slot: int) -> Iterator[tuple[int, Completion]]:
         """Fill a slot with the next job that is not finished by its first token."""
         for job in waiting:
-            text = samplers.enter_context(_Growing(job, sampling, on_text))
+            text = opened.enter_context(_Growing(job, sampling, on_text))
             logits = slots.prefill(slot, job.tokens, job.treatment)
-            text.advance(slots.context, logits)
+            text.take(slots.context.model, text.sampler.sample(slots.context, logits))
             if text.completion is None:
                 growing[slot : slot + 1] = [text]
                 return
             yield job.index, text.completion
 
-    with ExitStack() as samplers:
+    with ExitStack() as opened:
+        threads = opened.enter_context(SamplerThreads())
         while len(growing) < n_parallel:
             occupied = len(growing)
             yield from start(occupied)
@@ -58,8 +59,9 @@ def generate(
                 break
         while growing:
             slots.step([text.last for text in growing])
-            for slot, text in enumerate(growing):
-                text.advance(slots.context, slot)
+            drawn = threads.sample([text.sampler for text in growing], slots.context)
+            for text, token in zip(growing, drawn, strict=True):
+                text.take(slots.context.model, token)
             for slot in reversed(range(len(growing))):
                 text = growing[slot]
                 if text.completion is None:
@@ -86,17 +88,16 @@ class _Growing:
         self._max_tokens = sampling.max_tokens
         self._text = StoppedText(sampling.stop)
         self._on_text = on_text
-        self._sampler = Sampler(seed=job.seed, temperature=sampling.temperature, top_p=sampling.top_p)
+        self.sampler = Sampler(seed=job.seed, temperature=sampling.temperature, top_p=sampling.top_p)
 
-    def advance(self, context: Context, index: int) -> None:
-        """Draw the next token from the logits at `index`."""
-        token = self._sampler.sample(context, index)
-        if context.model.ends_text(token):
+    def take(self, model: Model, token: int) -> None:
+        """Go on with a token that was drawn."""
+        if model.ends_text(token):
             self._finish("stop")
             return
         self.last = token
         self._n_tokens += 1
-        self._show(self._text.feed(context.model.piece(token)))
+        self._show(self._text.feed(model.piece(token)))
         if self._text.stopped:
             self._finish("stop")
         elif self._n_tokens == self._max_tokens:
@@ -111,7 +112,7 @@ class _Growing:
             self._on_text(self.job.index, piece)
 
     def close(self) -> None:
-        self._sampler.close()
+        self.sampler.close()
 
     def __enter__(self) -> _Growing:
         return self

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.threads import physical_cores
 
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw the seed itself
 
@@ -41,6 +44,39 @@ class Sampler:
             self._chain = None
 
     def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SamplerThreads:
+    """Lets samplers draw side by side: llama.cpp's run outside of Python's lock, and each takes as long as a
+    fast GPU takes for a token. Must be closed, or used in a `with` block.
+    """
+
+    def __init__(self) -> None:
+        self._count = physical_cores()
+        self._pool = ThreadPoolExecutor(self._count)
+
+    def sample(self, samplers: Sequence[Sampler], context: Context) -> list[int]:
+        """The token that follows token i of the last batch, drawn by sampler i, for each of them."""
+        # The first reading waits for the logits and puts them in order; those after it change nothing
+        # (llama_context::synchronize and output_reorder in src/llama-context.cpp).
+        context.logits(0)
+        drawn = [-1] * len(samplers)
+
+        def draw(first: int) -> None:
+            for index in range(first, len(samplers), self._count):
+                drawn[index] = samplers[index].sample(context, index)
+
+        list(self._pool.map(draw, range(min(self._count, len(samplers)))))
+        return drawn
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def __enter__(self) -> SamplerThreads:
         return self
 
     def __exit__(self, *_: object) -> None:
