@@ -51,7 +51,7 @@ def generate(
             yield job.index, text.completion
 
     with ExitStack() as opened:
-        threads = opened.enter_context(SamplerThreads())
+        threads = opened.enter_context(SamplerThreads(slots.context))
         while len(growing) < n_parallel:
             occupied = len(growing)
             yield from start(occupied)
@@ -59,7 +59,7 @@ def generate(
                 break
         while growing:
             slots.step([text.last for text in growing])
-            drawn = threads.sample([text.sampler for text in growing], slots.context)
+            drawn = threads.sample([text.sampler for text in growing])
             for text, token in zip(growing, drawn, strict=True):
                 text.take(slots.context.model, token)
             for slot in reversed(range(len(growing))):

@@ -9,7 +9,6 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.runtime.context import Context
-from alignez_gguf.runtime.threads import physical_cores
 
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw the seed itself
 
@@ -52,25 +51,29 @@ class Sampler:
 
 class SamplerThreads:
     """Lets samplers draw side by side: llama.cpp's run outside of Python's lock, and each takes as long as a
-    fast GPU takes for a token. Must be closed, or used in a `with` block.
+    fast GPU takes for a token. As many threads as compute the context, the calling one included. Must be
+    closed, or used in a `with` block.
     """
 
-    def __init__(self) -> None:
-        self._count = physical_cores()
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._count = int(llama.llama_n_threads(context.pointer))
         self._pool = ThreadPoolExecutor(self._count)
 
-    def sample(self, samplers: Sequence[Sampler], context: Context) -> list[int]:
+    def sample(self, samplers: Sequence[Sampler]) -> list[int]:
         """The token that follows token i of the last batch, drawn by sampler i, for each of them."""
         # The first reading waits for the logits and puts them in order; those after it change nothing
         # (llama_context::synchronize and output_reorder in src/llama-context.cpp).
-        context.logits(0)
+        self._context.logits(0)
         drawn = [-1] * len(samplers)
 
         def draw(first: int) -> None:
             for index in range(first, len(samplers), self._count):
-                drawn[index] = samplers[index].sample(context, index)
+                drawn[index] = samplers[index].sample(self._context, index)
 
-        list(self._pool.map(draw, range(min(self._count, len(samplers)))))
+        others = self._pool.map(draw, range(1, min(self._count, len(samplers))))
+        draw(0)
+        list(others)
         return drawn
 
     def close(self) -> None:
