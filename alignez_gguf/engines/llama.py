@@ -24,6 +24,7 @@ from alignez_gguf.engines.slots import (
     UNSTEERED,
     Slots,
     Treatment,
+    can_be_exact,
     company_needed_from,
 )
 from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
@@ -78,7 +79,7 @@ class LlamaEngine:
         self.n_parallel = max(1, n_parallel)
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
         self._n_threads = n_threads
-        self._exact = exact and not self.model.uses_gpu
+        self._exact = exact and not self.model.uses_gpu and can_be_exact(self.info.quantization)
         self._edits: Edits = {}
         self._scope = Scope()
         self._generating = False

@@ -1,7 +1,7 @@
 """The sequences of a context: what each one holds, and which part of it another can take over.
 
 What a sequence computes depends on its own tokens and treatment alone. The CPU kernels of llama.cpp make
-that true bit for bit (for F32, F16 and Q8_0 weights on x86) under conditions that are kept here:
+that true bit for bit for F32, F16 and Q8_0 weights on x86 under conditions that are kept here:
 
 - each sequence has cells of its own, so attention adds up in the order of positions;
 - a piece of a prompt has fewer than 64 tokens, so attention never takes the tiled kernel, whose sums depend
@@ -9,6 +9,9 @@ that true bit for bit (for F32, F16 and Q8_0 weights on x86) under conditions th
 - a token is not computed alone where that would take other kernels: for products with float weights
   (llamafile_sgemm in ggml-cpu/llamafile/sgemm.cpp), and for attention over 512 cells or more
   (use_split_kv_path in ggml-cpu/ops.cpp).
+
+Of other weights the kernels take four tokens at once, and round those that are left over differently
+(ggml-cpu/repack.cpp), so that nothing is gained by these conditions.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from itertools import pairwise
 
 from alignez_gguf.runtime.context import Context
 
-EXACT_PIECE = 63
-"""The longest piece of a prompt for which a CPU computes the same wherever it begins."""
+_ROWS = 4
+"""Tokens that the kernels of quantized products take at once; those left over cost several times as much."""
+
+EXACT_PIECE = 60
+"""The longest piece of a prompt for which a CPU computes the same wherever it begins, in whole `_ROWS`."""
 
 FAST_PIECE = 512
 """The longest piece of a prompt where rounding may depend on where it begins."""
@@ -33,6 +39,12 @@ _WORTH_COPYING = 16
 
 
 _FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
+_EXACT_WEIGHTS = _FLOAT_WEIGHTS | {"Q8_0"}
+
+
+def can_be_exact(quantization: str) -> bool:
+    """Whether a CPU can compute a token of such a model alike whatever is computed with it."""
+    return quantization in _EXACT_WEIGHTS
 
 
 def company_needed_from(quantization: str) -> int:
@@ -217,8 +229,7 @@ class Slots:
 
 
 def _pieces(start: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of at most `size` positions, none of a single one unless that is all there is."""
-    bounds = [*range(start, end, size), end]
-    if len(bounds) > 2 and end - bounds[-2] == 1:
-        bounds[-2] -= 1
-    return list(pairwise(bounds))
+    """Ranges of at most `size` positions, as few and as even as whole `_ROWS` allow."""
+    count = -(-(end - start) // size)
+    rows = -(-(end - start) // _ROWS)
+    return list(pairwise(min(start + _ROWS * (rows * i // count), end) for i in range(count + 1)))

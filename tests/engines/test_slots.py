@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignez_gguf.engines.slots import EXACT_PIECE, UNSTEERED, Slots, Treatment
+from alignez_gguf.engines.slots import EXACT_PIECE, FAST_PIECE, UNSTEERED, Slots, Treatment
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from tests.models import tiny_model
@@ -85,3 +85,16 @@ def test_taking_over_a_prefix_changes_no_bit(context: CountingContext, length: i
     slots.clear()
     slots.prefill(0, [*whole[:length], 5, 6, 7])
     assert (context.logits(slots.prefill(1, whole)) == alone).all()
+
+
+@pytest.mark.parametrize("size", [EXACT_PIECE, FAST_PIECE])
+def test_pieces_are_few_even_and_of_four_tokens_each_but_for_the_last(context: Context, size: int) -> None:
+    slots = Slots(context, piece=size)
+    for length in range(2, 2 * FAST_PIECE):
+        tokens = [1] * length
+        lengths = [len(piece.tokens) for piece in slots.plan(0, tokens, length - 1)]
+        assert sum(lengths) == length
+        assert len(lengths) == -(-length // size)
+        assert max(lengths) - lengths[-1] < 8
+        assert max(lengths) <= size
+        assert not any(count % 4 for count in lengths[:-1])
