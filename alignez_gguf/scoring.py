@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -45,42 +46,78 @@ _CERTAINTY = 1.645
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the two figures of a divergence may be at most, in nat, for it to be worth measuring further."""
+
+    per_token: float = math.inf
+    after_first: float = math.inf
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
 class Divergence:
-    """How far steering moves a model along given answers, KL(P_base || P_steered).
+    """How far steering moves a model along given answers, KL(P_base || P_steered), as far as it was measured.
 
     Attributes:
-        per_token: mean over the tokens of the base model's own answers, in nat.
-        after_first: sum over the tokens after the first of the helpful persona's answers, in nat per answer;
-            `None` where measuring ended since the mean was sure to exceed a limit, which `per_token` is then.
+        along_helpful: what each answer of the helpful persona adds to `after_first`.
+        along_base: what each answer of the base model adds to `per_token`.
+        n_answers: of each kind, measured or not.
     """
 
-    per_token: float
-    after_first: float | None
+    along_helpful: tuple[float, ...]
+    along_base: tuple[float, ...]
+    n_answers: int
 
-    def up_to(self, limit: float) -> Divergence:
-        """What would have been measured with a `limit`, which is at most the one that was given."""
-        return self if self.after_first is not None and self.per_token <= limit else Divergence(limit, None)
+    @property
+    def per_token(self) -> float:
+        """Mean over the tokens of the base model's own answers, in nat; or what is sure of it."""
+        return sum(self.along_base)
+
+    @property
+    def after_first(self) -> float:
+        """Sum over the tokens after the first of the helpful persona's answers, in nat per answer; or what is
+        sure of it."""
+        return sum(self.along_helpful)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all answers were measured."""
+        return len(self.along_helpful) == len(self.along_base) == self.n_answers
+
+    def exceeds(self, limits: Limits) -> bool:
+        """Whether one of the figures is sure to exceed its limit."""
+        return self.per_token > limits.per_token or self.after_first > limits.after_first
+
+    def suffices_for(self, limits: Limits) -> bool:
+        """Whether it was measured as far as these limits ask for."""
+        return self.is_whole or self.exceeds(limits)
+
+    def within(self, limits: Limits) -> Divergence:
+        """The part that would have been measured with these limits."""
+        return divergence_along(self.along_helpful, self.along_base, self.n_answers, limits)
 
 
-def summed_divergence(
-    along_base: Iterable[Sequence[float]],
-    along_helpful: Iterable[Sequence[float]],
-    n_tokens: int,
-    limit: float,
+def divergence_along(
+    along_helpful: Iterable[float], along_base: Iterable[float], n_answers: int, limits: Limits
 ) -> Divergence:
-    """The divergence over answers, for each of which come those at its tokens, in nat.
+    """The divergence along answers, of both kinds in turns, until it exceeds a limit.
 
     Args:
-        n_tokens: how many all answers of the base model have; once they alone exceed `limit` in the mean, no
-            further answer is asked for.
+        along_helpful, along_base: what each answer adds; asked for no more than is needed.
+        n_answers: how many there are of each kind.
     """
-    total = 0.0
-    for answer in along_base:
-        total += sum(answer)
-        if total / n_tokens > limit:
-            return Divergence(limit, None)
-    after_first = [sum(answer[1:]) for answer in along_helpful]
-    return Divergence(total / n_tokens, sum(after_first) / len(after_first))
+    found = Divergence((), (), n_answers)
+    base = iter(along_base)
+    for helpful in along_helpful:
+        found = replace(found, along_helpful=(*found.along_helpful, helpful))
+        if found.exceeds(limits):
+            break
+        found = replace(found, along_base=(*found.along_base, *islice(base, 1)))
+        if found.exceeds(limits):
+            break
+    return found
 
 
 class SteeredModel(Protocol):
@@ -90,11 +127,11 @@ class SteeredModel(Protocol):
         """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
         ...
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
         """How far `edits` move the model along answers of at most `ANSWER_TOKENS` tokens.
 
-        Every token adds to it, so that the mean is sure to exceed `limit`, in nat per token, before all are
-        measured; measuring ends there.
+        Every answer adds to it, so that a figure may be sure to exceed its limit before all are measured;
+        measuring ends there.
         """
         ...
 
@@ -108,7 +145,7 @@ class Figures:
         standard_error: of that mean.
         onset: mean of log 2 sigmoid(gain) over the queries, in nat.
         leak: mean over the queries, a probability.
-        divergence: `None` where it was not measured.
+        divergence: `None` where it was not measured at all.
     """
 
     gain: float
@@ -119,11 +156,9 @@ class Figures:
 
     @property
     def kl(self) -> float | None:
-        """Mean divergence along the base model's answers, nat per token, if it was measured.
-
-        Where `net` is `None`, it is more than that.
-        """
-        return None if self.divergence is None else self.divergence.per_token
+        """Mean divergence along the base model's answers, nat per token, if it was measured to its end."""
+        whole = self._whole_divergence
+        return None if whole is None else whole.per_token
 
     @property
     def bound(self) -> float:
@@ -133,9 +168,12 @@ class Figures:
     @property
     def net(self) -> float | None:
         """What a choice maximises, in nat, if the divergence was measured to its end."""
-        if self.divergence is None or self.divergence.after_first is None:
-            return None
-        return self.bound - self.divergence.after_first
+        whole = self._whole_divergence
+        return None if whole is None else self.bound - whole.after_first
+
+    @property
+    def _whole_divergence(self) -> Divergence | None:
+        return self.divergence if self.divergence is not None and self.divergence.is_whole else None
 
     @property
     def is_certain(self) -> bool:

@@ -9,6 +9,7 @@ deterministic. This module knows nothing of engines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from alignez_gguf.candidates import AMOUNTS, FINER, PLACED, PROBES, Candidate, Source, layer_groups
 from alignez_gguf.edits import Decision, Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.scoring import Figures, Scorer
+from alignez_gguf.scoring import Figures, Limits, Scorer
 
 DEFAULT_BUDGET = 0.1
 """Nat per token."""
@@ -39,7 +40,7 @@ _MOST = 6.0
 class Scored:
     """A candidate and its figures.
 
-    The divergence is measured only for those that could be chosen, and ends where it is over the budget.
+    The divergence is measured only for those that could be chosen, and only until they no longer can.
     """
 
     candidate: Candidate
@@ -139,8 +140,9 @@ class Search:
         chosen = self._climb(layer_groups(layers))
         if chosen is None:
             raise NoGainError(
-                f"nothing makes this model safer for certain within {self.budget:g} nat per token "
-                f"({self._best()}); give more queries, raise --kl-budget, or try a larger model"
+                "nothing makes this model safer for certain and by more than its answers lose, within "
+                f"{self.budget:g} nat per token ({self._best()}); give more queries, raise --kl-budget, or "
+                "try a larger model"
             )
         self._measure_gentler(chosen.candidate)
         return Selection(chosen, tuple(self._ranked()), self.scorer.n_queries, self.budget)
@@ -230,23 +232,32 @@ class Search:
     def _affordable(self, count: int, *, certain: bool = False) -> list[Scored]:
         """The `count` best candidates within the budget, or of the certain ones, best net first.
 
-        Measures the divergence of only as many as it takes: none below the net of the last of them, and none
-        that does more of what is too much already.
+        Measures the divergence of only as many as it takes, and only as far: none below the net of the last
+        of them, or below that of no edit, and none that does more of what is too much already.
         """
-        found: list[tuple[float, Scored]] = []
-        for scored in self._ranked():
+        candidates = [
+            scored
+            for scored in self._ranked()
+            if scored.figures.gain > 0 and (scored.figures.is_certain or not certain)
+        ]
+        found = [scored for scored in candidates if self._pays(scored)]
+        for scored in candidates:
             figures = scored.figures
-            if sum(net >= figures.bound for net, _ in found) >= count:
+            least = _least_of_best(count, [one.figures.net or 0.0 for one in found])
+            if figures.bound <= least:
                 break
-            if figures.gain <= 0 or (certain and not figures.is_certain):
+            if figures.net is not None:
                 continue
             if figures.divergence is None and self._has_costly_part(scored.candidate):
                 continue
-            measured = self._measured(scored)
-            if _is_within(measured.figures, self.budget) and measured.figures.net is not None:
-                found.append((measured.figures.net, measured))
-        found.sort(key=lambda pair: (-pair[0], pair[1].figures.kl))
-        return [scored for _, scored in found[:count]]
+            measured = self._measured(scored, figures.bound - least)
+            if self._pays(measured):
+                found.append(measured)
+        return sorted(found, key=lambda one: (-(one.figures.net or 0.0), one.figures.kl or 0.0))[:count]
+
+    def _pays(self, scored: Scored) -> bool:
+        """Whether it is known to be within the budget and to be better than no edit."""
+        return _is_within(scored.figures, self.budget) and (scored.figures.net or 0.0) > 0
 
     def _has_costly_part(self, candidate: Candidate) -> bool:
         """Whether a part of what this candidate does was measured and is over the budget."""
@@ -257,7 +268,7 @@ class Search:
             and set(other.layers) <= set(candidate.layers)
             and set(_adding(other)) <= set(_adding(candidate))
             and figures.divergence is not None
-            and not _is_within(figures, self.budget)
+            and figures.divergence.per_token > self.budget
             for other, figures in self._tried.items()
         )
 
@@ -281,22 +292,29 @@ class Search:
         figures = best.figures
         if figures.divergence is not None and figures.net is None:
             figures = self.scorer.score(self.edits_of(best.candidate))
-        cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token"
+        cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token, net {figures.net:+.3f}"
         return f"the best, {best.candidate}, gains {figures.gain:+.3f} +- {figures.standard_error:.3f}{cost}"
 
-    def _measured(self, scored: Scored) -> Scored:
-        if scored.figures.divergence is None:
-            candidate = scored.candidate
-            known = self.known.get(candidate, scored.figures)
-            divergence = known.divergence
-            if divergence is None or (divergence.after_first is None and divergence.per_token < self.budget):
-                divergence = self.scorer.model.divergence(self.edits_of(candidate), self.budget)
-                self.known[candidate] = replace(scored.figures, divergence=divergence)
-            figures = replace(scored.figures, divergence=divergence.up_to(self.budget))
-            self._tried[candidate] = figures
-            self.advance(str(candidate))
-            scored = replace(scored, figures=figures)
-        return scored
+    def _measured(self, scored: Scored, after_first: float = math.inf) -> Scored:
+        """With the divergence, measured until it exceeds the budget, or this much after the first tokens."""
+        limits = Limits(self.budget, after_first)
+        candidate, divergence = scored.candidate, scored.figures.divergence
+        if divergence is not None and divergence.suffices_for(limits):
+            return scored
+        known = self.known.get(candidate, scored.figures).divergence
+        divergence = None if known is None else known.within(limits)
+        if divergence is None or not divergence.suffices_for(limits):
+            divergence = self.scorer.model.divergence(self.edits_of(candidate), limits)
+            self.known[candidate] = replace(scored.figures, divergence=divergence)
+        figures = replace(scored.figures, divergence=divergence)
+        self._tried[candidate] = figures
+        self.advance(str(candidate))
+        return replace(scored, figures=figures)
+
+
+def _least_of_best(count: int, nets: Sequence[float]) -> float:
+    """The net of the last of the `count` best, or of no edit, which is 0, where they are fewer or worse."""
+    return max(0.0, sorted(nets)[-count]) if len(nets) >= count else 0.0
 
 
 def _first_token(figures: Figures) -> Figures:
@@ -363,4 +381,4 @@ def _adding(candidate: Candidate) -> tuple[int, ...]:
 
 
 def _is_within(figures: Figures, budget: float) -> bool:
-    return figures.net is not None and figures.kl is not None and figures.kl <= budget
+    return figures.kl is not None and figures.kl <= budget

@@ -291,7 +291,14 @@ def test_growth_covers_queries_pairs_and_layers(setting: Setting, monkeypatch: p
     monkeypatch.setattr(growth, "FACTORS", (1, 2))
     monkeypatch.setattr(probe_training, "EPOCHS", 20)
     sizes = growth.Sizes(
-        replace(SHAPE, n_layer=1), n_generated=2, n_read=2, n_selected=2, n_fitted=8, n_tokens=8, n_answer=2
+        replace(SHAPE, n_layer=1),
+        n_generated=2,
+        n_read=2,
+        n_selected=2,
+        n_fitted=8,
+        n_tokens=8,
+        n_shared=4,
+        n_answer=2,
     )
     found = growth.measure(setting, sizes).figures
     assert {name.split("_")[1] for name in found} == {"queries", "pairs", "layers"}

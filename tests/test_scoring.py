@@ -11,7 +11,16 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.scoring import Divergence, Figures, Scorer, gains, leaks, summed_divergence
+from alignez_gguf.scoring import (
+    NO_LIMITS,
+    Divergence,
+    Figures,
+    Limits,
+    Scorer,
+    divergence_along,
+    gains,
+    leaks,
+)
 
 N_QUERIES, N_VOCAB = 12, 7
 
@@ -44,8 +53,8 @@ class FakeModel:
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         return np.stack([BASE + strength * (np.log(STEERED) - BASE) for strength in strengths])
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
-        return Divergence(per_token=0.05, after_first=0.3)
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+        return Divergence(along_helpful=(0.3,), along_base=(0.05,), n_answers=1)
 
 
 EDITS = {0: LayerEdit(add=np.ones(4))}
@@ -108,50 +117,67 @@ def test_score_is_the_first_tokens_with_the_divergence() -> None:
     assert replace(score, divergence=None) == scorer.first_tokens(EDITS)[0]
 
 
-def test_divergence_ends_where_the_mean_is_sure_to_exceed_the_limit() -> None:
-    along_base = [[0.1, 0.2], [0.3], [0.4, 0.5, 0.6]]
-    along_helpful = [[1.0, 0.5, 0.25], [2.0]]
-
-    def measured(limit: float) -> tuple[Divergence, int]:
-        """The divergence, and how many answers were looked at."""
-        asked: list[int] = []
-
-        def told(answers: list[list[float]]) -> Iterator[list[float]]:
-            for answer in answers:
-                asked.append(len(answer))
-                yield answer
-
-        return summed_divergence(told(along_base), told(along_helpful), 6, limit), len(asked)
-
-    whole = Divergence(pytest.approx(2.1 / 6), pytest.approx(0.375))
-    assert measured(math.inf) == measured(0.36) == (whole, 5)
-    assert measured(0.34) == (Divergence(0.34, None), 3)
-    assert measured(0.09) == (Divergence(0.09, None), 2)
-    assert measured(0.01) == (Divergence(0.01, None), 1)
+ALONG_HELPFUL, ALONG_BASE = (0.5, 0.25, 1.0), (0.01, 0.03, 0.02)
 
 
-@pytest.mark.parametrize("limit", [0.01, 0.05, 0.2])
-def test_divergence_up_to_a_limit_is_what_would_have_been_measured(limit: float) -> None:
-    along = [[0.05, 0.05], [0.05]]
-    cut = summed_divergence(along, along, 3, limit)
-    assert summed_divergence(along, along, 3, math.inf).up_to(limit) == cut
-    assert summed_divergence(along, along, 3, 0.2).up_to(limit) == cut
-    assert cut.up_to(0.01) == Divergence(0.01, None)
+@pytest.mark.parametrize(
+    ("limits", "n_helpful", "n_base"),
+    [
+        (Limits(), 3, 3),
+        (Limits(per_token=0.07, after_first=1.8), 3, 3),
+        (Limits(after_first=0.4), 1, 0),
+        (Limits(after_first=0.5), 2, 1),
+        (Limits(after_first=1.0), 3, 2),
+        (Limits(per_token=0.005), 1, 1),
+        (Limits(per_token=0.03), 2, 2),
+        (Limits(per_token=0.03, after_first=0.6), 2, 1),
+        (Limits(per_token=0.03, after_first=0.4), 1, 0),
+    ],
+)
+def test_divergence_is_measured_in_turns_until_it_exceeds_a_limit(
+    limits: Limits, n_helpful: int, n_base: int
+) -> None:
+    asked: list[float] = []
+
+    def told(answers: Sequence[float]) -> Iterator[float]:
+        for answer in answers:
+            asked.append(answer)
+            yield answer
+
+    found = divergence_along(told(ALONG_HELPFUL), told(ALONG_BASE), 3, limits)
+    assert found == Divergence(ALONG_HELPFUL[:n_helpful], ALONG_BASE[:n_base], 3)
+    assert len(asked) == n_helpful + n_base
+    assert found.is_whole == (n_base == 3)
+    assert found.exceeds(limits) == (n_base < 3)
+    assert (found.after_first, found.per_token) == pytest.approx(
+        (sum(ALONG_HELPFUL[:n_helpful]), sum(ALONG_BASE[:n_base]))
+    )
+
+
+@pytest.mark.parametrize("per_token", [0.005, 0.03, math.inf])
+@pytest.mark.parametrize("after_first", [0.4, 0.6, math.inf])
+def test_part_of_a_divergence_is_what_would_have_been_measured(per_token: float, after_first: float) -> None:
+    limits = Limits(per_token, after_first)
+    measured = divergence_along(ALONG_HELPFUL, ALONG_BASE, 3, limits)
+    whole = divergence_along(ALONG_HELPFUL, ALONG_BASE, 3, NO_LIMITS)
+    assert whole.within(limits) == measured
+    for more in (Limits(0.03), Limits(after_first=0.6)):
+        longer = divergence_along(ALONG_HELPFUL, ALONG_BASE, 3, more).within(limits)
+        assert longer == measured if longer.suffices_for(limits) else len(longer.along_base) < 3
 
 
 def test_edit_that_was_not_measured_to_the_end_has_no_net() -> None:
-    figures = replace(
-        Scorer(FakeModel(), HELPFUL, HARMFUL, BASE).score(EDITS), divergence=Divergence(0.04, None)
-    )
-    assert figures.kl == 0.04
-    assert figures.net is None
+    figures = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE).score(EDITS)
+    for helpful, base in [((), ()), ((0.3,), ())]:
+        unfinished = replace(figures, divergence=Divergence(helpful, base, 1))
+        assert (unfinished.kl, unfinished.net) == (None, None)
 
 
 def test_net_pays_for_the_leak_and_for_the_rest_of_the_answer() -> None:
     figures = Figures(gain=1.0, standard_error=0.1, onset=0.4, leak=0.2)
     assert (figures.kl, figures.net) == (None, None)
     assert figures.bound == pytest.approx(0.4 + math.log(0.8))
-    paid = replace(figures, divergence=Divergence(per_token=0.05, after_first=0.3))
+    paid = replace(figures, divergence=Divergence((0.1, 0.2), (0.04, 0.01), 2))
     assert paid.net == pytest.approx(figures.bound - 0.3)
     assert replace(figures, leak=1.0).bound == -math.inf
 

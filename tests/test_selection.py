@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from alignez_gguf.candidates import AMOUNTS, FINER, PROBES, Candidate, Source
 from alignez_gguf.edits import Edits, LayerEdit, apply_addition, apply_removal, span_edits
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.scoring import Divergence, Figures, Scorer
+from alignez_gguf.scoring import NO_LIMITS, Divergence, Figures, Limits, Scorer, divergence_along
 from alignez_gguf.selection import Scored, Search, Selection, random_edits
 
 N_QUERIES, N_VOCAB, N_LAYER = 12, 7, 6
@@ -54,7 +54,8 @@ class FakeModel:
     """What was computed together, in order."""
     measured: list[Candidate] = field(default_factory=list)
     """The divergence of what was measured, in order."""
-    limits: set[float] = field(default_factory=set)
+    limits: list[Limits] = field(default_factory=list)
+    is_costly: list[bool] = field(default_factory=list)
 
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         named = self._named(edits)
@@ -63,14 +64,14 @@ class FakeModel:
         self.asked.append(together)
         return np.stack([self._logprobs(candidate) for candidate in together])
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
         candidate = self._named(edits)
         self.measured.append(candidate)
-        self.limits.add(limit)
-        kl = self.kl_of(candidate)
-        if kl > limit:
-            return Divergence(limit, None)
-        return Divergence(kl, self.after_first_of(candidate))
+        self.limits.append(limits)
+        after_first, kl = self.after_first_of(candidate), self.kl_of(candidate)
+        found = divergence_along((after_first / 4,) * 4, (kl / 4,) * 4, 4, limits)
+        self.is_costly.append(found.per_token > limits.per_token)
+        return found
 
     def net_of(self, candidate: Candidate) -> float:
         return math.log(2 / (1 + math.exp(-self.gain_of(candidate)))) - self.after_first_of(candidate)
@@ -202,21 +203,23 @@ def test_divergence_is_not_measured_where_it_cannot_matter(seed: int) -> None:
     model = FakeModel(table(seed, -1.0, 2.0), cost(seed, 0.1), table(seed + 2, 0.0, 0.5))
     found = search(model)
     chosen = found.chosen.candidate
-    assert len(model.measured) == len(set(model.measured)) < len(found.tried) / 2
-    assert {scored.candidate for scored in found.tried if scored.figures.kl is not None} == set(
-        model.measured
-    )
+    assert len(set(model.measured)) < len(found.tried) / 2
+    assert {scored.candidate for scored in found.tried if scored.figures.divergence} == set(model.measured)
+    limits: dict[Candidate, Limits] = {}
     for index, candidate in enumerate(model.measured):
         assert model.gain_of(candidate) > 0
+        again = limits.get(candidate)
+        assert again is None or again.after_first < model.limits[index].after_first
+        limits[candidate] = model.limits[index]
         gentler = (candidate.layers, candidate.added) == (chosen.layers, chosen.added)
-        for other in model.measured[:index]:
+        for other, is_costly in zip(model.measured[:index], model.is_costly, strict=False):
             is_part = (
                 (other.source, other.operation, other.added) == (candidate.source, candidate.operation, None)
                 and candidate.added is None
                 and other.amount <= candidate.amount
                 and set(other.layers) <= set(candidate.layers)
             )
-            assert gentler or not (is_part and model.kl_of(other) > 0.1)
+            assert gentler or not (is_part and is_costly)
 
 
 def test_smaller_amounts_of_the_chosen_edit_are_there_to_choose_from() -> None:
@@ -272,7 +275,7 @@ def test_search_that_is_known_measures_nothing() -> None:
 
 @pytest.mark.parametrize("budget", [0.02, 0.3])
 def test_what_a_search_with_another_budget_measured_changes_nothing(budget: float) -> None:
-    model = FakeModel(table(3, -1.0, 2.0), table(4, 0.0, 0.3), table(5, 0.0, 0.5))
+    model = FakeModel(table(3, -1.0, 2.0), table(4, 0.0, 0.3), table(5, 0.0, 0.2))
     known: dict[Candidate, Figures] = {}
     search(model, budget, known=known)
     assert search(model, known=known) == search(model)
@@ -281,11 +284,23 @@ def test_what_a_search_with_another_budget_measured_changes_nothing(budget: floa
 def test_what_is_over_the_budget_is_measured_no_further() -> None:
     model = FakeModel(table(3, -1.0, 2.0), table(4, 0.0, 0.3), table(5, 0.0, 0.5))
     found = search(model)
-    assert model.limits == {found.budget}
-    over = [scored for scored in found.tried if scored.figures.kl is not None and scored.figures.net is None]
-    assert over
-    assert {scored.figures.kl for scored in over} == {found.budget}
+    assert {limits.per_token for limits in model.limits} == {found.budget}
+    over = [one for one in found.tried if one.figures.divergence and not one.figures.divergence.is_whole]
+    assert any(model.kl_of(scored.candidate) > found.budget for scored in over)
     assert not {scored.candidate for scored in over} & {scored.candidate for scored in found.affordable}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_loses_more_than_it_gains_or_than_the_best_is_measured_no_further(seed: int) -> None:
+    model = FakeModel(table(seed, -1.0, 2.0), lambda _: 0.0, table(seed + 200, 0.0, 1.5))
+    found = search(model)
+    best = model.net_of(found.chosen.candidate)
+    unfinished = [one for one in found.tried if one.figures.divergence and one.figures.net is None]
+    assert unfinished
+    for scored in unfinished:
+        divergence = scored.figures.divergence
+        assert divergence is not None
+        assert model.net_of(scored.candidate) < scored.figures.bound - divergence.after_first + 1e-3 < best
 
 
 def test_search_is_deterministic_also_where_gains_are_equal() -> None:
@@ -354,6 +369,11 @@ def test_nothing_gains() -> None:
         search(model)
     assert "give more queries" in str(no.value)
     assert model.measured == []
+
+
+def test_what_gains_less_than_its_answers_lose_is_not_chosen() -> None:
+    with pytest.raises(NoGainError, match=r"by more than its answers lose.*\+1\.000.*, net -0\.620"):
+        search(FakeModel(lambda _: 1.0, kl_of=lambda _: 0.05, after_first_of=lambda _: 1.0))
 
 
 def test_everything_that_gains_is_over_the_budget() -> None:
@@ -442,11 +462,11 @@ class Network:
         ]
         return np.stack([self.states(self.plain, one)[1] for one in scaled]).astype(np.float32)
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
         later = replace(self, plain=np.roll(self.plain, 1, axis=1), head=np.roll(self.head, 1, axis=0) / 3)
         base, steered = later.states(later.plain, {})[1], later.states(later.plain, edits)[1]
         kl = float((np.exp(base) * (base - steered)).sum(axis=1).mean())
-        return Divergence(per_token=kl, after_first=3 * kl)
+        return divergence_along([3 * kl], [kl], 1, limits)
 
 
 def share_of_the_best(seed: int, budget: float) -> float:

@@ -132,6 +132,7 @@ class LlamaEngine:
         scope: Scope = _GENERATION,
     ) -> SteeredPrompts:
         """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
+        self._stop_writing()
         return SteeredPrompts(
             self.model, prompts, base_answers, helpful_answers, scope=scope, n_threads=self._n_threads
         )

@@ -20,11 +20,18 @@ from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, summed_divergence
+from alignez_gguf.scoring import (
+    ANSWER_TOKENS,
+    DIVERGENCE_QUERIES,
+    NO_LIMITS,
+    Divergence,
+    Limits,
+    divergence_along,
+)
 
-_BATCH = 512
-_PIECE = 128
-"""Tokens of answers that are computed together: a divergence that is too much ends after a few answers."""
+_PIECE = 60
+"""Tokens that are computed together: a divergence that is too much ends after a few answers, and on a CPU 64
+tokens or more attend to the cells of all prompts at once (GGML_FA_TILE_Q in ggml-cpu/common.h)."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 _STRENGTHS = 6
 """Strengths that are computed together at most."""
@@ -87,7 +94,7 @@ class SteeredPrompts:
         self._strengths = min(_STRENGTHS, _MAX_SEQUENCES // count - 1)
         n_sequences = (1 + self._strengths) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
-        n_batch = max(_BATCH, n_sequences, longest)  # llama.cpp wants room for a token of every sequence
+        n_batch = max(n_sequences, longest)  # llama.cpp wants room for a token of every sequence
         self._context = Context(
             model,
             n_ctx=sum(len(query.prompt) for query in self._queries) + n_batch,
@@ -96,6 +103,8 @@ class SteeredPrompts:
             n_threads=n_threads,
             unified=True,
         )
+        self._together = n_batch if model.uses_gpu else _PIECE
+        """Tokens at the ends of prompts that are computed together."""
         self._read_prompts()
         # Here and not when it is first asked for: which cells are free, and so how attention rounds, depends
         # on what was measured before.
@@ -116,23 +125,25 @@ class SteeredPrompts:
                     self._set_strength(edits, query, copy, strength)
                     runs.append(self._steered_run(query, copy, []))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
-            for row, (logprobs,) in zip(rows, self._logprobs(runs, self._context.n_batch), strict=True):
+            for row, (logprobs,) in zip(rows, self._logprobs(runs, self._together), strict=True):
                 row[:] = logprobs
         return found
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
 
-        Ends once it exceeds `limit`; see `SteeredModel`.
+        Ends once it exceeds a limit; see `SteeredModel`.
         """
         self._set(edits)
-        for query in range(len(self._along_base.answers)):
+        n_answers = len(self._along_base.answers)
+        for query in range(n_answers):
             self._set_strength(edits, query, 0, 1.0)
-        return summed_divergence(
-            self._divergences(self._along_base),
-            self._divergences(self._along_helpful),
-            sum(1 + len(answer) for answer in self._along_base.answers),
-            limit,
+        n_tokens = sum(1 + len(answer) for answer in self._along_base.answers)
+        return divergence_along(
+            (sum(each[1:]) / n_answers for each in self._divergences(self._along_helpful)),
+            (sum(each) / n_tokens for each in self._divergences(self._along_base)),
+            n_answers,
+            limits,
         )
 
     def close(self) -> None:
@@ -157,10 +168,15 @@ class SteeredPrompts:
     def _divergences(self, unsteered: _Unsteered) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
         runs = [self._steered_run(query, 0, answer) for query, answer in enumerate(unsteered.answers)]
-        for base, steered in zip(unsteered.logprobs(), self._logprobs(runs, _PIECE), strict=True):
-            yield [
-                float(np.sum(np.exp(p) * (p - q), dtype=np.float64))
-                for p, q in zip(base, steered, strict=True)
+        base = unsteered.logprobs()
+        for chunk in self._chunks(runs, _PIECE):
+            # All of them now: others may be computed before the next one is asked for.
+            yield from [
+                [
+                    float(np.sum(np.exp(p) * (p - q), dtype=np.float64))
+                    for p, q in zip(next(base), rows, strict=True)
+                ]
+                for rows in self._computed(chunk)
             ]
 
     def _steered_run(self, query: int, copy: int, answer: list[int]) -> _Run:
@@ -189,13 +205,17 @@ class SteeredPrompts:
         of them the cache is as it was, but for prompts computed anew.
         """
         for chunk in self._chunks(runs, most):
-            self._decode(chunk)
-            row = 0
-            for run in chunk:
-                row += len(self._queries[run.query].prompt) - run.start - 1
-                rows = range(row, row + 1 + len(run.answer))
-                yield np.stack([log_softmax(self._context.logits(index)) for index in rows])
-                row = rows.stop
+            yield from self._computed(chunk)
+
+    def _computed(self, chunk: Sequence[_Run]) -> Iterator[NDArray[np.float32]]:
+        """The same of runs that are computed together."""
+        self._decode(chunk)
+        row = 0
+        for run in chunk:
+            row += len(self._queries[run.query].prompt) - run.start - 1
+            rows = range(row, row + 1 + len(run.answer))
+            yield np.stack([log_softmax(self._context.logits(index)) for index in rows])
+            row = rows.stop
 
     def _decode(self, runs: Sequence[_Run]) -> None:
         tokens: list[int] = []

@@ -8,7 +8,6 @@ prompts are computed once and their keys and values are kept.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,14 @@ from alignez_gguf.engines.passages import passage_tokens
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, summed_divergence
+from alignez_gguf.scoring import (
+    ANSWER_TOKENS,
+    DIVERGENCE_QUERIES,
+    NO_LIMITS,
+    Divergence,
+    Limits,
+    divergence_along,
+)
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,21 @@ class SteeredPrompts:
         )
 
     @torch.inference_mode()
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
 
-        Ends once it exceeds `limit`; see `SteeredModel`.
+        Ends once it exceeds a limit; see `SteeredModel`.
         """
-        return summed_divergence(
-            self._divergences(lambda query: query.base_answer, edits),
-            self._divergences(lambda query: query.helpful_answer, edits),
-            sum(1 + len(query.base_answer) for query in self._queries[:DIVERGENCE_QUERIES]),
-            limit,
+        measured = self._queries[:DIVERGENCE_QUERIES]
+        n_tokens = sum(1 + len(query.base_answer) for query in measured)
+        return divergence_along(
+            (
+                sum(each[1:]) / len(measured)
+                for each in self._divergences(lambda query: query.helpful_answer, edits)
+            ),
+            (sum(each) / n_tokens for each in self._divergences(lambda query: query.base_answer, edits)),
+            len(measured),
+            limits,
         )
 
     def close(self) -> None:

@@ -234,7 +234,7 @@ def _scope_columns(scopes: Mapping[str, Figures]) -> dict[str, Field]:
 
 def _measured(figures: Figures) -> tuple[float, float]:
     divergence = figures.divergence
-    if divergence is None or divergence.after_first is None:
+    if divergence is None or not divergence.is_whole:
         return -1.0, -1.0
     return divergence.per_token, divergence.after_first
 

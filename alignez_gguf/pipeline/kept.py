@@ -143,10 +143,16 @@ def _unusable(path: Path, error: OSError) -> WorkDirectoryError:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    lists = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
-    return Candidate(**{**row, **lists, "source": Source(**row["source"])})
+    return Candidate(**{**_with_tuples(row), "source": Source(**row["source"])})
 
 
 def _figures(row: dict[str, Any]) -> Figures:
     divergence = row["divergence"]
-    return Figures(**{**row, "divergence": None if divergence is None else Divergence(**divergence)})
+    return Figures(
+        **{**row, "divergence": None if divergence is None else Divergence(**_with_tuples(divergence))}
+    )
+
+
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its lists as what they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, Divergence, Scorer, SteeredModel
+from alignez_gguf.scoring import ANSWER_TOKENS, NO_LIMITS, Divergence, Limits, Scorer, SteeredModel
 
 
 def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePair]:
@@ -250,8 +249,8 @@ class _OnDemand:
     def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
         return self._model().first_token_logprobs(edits, strengths)
 
-    def divergence(self, edits: Edits, limit: float = math.inf) -> Divergence:
-        return self._model().divergence(edits, limit)
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+        return self._model().divergence(edits, limits)
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:

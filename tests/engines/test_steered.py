@@ -23,7 +23,7 @@ from alignez_gguf.errors import QueryError, WorkDirectoryError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits
 from tests.models import TinyModel, tiny_model
 from tests.runtime.oracle import hooked_logits
 
@@ -142,7 +142,7 @@ def expected_divergence(
 
 
 def figures(divergence: Divergence) -> tuple[float, float]:
-    assert divergence.after_first is not None
+    assert divergence.is_whole
     return divergence.per_token, divergence.after_first
 
 
@@ -220,11 +220,15 @@ def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> Non
         with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
             whole = prompts.divergence(EDITS)
             computed.clear()
-            assert prompts.divergence(EDITS, whole.per_token / 20) == Divergence(whole.per_token / 20, None)
-            assert len(computed) == 1
-            computed.clear()
-            assert prompts.divergence(EDITS, 1.01 * whole.per_token) == whole
-            assert len(computed) == 10
+            for limits, n_batches in [
+                (Limits(after_first=whole.after_first / 30), 1),
+                (Limits(per_token=whole.per_token / 30), 2),
+                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), 10),
+            ]:
+                computed.clear()
+                assert prompts.divergence(EDITS, limits) == whole.within(limits)
+                assert len(computed) == n_batches
+                assert prompts.divergence(EDITS) == whole
 
 
 def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:

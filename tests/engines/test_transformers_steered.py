@@ -16,7 +16,7 @@ from alignez_gguf.engines.transformers import TransformersEngine
 from alignez_gguf.engines.transformers_steered import SteeredPrompts
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits
 from tests.models import TinyModel, tiny_model, tokenizer
 from tests.runtime.oracle import hooked_logits
 
@@ -92,7 +92,7 @@ def expected_divergence(tiny: TinyModel, edits: Edits, scope: str) -> tuple[floa
 
 
 def figures(divergence: Divergence) -> tuple[float, float]:
-    assert divergence.after_first is not None
+    assert divergence.is_whole
     return divergence.per_token, divergence.after_first
 
 
@@ -134,8 +134,11 @@ def test_edits_leave_no_trace(engine: Callable[[str], TransformersEngine]) -> No
 def test_divergence_over_the_limit_ends(engine: Callable[[str], TransformersEngine]) -> None:
     with engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model:
         whole = model.divergence(EDITS)
-        assert model.divergence(EDITS, whole.per_token / 2) == Divergence(whole.per_token / 2, None)
-        assert model.divergence(EDITS, 2 * whole.per_token) == whole
+        for limits in (Limits(whole.per_token / 10), Limits(after_first=whole.after_first / 10)):
+            part = model.divergence(EDITS, limits)
+            assert part == whole.within(limits)
+            assert not part.is_whole
+        assert model.divergence(EDITS, Limits(2 * whole.per_token, 2 * whole.after_first)) == whole
 
 
 def test_divergence_is_measured_over_the_first_queries(engine: Callable[[str], TransformersEngine]) -> None:

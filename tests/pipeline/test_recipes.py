@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,9 @@ def test_auto_writes_every_figure_that_led_to_the_choice(quick: Export, tmp_path
     tried, chosen = [one.figures for one in selection.tried], selection.chosen.figures
     assert chosen.divergence is not None
     measured = [
-        (-1.0, -1.0) if one.net is None or one.divergence is None else astuple(one.divergence)
+        (-1.0, -1.0)
+        if one.divergence is None or not one.divergence.is_whole
+        else (one.divergence.per_token, one.divergence.after_first)
         for one in tried
     ]
     assert dict(control.score) == {

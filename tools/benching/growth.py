@@ -41,6 +41,7 @@ class Sizes:
         shape: of the model; what does not grow with the layers is measured on it.
         n_generated, n_read, n_selected, n_fitted: answers, passages, queries and pairs.
         n_tokens: of a prompt.
+        n_shared: tokens that all prompts begin with, as those of one template do.
         n_answer: tokens of an answer.
     """
 
@@ -50,7 +51,12 @@ class Sizes:
     n_selected: int = 8
     n_fitted: int = 32
     n_tokens: int = 64
+    n_shared: int = 48
     n_answer: int = 32
+
+    def prompts(self, engine: LlamaEngine, count: int) -> list[str]:
+        """As many different ones."""
+        return texts(engine.model.tokenize, count, self.n_tokens, n_shared=self.n_shared)
 
 
 def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
@@ -114,7 +120,7 @@ def _engine(setting: Setting, sizes: Sizes, n_layer: int) -> LlamaEngine:
 def _generation(engine: LlamaEngine, sizes: Sizes, factor: int) -> Work:
     from alignez_gguf.engines import GenerationRequest, Sampling
 
-    prompts = texts(engine.model.tokenize, factor * sizes.n_generated, sizes.n_tokens)
+    prompts = sizes.prompts(engine, factor * sizes.n_generated)
     requests = [GenerationRequest(prompt, seed) for seed, prompt in enumerate(prompts)]
     return lambda: list(engine.generate(requests, Sampling(max_tokens=sizes.n_answer)))
 
@@ -122,13 +128,13 @@ def _generation(engine: LlamaEngine, sizes: Sizes, factor: int) -> Work:
 def _reading(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
     from alignez_gguf.engines import Passage, Readout
 
-    passages = [Passage(prompt) for prompt in texts(engine.model.tokenize, count, sizes.n_tokens)]
+    passages = [Passage(prompt) for prompt in sizes.prompts(engine, count)]
     return lambda: list(engine.activations(passages, [Readout()]))
 
 
 def _selection(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
     """Prompts into the cache, and the first token after each under a few edits and strengths."""
-    prompts = texts(engine.model.tokenize, count, sizes.n_tokens)
+    prompts = sizes.prompts(engine, count)
     answers = [""] * count
     candidates = [removal(engine.info, rank) for rank in range(1, 1 + _EDITS)]
 
