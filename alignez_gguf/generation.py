@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,7 @@ _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uf
 """With the quotation marks and brackets that close behind it; Chinese and Japanese need no space."""
 
 _CHUNK = 64
-"""Queries that are worked on at a time: enough to keep a batch full, few enough to lose little in a crash."""
+"""Queries whose characteristics are asked for before their answers: enough to keep a batch full."""
 
 
 def default_sampling(templates: Templates) -> Sampling:
@@ -91,7 +91,8 @@ def _pairs(
     templates: Templates,
     sampling: Sampling,
     seed: int,
-) -> list[PreferencePair]:
+) -> Iterator[PreferencePair]:
+    """The pairs as they are completed, in any order."""
     traits = characteristics(engine, keys, templates, sampling, seed)
     prompts = [
         prompt
@@ -99,9 +100,15 @@ def _pairs(
         for prompt in _answer_prompts(templates, query, *both)
     ]
     seeds = _seeds(keys, seed, "answer")
-    answers = _answers(engine, list(map(GenerationRequest, prompts, seeds)), sampling)
-    return [
-        PreferencePair(
+    answers: dict[int, tuple[str, bool]] = {}
+    for index, answer in _answers(engine, list(map(GenerationRequest, prompts, seeds)), sampling):
+        answers[index] = answer
+        number = index // 2
+        if not answers.keys() >= {2 * number, 2 * number + 1}:
+            continue
+        (query, sample), (helpful_traits, harmful_traits) = keys[number], traits[number]
+        (helpful, helpful_cut), (harmful, harmful_cut) = answers[2 * number], answers[2 * number + 1]
+        yield PreferencePair(
             query=query,
             helpful=helpful.strip(),
             harmful=harmful.strip(),
@@ -110,11 +117,6 @@ def _pairs(
             truncated=helpful_cut or harmful_cut,
             sample=sample,
         )
-        for (query, sample), (helpful_traits, harmful_traits), (helpful, helpful_cut), (
-            harmful,
-            harmful_cut,
-        ) in zip(keys, traits, answers[0::2], answers[1::2], strict=True)
-    ]
 
 
 def characteristics(
@@ -132,7 +134,8 @@ def characteristics(
     ]
     requests = list(map(GenerationRequest, prompts, _seeds(keys, seed, "characteristics")))
     limited = replace(sampling, max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens))
-    traits = [_one_line(text) for text, _ in _answers(engine, requests, limited)]
+    answers = dict(_answers(engine, requests, limited))
+    traits = [_one_line(answers[index][0]) for index in range(len(requests))]
     return list(zip(traits[0::2], traits[1::2], strict=True))
 
 
@@ -147,13 +150,11 @@ def _seeds(keys: Sequence[tuple[str, int]], seed: int, role: str) -> list[int]:
 
 def _answers(
     engine: Generator, requests: Sequence[GenerationRequest], sampling: Sampling
-) -> list[tuple[str, bool]]:
-    """Text, and whether it was cut at the limit of tokens, in the order of `requests`."""
-    answers: list[tuple[str, bool]] = [("", False)] * len(requests)
+) -> Iterator[tuple[int, tuple[str, bool]]]:
+    """The number of each request with its text, and whether that was cut at the limit of tokens."""
     for index, completion in engine.generate(requests, sampling):
         cut = completion.finish_reason == "length"
-        answers[index] = (whole_sentences(completion.text) if cut else completion.text, cut)
-    return answers
+        yield index, (whole_sentences(completion.text) if cut else completion.text, cut)
 
 
 def whole_sentences(text: str) -> str:

@@ -135,7 +135,20 @@ def test_whole_sentences_end_where_one_does(text: str, whole: str) -> None:
 def test_pairs_come_in_the_order_of_the_queries_and_are_stored(store: PairStore) -> None:
     pairs = run(FakeEngine(), store, QUERIES)
     assert [pair.query for pair in pairs] == QUERIES
-    assert list(store) == pairs
+    assert list(store) == pairs[::-1]  # as they were completed
+
+
+def test_every_pair_is_stored_as_soon_as_both_its_answers_are_there(store: PairStore) -> None:
+    engine = FakeEngine()
+    complete, kept = engine.complete, []
+
+    def counted(request: GenerationRequest) -> Completion:
+        kept.append(len(store))
+        return complete(request)
+
+    engine.complete = counted  # type: ignore[method-assign]
+    run(engine, store, ["how?", "why?", "when?"])
+    assert kept[6:] == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 64])

@@ -26,6 +26,7 @@ from alignez_gguf.engines.slots import (
     Treatment,
     can_be_exact,
     company_needed_from,
+    in_whole_rows,
 )
 from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
 from alignez_gguf.errors import SteeringError
@@ -38,7 +39,7 @@ from alignez_gguf.scope import Scope
 
 _DEFAULT_CONTEXT = 1024
 _GENERATION = Scope()
-_CACHE_SHARE = 0.5
+_CACHE_SHARE = 0.6
 """All texts that grow together keep at most so much of the model's size in the KV cache,"""
 _LEAST_CACHE_BYTES = 256 << 20
 """or so much where that is more; fewer texts grow at once where it is tight."""
@@ -195,8 +196,10 @@ class LlamaEngine:
         on_text: Callable[[int, str], None] | None,
     ) -> Iterator[tuple[int, Completion]]:
         """Complete jobs of at most `longest` tokens each in sequences that are long enough."""
-        cells_bytes = self._cells(longest) * self.model.cache_bytes
-        n_parallel = max(1, min(self.n_parallel, self._cache_bytes // cells_bytes))
+        affordable = self._cache_bytes // (self._cells(longest) * self.model.cache_bytes)
+        if affordable < self.n_parallel:
+            affordable = in_whole_rows(affordable)
+        n_parallel = max(1, min(self.n_parallel, affordable))
         n_sequences = max(n_parallel, 2) if self._exact else n_parallel
         slots = self._writing
         if slots is None or slots.context.n_ctx < longest or slots.context.n_sequences < n_sequences:

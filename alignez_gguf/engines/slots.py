@@ -42,6 +42,11 @@ _FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
 _EXACT_WEIGHTS = _FLOAT_WEIGHTS | {"Q8_0"}
 
 
+def in_whole_rows(n_tokens: int) -> int:
+    """The most tokens up to so many of which none are left over, if they are enough for that."""
+    return n_tokens - n_tokens % _ROWS if n_tokens > _ROWS else n_tokens
+
+
 def can_be_exact(quantization: str) -> bool:
     """Whether a CPU can compute a token of such a model alike whatever is computed with it."""
     return quantization in _EXACT_WEIGHTS

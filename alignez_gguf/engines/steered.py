@@ -94,7 +94,7 @@ class SteeredPrompts:
         self._strengths = min(_STRENGTHS, _MAX_SEQUENCES // count - 1)
         n_sequences = (1 + self._strengths) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
-        n_batch = max(n_sequences, longest)  # llama.cpp wants room for a token of every sequence
+        n_batch = max(_PIECE, n_sequences, longest)  # llama.cpp wants room for a token of every sequence
         self._context = Context(
             model,
             n_ctx=sum(len(query.prompt) for query in self._queries) + n_batch,

@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from alignez_gguf.engines.slots import EXACT_PIECE, FAST_PIECE, UNSTEERED, Slots, Treatment
+from alignez_gguf.engines.slots import (
+    EXACT_PIECE,
+    FAST_PIECE,
+    UNSTEERED,
+    Slots,
+    Treatment,
+    in_whole_rows,
+)
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from tests.models import tiny_model
@@ -98,3 +105,7 @@ def test_pieces_are_few_even_and_of_four_tokens_each_but_for_the_last(context: C
         assert max(lengths) - lengths[-1] < 8
         assert max(lengths) <= size
         assert not any(count % 4 for count in lengths[:-1])
+
+
+def test_tokens_in_whole_rows() -> None:
+    assert [in_whole_rows(count) for count in range(10)] == [0, 1, 2, 3, 4, 4, 4, 4, 8, 8]

@@ -223,7 +223,7 @@ def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> Non
             for limits, n_batches in [
                 (Limits(after_first=whole.after_first / 30), 1),
                 (Limits(per_token=whole.per_token / 30), 2),
-                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), 10),
+                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), DIVERGENCE_QUERIES),
             ]:
                 computed.clear()
                 assert prompts.divergence(EDITS, limits) == whole.within(limits)
@@ -264,7 +264,7 @@ def test_answers_that_fill_several_batches(
     model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longest = max(len(model.tokenize(answer)) for answer in (*BASE, *HELPFUL))
-    monkeypatch.setattr(steered, "_BATCH", 2 * (longest + 1))
+    monkeypatch.setattr(steered, "_PIECE", 2 * (longest + 1))
     with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         divergence = prompts.divergence(EDITS)
     expected = expected_divergence(torch_model, model, EDITS, PROMPTS, BASE, HELPFUL)
