@@ -223,7 +223,7 @@ def test_export_is_measured_with_its_stages_and_memory(
         "import sys, time\n"
         "time.sleep(0.1)\n"
         "print('generating pairs: 1.5 s\\n5 of 8 pairs are of use', file=sys.stderr)\n"
-        "print('trying edits (all): 0.5 s', file=sys.stderr)\n"
+        "print('trying edits (all): 0.5 s\\nfitting directions (svd): 0.0 s', file=sys.stderr)\n"
         "print(f'peak memory: {2 if \"paper\" in sys.argv else 3}000000 bytes', file=sys.stderr)",
     )
     monkeypatch.setattr(end_to_end, "_CHILD", tmp_path / "child.py")
@@ -231,6 +231,7 @@ def test_export_is_measured_with_its_stages_and_memory(
     assert CONTRACT["end_to_end"] <= found.keys()
     assert found["seconds: generating pairs"] == 3.0
     assert found["seconds: trying edits (all)"] == 1.0
+    assert "seconds: fitting directions (svd)" not in found
     assert found["minutes"] >= 2 * 0.1 / 60
     assert found["minutes"] == pytest.approx(found["paper_minutes"] + found["auto_minutes"])
     assert found["extra_mb"] == pytest.approx(3 - setting.model.stat().st_size / 1e6)

@@ -22,6 +22,8 @@ _RECIPES = ("paper", "auto")
 _CHILD = Path(__file__).with_name("export_child.py")
 _NO_GAIN = ("nothing makes this model safer", "no layer's probe is sure enough")
 _MEGABYTE = 1_000_000
+_SHOWN_SHARE = 0.005
+"""Of the time of all stages, from which on one is shown."""
 
 
 class ExportError(BenchError):
@@ -67,7 +69,8 @@ def measure(setting: Setting, max_tokens: int | None = None) -> Measured:
         figures[f"{recipe}_minutes"] = Figure(f"recipe {recipe}{what}", run.seconds / 60, unit=" min")
     stages = sum((run.stages for run in runs.values()), Counter[str]())
     for stage, taken in stages.most_common():
-        figures[f"seconds: {stage}"] = Figure("a stage, both recipes", taken, unit=" s")
+        if taken >= _SHOWN_SHARE * sum(stages.values()):
+            figures[f"seconds: {stage}"] = Figure("a stage, both recipes", taken, unit=" s")
     return Measured(figures, {"alignez-gguf": alignez_gguf.__version__})
 
 
