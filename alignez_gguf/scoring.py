@@ -120,6 +120,26 @@ def divergence_along(
     return found
 
 
+def token_divergence(
+    along_helpful: Iterable[Sequence[float]],
+    along_base: Iterable[Sequence[float]],
+    n_answers: int,
+    n_tokens: int,
+    limits: Limits,
+) -> Divergence:
+    """The same where each answer comes as the divergences at its tokens, in nat.
+
+    Args:
+        n_tokens: of all answers of the base model.
+    """
+    return divergence_along(
+        (sum(each[1:]) / n_answers for each in along_helpful),
+        (sum(each) / n_tokens for each in along_base),
+        n_answers,
+        limits,
+    )
+
+
 class SteeredModel(Protocol):
     """What a score asks of a model, over its queries."""
 

@@ -26,7 +26,7 @@ from alignez_gguf.scoring import (
     NO_LIMITS,
     Divergence,
     Limits,
-    divergence_along,
+    token_divergence,
 )
 
 _PIECE = 60
@@ -139,10 +139,11 @@ class SteeredPrompts:
         for query in range(n_answers):
             self._set_strength(edits, query, 0, 1.0)
         n_tokens = sum(1 + len(answer) for answer in self._along_base.answers)
-        return divergence_along(
-            (sum(each[1:]) / n_answers for each in self._divergences(self._along_helpful)),
-            (sum(each) / n_tokens for each in self._divergences(self._along_base)),
+        return token_divergence(
+            self._divergences(self._along_helpful),
+            self._divergences(self._along_base),
             n_answers,
+            n_tokens,
             limits,
         )
 

@@ -30,7 +30,7 @@ from alignez_gguf.scoring import (
     NO_LIMITS,
     Divergence,
     Limits,
-    divergence_along,
+    token_divergence,
 )
 
 
@@ -115,13 +115,11 @@ class SteeredPrompts:
         """
         measured = self._queries[:DIVERGENCE_QUERIES]
         n_tokens = sum(1 + len(query.base_answer) for query in measured)
-        return divergence_along(
-            (
-                sum(each[1:]) / len(measured)
-                for each in self._divergences(lambda query: query.helpful_answer, edits)
-            ),
-            (sum(each) / n_tokens for each in self._divergences(lambda query: query.base_answer, edits)),
+        return token_divergence(
+            self._divergences(lambda query: query.helpful_answer, edits),
+            self._divergences(lambda query: query.base_answer, edits),
             len(measured),
+            n_tokens,
             limits,
         )
 
