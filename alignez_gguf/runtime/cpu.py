@@ -1,8 +1,8 @@
 """Which ggml build flags suit this CPU, and which to try next when a build dies on it.
 
-ggml's default (`GGML_NATIVE=ON`, `-march=native`) believes what the CPU advertises. Some virtual machines
-advertise AMX and then lose the tile configuration of a thread, so that the first quantized matrix product
-dies with an illegal instruction; F32 and F16 models run. Knows nothing of how a build is run.
+ggml's default (`GGML_NATIVE=ON`, `-march=native`) believes what the CPU advertises, which not every virtual
+machine keeps: the first quantized matrix product may die with an illegal instruction, where F32 and F16
+models run. Knows nothing of how a build is run.
 """
 
 from __future__ import annotations
@@ -59,13 +59,6 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
     portable = Attempt((*asked, *_arguments(flags)), "for what this CPU says it has, except AMX")
     baseline = Attempt((*asked, *_arguments(flags.difference(_AVX512))), "without AVX-512 and AMX")
     fallbacks = [portable] if baseline.cmake_args == portable.cmake_args else [portable, baseline]
-    chosen_by_user = any(argument.startswith("-DGGML_NATIVE") for argument in asked)
-    if {"amx_int8", "hypervisor"} <= flags and not chosen_by_user:
-        reason = (
-            "without AMX, which virtual machines advertise and often break "
-            "(CMAKE_ARGS=-DGGML_NATIVE=ON builds with it)"
-        )
-        return [Attempt(portable.cmake_args, reason), *fallbacks[1:]]
     return [as_asked, *fallbacks]
 
 
