@@ -15,6 +15,9 @@ from typing import Protocol
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.gguf_header import GgufError, Header, read_header
 
+FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
+"""The `quantization` of models that are not quantized."""
+
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _MAX_DIGITS = 20
 """Python refuses to read numbers of some thousands of digits."""

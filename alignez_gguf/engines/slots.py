@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from alignez_gguf.model_info import FLOAT_WEIGHTS
 from alignez_gguf.runtime.context import Context
 
 _ROWS = 4
@@ -37,9 +38,7 @@ LONE_POSITIONS = 256
 _WORTH_COPYING = 16
 """Copying a sequence costs about as much as computing a few tokens."""
 
-
-_FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
-_EXACT_WEIGHTS = _FLOAT_WEIGHTS | {"Q8_0"}
+_EXACT_WEIGHTS = FLOAT_WEIGHTS | {"Q8_0"}
 
 
 def in_whole_rows(n_tokens: int) -> int:
@@ -54,7 +53,7 @@ def can_be_exact(quantization: str) -> bool:
 
 def company_needed_from(quantization: str) -> int:
     """The first position at which a CPU computes a lone token by other kernels than one among others."""
-    return 0 if quantization in _FLOAT_WEIGHTS else LONE_POSITIONS
+    return 0 if quantization in FLOAT_WEIGHTS else LONE_POSITIONS
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import ModelInfo
+from alignez_gguf.model_info import FLOAT_WEIGHTS, ModelInfo
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
+
+_MOST_READ = 0.5
+"""Of the physical memory: a larger file is mapped."""
 
 
 class Model:
@@ -24,19 +29,20 @@ class Model:
     Args:
         path: the GGUF file; of a split model, its first part.
         n_gpu_layers: how many layers a GPU holds; -1 for all, which means none where there is no GPU.
-        use_mmap: map the file instead of reading it.
 
     Raises:
         ModelFileError: the file is missing, truncated, not a GGUF, or of an unknown architecture.
     """
 
-    def __init__(self, path: str | PathLike[str], *, n_gpu_layers: int = -1, use_mmap: bool = True) -> None:
+    def __init__(self, path: str | PathLike[str], *, n_gpu_layers: int = -1) -> None:
         self._pointer: Any = None
         self.info = ModelInfo.from_gguf(path)
         _initialise()
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
-        parameters.use_mmap = use_mmap
+        self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
+        if not self.uses_gpu and _better_read_than_mapped(Path(path), self.info.quantization):
+            parameters.load_mode = llama.LLAMA_LOAD_MODE_NONE
         with captured_log() as log:
             self._pointer = llama.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._pointer:
@@ -51,7 +57,6 @@ class Model:
         """Of all weights, in every part of a split model."""
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
-        self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
         self.bos = int(llama.llama_vocab_bos(self._vocab))
         self.eos = int(llama.llama_vocab_eos(self._vocab))
 
@@ -133,6 +138,19 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _better_read_than_mapped(path: Path, quantization: str) -> bool:
+    """Whether weights that the CPU computes with take less memory so.
+
+    ggml's kernels rearrange most quantized weights in a copy (ggml-cpu/repack.cpp, ggml-cpu/amx), and a file
+    that is mapped stays in memory beside it. A large file and one in parts are mapped all the same: what does
+    not fit there can still be computed with then.
+    """
+    if quantization in {"", *FLOAT_WEIGHTS} or "-00001-of-" in path.name or not hasattr(os, "sysconf"):
+        return False
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return path.stat().st_size < _MOST_READ * memory
 
 
 @cache

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
+from alignez_gguf.runtime.quantize_file import quantize_file
 from tests.models import tiny_model, tokenizer
 
 TEXT = "Question: wie spät ist es?\nAnswer: 🦙 o'clock"
@@ -68,6 +70,20 @@ def test_special_tokens_in_a_text_are_read_and_have_no_text(model: Model) -> Non
 def test_metadata_of_the_file_can_be_looked_up(model: Model) -> None:
     assert model.metadata("general.architecture") == "llama"
     assert model.metadata("alignez.templates") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_quantized_weights_are_not_in_memory_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mapped(path: Path) -> bool:
+        with Model(path, n_gpu_layers=0):
+            return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+    quantized = tmp_path / "model.gguf"
+    quantize_file(tiny_model("llama").gguf, quantized, "Q8_0")
+    assert mapped(tiny_model("llama").gguf)
+    assert not mapped(quantized)
+    monkeypatch.setattr("alignez_gguf.runtime.model._MOST_READ", 0)
+    assert mapped(quantized)
 
 
 def test_model_and_context_refuse_to_be_used_once_closed() -> None:
