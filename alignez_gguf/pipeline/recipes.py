@@ -75,7 +75,9 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     settings = job.settings
     method = settings.method or "ccs"
     place = Place(settings.reading or "response", settings.hook or "mlp")
-    fit = fit_directions(Embeddings(job, pairs, [place]), np.arange(len(pairs)), method, place, rank=1)
+    # With what `auto` would read of the same texts, which costs little beside them.
+    embeddings = Embeddings(job, pairs, [place, *map(_place, sources(settings))])
+    fit = fit_directions(embeddings, np.arange(len(pairs)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
     if not edits:
         raise NoGainError(

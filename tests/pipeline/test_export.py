@@ -23,7 +23,7 @@ from alignez_gguf.prompts import Templates
 from alignez_gguf.scope import Scope
 from alignez_gguf.workdir import WorkDirectory
 from tests.models import quantized, tiny_model, tokenizer
-from tests.pipeline.conftest import QUERIES, QUICK, SETTINGS, Run, Watched
+from tests.pipeline.conftest import N_QUERIES, QUERIES, QUICK, SETTINGS, Run, Watched
 
 
 def saved(made: Export, tmp_path: Path) -> bytes:
@@ -64,6 +64,15 @@ def test_another_row_is_chosen_without_computing_anything(
     assert watched.counts == {}
     with pytest.raises(NoGainError, match=f"no row {len(front) + 1} to choose"):
         run(replace(QUICK, choose=len(front) + 1), target=watched)
+
+
+def test_recipe_auto_reads_no_answer_that_recipe_paper_has_read(
+    run: Run, watched: Any, tmp_path: Path
+) -> None:
+    run(replace(SETTINGS, recipe="paper", method="mean"), tmp_path)
+    run(replace(QUICK, reading=None), tmp_path, target=watched)
+    # Both prompts of each query.
+    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES
 
 
 @pytest.mark.parametrize(
