@@ -101,7 +101,8 @@ def about_machine(model: Path, n_threads: int, n_gpu_layers: int) -> dict[str, s
 
     gpus = [device.description for device in status().devices if device.name != "CPU"]
     on_gpu = n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload()) and bool(gpus)
-    processor = f"{n_threads} threads of {_processor()}"
+    amx = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+    processor = f"{n_threads} threads of {_processor()}{', with AMX' if amx else ''}"
     return {
         "device": "gpu" if on_gpu else "cpu",
         "processor": f"{gpus[0]}, {processor}" if on_gpu else processor,
