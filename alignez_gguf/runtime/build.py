@@ -81,7 +81,9 @@ def build_wheel(
     asked = shlex.split(os.environ.get("CMAKE_ARGS", "")) if cmake_args is None else list(cmake_args)
     patches = source.patch_files() if patches is None else patches
     flags = cpu_flags()
-    machine = _digest(source.VERSION, *asked, _compiler(), _system(), *sorted(flags), *_environment())
+    plan = attempts(asked, flags)
+    planned = [argument for attempt in plan for argument in attempt.cmake_args]
+    machine = _digest(source.VERSION, *planned, _compiler(), _system(), *sorted(flags), *_environment())
     key = _digest(
         machine, *(text for patch in patches for text in (patch.name, patch.read_text(encoding="utf-8")))
     )
@@ -92,7 +94,6 @@ def build_wheel(
     with FileLock(cache / "build" / f"{key}.lock"):
         if not rebuild and (wheel := _kept_wheel(kept)):
             return wheel
-        plan = attempts(asked, flags)
         if not rebuild and (known := _learned_attempt(learned)) in plan:
             plan = plan[plan.index(known) :]
         shutil.rmtree(work, ignore_errors=True)

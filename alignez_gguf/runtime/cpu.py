@@ -2,7 +2,8 @@
 
 ggml's default (`GGML_NATIVE=ON`, `-march=native`) believes what the CPU advertises, which not every virtual
 machine keeps: the first quantized matrix product may die with an illegal instruction, where F32 and F16
-models run. Knows nothing of how a build is run.
+models run. And it uses AVX512-FP16 at a loss: attention takes vectors of 128 numbers then, and a head of 64
+goes number by number (GGML_F16_STEP in ggml-cpu/simd-mappings.h). Knows nothing of how a build is run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _AVX512 = ("avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw")
+_AMX = (*_AVX512, "avx512_vnni", "amx_tile", "amx_int8")
 
 # ggml's CMake option (ggml/CMakeLists.txt) and the names in /proc/cpuinfo of what it turns on.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -25,6 +27,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "GGML_AVX512_VBMI": (*_AVX512, "avx512vbmi"),
     "GGML_AVX512_VNNI": (*_AVX512, "avx512_vnni"),
     "GGML_AVX512_BF16": (*_AVX512, "avx512_bf16"),
+    "GGML_AMX_TILE": _AMX,
+    "GGML_AMX_INT8": _AMX,
 }
 
 
@@ -56,10 +60,24 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
     as_asked = Attempt(tuple(asked))
     if not flags:
         return [as_asked, Attempt((*asked, "-DGGML_NATIVE=OFF"), "without -march=native")]
-    portable = Attempt((*asked, *_arguments(flags)), "for what this CPU says it has, except AMX")
-    baseline = Attempt((*asked, *_arguments(flags.difference(_AVX512))), "without AVX-512 and AMX")
-    fallbacks = [portable] if baseline.cmake_args == portable.cmake_args else [portable, baseline]
-    return [as_asked, *fallbacks]
+
+    def named(flags: frozenset[str], reason: str) -> Attempt:
+        return Attempt((*asked, *_arguments(flags)), reason)
+
+    chosen_by_user = any(argument.startswith("-DGGML_NATIVE") for argument in asked)
+    first = as_asked
+    if "avx512_fp16" in flags and not chosen_by_user:
+        first = named(
+            flags,
+            "without AVX512-FP16, which slows ggml's attention (CMAKE_ARGS=-DGGML_NATIVE=ON builds with it)",
+        )
+    without_amx = named(
+        flags.difference({"amx_tile", "amx_int8"}), "for what this CPU says it has, except AMX"
+    )
+    baseline = named(flags.difference(_AVX512), "without AVX-512 and AMX")
+    # Where two are the same build, the one that comes first.
+    plan = {attempt.cmake_args: attempt for attempt in (baseline, without_amx, first)}
+    return list(reversed(plan.values()))
 
 
 def _arguments(flags: frozenset[str]) -> list[str]:

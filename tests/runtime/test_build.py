@@ -262,12 +262,16 @@ def test_a_missing_compiler_is_named(tree: Path, patch: Path, monkeypatch: pytes
         build.build_wheel(Lines(), [], patches=[patch])
 
 
-def test_amx_is_the_first_to_be_done_without() -> None:
-    asked, without_amx, without_avx512 = attempts([], AVX512 | {"amx_int8"})
-    assert asked.cmake_args == ()
-    assert "AMX" in without_amx.reason
-    assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX512_VNNI=ON"} <= set(without_amx.cmake_args)
-    assert "-DGGML_AVX512_VNNI=OFF" in without_avx512.cmake_args
+def test_avx512_fp16_is_not_used_and_amx_is_the_next_to_be_done_without() -> None:
+    flags = AVX512 | {"avx512_fp16", "amx_tile", "amx_int8"}
+    first, without_amx, without_avx512 = attempts([], flags)
+    assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX512_VNNI=ON", "-DGGML_AMX_INT8=ON"} <= set(first.cmake_args)
+    assert "AVX512-FP16" in first.reason
+    assert {"-DGGML_AVX512_VNNI=ON", "-DGGML_AMX_TILE=OFF", "-DGGML_AMX_INT8=OFF"} <= set(
+        without_amx.cmake_args
+    )
+    assert {"-DGGML_AVX512_VNNI=OFF", "-DGGML_AMX_INT8=OFF"} <= set(without_avx512.cmake_args)
+    assert attempts(["-DGGML_NATIVE=ON"], flags)[0].cmake_args == ("-DGGML_NATIVE=ON",)
 
 
 def test_flags_never_name_what_the_cpu_lacks() -> None:
