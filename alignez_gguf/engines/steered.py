@@ -30,8 +30,8 @@ from alignez_gguf.scoring import (
 )
 
 _PIECE = 60
-"""Tokens that are computed together: a divergence that is too much ends after a few answers, and on a CPU 64
-tokens or more attend to the cells of all prompts at once (GGML_FA_TILE_Q in ggml-cpu/common.h)."""
+"""Tokens that are computed together: on a CPU, 64 tokens or more attend to the cells of all prompts at once
+(GGML_FA_TILE_Q in ggml-cpu/common.h)."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 _STRENGTHS = 6
 """Strengths that are computed together at most."""
@@ -104,7 +104,9 @@ class SteeredPrompts:
             unified=True,
         )
         self._together = n_batch if model.uses_gpu else _PIECE
-        """Tokens at the ends of prompts that are computed together."""
+        """Tokens at the ends of prompts that are computed together,"""
+        self._answers_together = _PIECE if model.uses_gpu else 1
+        """and of answers; one answer at least. A divergence that is too much ends after a few of them."""
         self._read_prompts()
         # Here and not when it is first asked for: which cells are free, and so how attention rounds, depends
         # on what was measured before.
@@ -164,13 +166,13 @@ class SteeredPrompts:
             _Run(number, number, answer, len(query.prompt) - 1)
             for number, (query, answer) in enumerate(zip(self._queries, answers, strict=False))
         ]
-        return _Unsteered(answers, self._logprobs(runs, _PIECE))
+        return _Unsteered(answers, self._logprobs(runs, self._answers_together))
 
     def _divergences(self, unsteered: _Unsteered) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
         runs = [self._steered_run(query, 0, answer) for query, answer in enumerate(unsteered.answers)]
         base = unsteered.logprobs()
-        for chunk in self._chunks(runs, _PIECE):
+        for chunk in self._chunks(runs, self._answers_together):
             # All of them now: others may be computed before the next one is asked for.
             yield from [
                 [
