@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _AVX512 = ("avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw")
-_AMX = (*_AVX512, "avx512_vnni", "amx_tile", "amx_int8")
+_AMX = ("amx_tile", "amx_int8")
 
 # ggml's CMake option (ggml/CMakeLists.txt) and the names in /proc/cpuinfo of what it turns on.
 _OPTIONS: dict[str, tuple[str, ...]] = {
@@ -27,8 +27,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "GGML_AVX512_VBMI": (*_AVX512, "avx512vbmi"),
     "GGML_AVX512_VNNI": (*_AVX512, "avx512_vnni"),
     "GGML_AVX512_BF16": (*_AVX512, "avx512_bf16"),
-    "GGML_AMX_TILE": _AMX,
-    "GGML_AMX_INT8": _AMX,
+    "GGML_AMX_TILE": (*_AVX512, "avx512_vnni", *_AMX),
+    "GGML_AMX_INT8": (*_AVX512, "avx512_vnni", *_AMX),
 }
 
 
@@ -61,8 +61,8 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
     if not flags:
         return [as_asked, Attempt((*asked, "-DGGML_NATIVE=OFF"), "without -march=native")]
 
-    def named(flags: frozenset[str], reason: str) -> Attempt:
-        return Attempt((*asked, *_arguments(flags)), reason)
+    def named(features: frozenset[str], reason: str) -> Attempt:
+        return Attempt((*asked, *_arguments(features)), reason)
 
     chosen_by_user = any(argument.startswith("-DGGML_NATIVE") for argument in asked)
     first = as_asked
@@ -71,9 +71,7 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
             flags,
             "without AVX512-FP16, which slows ggml's attention (CMAKE_ARGS=-DGGML_NATIVE=ON builds with it)",
         )
-    without_amx = named(
-        flags.difference({"amx_tile", "amx_int8"}), "for what this CPU says it has, except AMX"
-    )
+    without_amx = named(flags.difference(_AMX), "for what this CPU says it has, except AMX")
     baseline = named(flags.difference(_AVX512), "without AVX-512 and AMX")
     # Where two are the same build, the one that comes first.
     plan = {attempt.cmake_args: attempt for attempt in (baseline, without_amx, first)}
