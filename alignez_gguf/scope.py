@@ -45,3 +45,7 @@ class Scope:
             return 0, None
         first = max(n_prompt - 1, 0)
         return first, None if self.length is None else first + self.length
+
+
+GENERATION = Scope()
+"""Every generated time step."""

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
+from alignez_gguf.scope import Scope
 
 ANSWER_TOKENS = 24
 """Tokens of an answer along which the divergence is measured."""
@@ -141,13 +142,15 @@ def token_divergence(
 
 
 class SteeredModel(Protocol):
-    """What a score asks of a model, over its queries."""
+    """What a score asks of a model, over its queries, where the tokens of a scope are steered."""
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
+    ) -> NDArray[np.float32]:
         """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
         ...
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         """How far `edits` move the model along answers of at most `ANSWER_TOKENS` tokens.
 
         Every answer adds to it, so that a figure may be sure to exceed its limit before all are measured;
@@ -207,11 +210,13 @@ class Scorer:
 
     Attributes:
         model: measures an edit.
+        scope: the time steps that are steered.
         p_helpful, p_harmful: float32 [n_queries, n_vocab], next-token probabilities under the personas.
         base: float32 [n_queries, n_vocab], next-token log-probabilities without an edit.
     """
 
     model: SteeredModel
+    scope: Scope
     p_helpful: NDArray[np.float32]
     p_harmful: NDArray[np.float32]
     base: NDArray[np.float32]
@@ -222,7 +227,12 @@ class Scorer:
 
     def first_tokens(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> list[Figures]:
         """Figures without the divergence, one for each strength: a token per query and strength."""
-        return [self.figures(steered) for steered in self.model.first_token_logprobs(edits, strengths)]
+        steered = self.model.first_token_logprobs(edits, strengths, scope=self.scope)
+        return [self.figures(logprobs) for logprobs in steered]
+
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+        """What `edits` cost, measured until that exceeds a limit."""
+        return self.model.divergence(edits, limits, scope=self.scope)
 
     def figures(self, steered: NDArray[np.float32]) -> Figures:
         """Figures without the divergence of first-token log-probabilities [n_queries, n_vocab]."""
@@ -234,7 +244,7 @@ class Scorer:
 
     def score(self, edits: Edits) -> Figures:
         """All figures of `edits`."""
-        return replace(self.first_tokens(edits)[0], divergence=self.model.divergence(edits))
+        return replace(self.first_tokens(edits)[0], divergence=self.divergence(edits))
 
 
 def gains(

@@ -100,6 +100,7 @@ class Search:
         scorer: measures an edit.
         edits_of: makes the edits of a candidate.
         budget: nat per token.
+        floor: what the net has to exceed for a candidate to be of interest, in nat; no edit has 0.
         advance: called after every measurement, with a line about it.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
             measurements and change nothing else.
@@ -109,6 +110,7 @@ class Search:
     scorer: Scorer
     edits_of: Callable[[Candidate], Edits]
     budget: float = DEFAULT_BUDGET
+    floor: float = 0.0
     advance: Callable[[str], None] = lambda _: None
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
     shared: Mapping[Candidate, Figures] = field(default_factory=dict)
@@ -120,11 +122,10 @@ class Search:
         """What was tried, with what the first tokens say of it."""
         return {candidate: _first_token(figures) for candidate, figures in self._tried.items()}
 
-    def run(self, sources: Sequence[Source], layers: tuple[int, ...]) -> Selection:
+    def run(self, sources: Sequence[Source], layers: tuple[int, ...]) -> Selection | None:
         """Choose among `sources`, and among `layers` and parts of them.
 
-        Raises:
-            NoGainError: nothing affordable gains for certain.
+        Nothing where nothing affordable gains for certain; `no_gain` says why.
         """
         for source in sources:
             self._try(_all_amounts(source, PROBES, layers))
@@ -139,13 +140,17 @@ class Search:
             self._try(replace(candidate, amount=factor * candidate.amount) for factor in FINER)
         chosen = self._climb(layer_groups(layers))
         if chosen is None:
-            raise NoGainError(
-                "nothing makes this model safer for certain and by more than its answers lose, within "
-                f"{self.budget:g} nat per token ({self._best()}); give more queries, raise --kl-budget, or "
-                "try a larger model"
-            )
+            return None
         self._measure_gentler(chosen.candidate)
         return Selection(chosen, tuple(self._ranked()), self.scorer.n_queries, self.budget)
+
+    def no_gain(self) -> NoGainError:
+        """The error of a search that found nothing, with the figures of what came closest."""
+        return NoGainError(
+            "nothing makes this model safer for certain and by more than its answers lose, within "
+            f"{self.budget:g} nat per token ({self._best()}); give more queries, raise --kl-budget, or "
+            "try a larger model"
+        )
 
     def _try(self, candidates: Iterable[Candidate]) -> None:
         """Measure the first tokens of candidates; those that only add differ only in their strength."""
@@ -233,7 +238,7 @@ class Search:
         """The `count` best candidates within the budget, or of the certain ones, best net first.
 
         Measures the divergence of only as many as it takes, and only as far: none below the net of the last
-        of them, or below that of no edit, and none that does more of what is too much already.
+        of them, or below the floor, and none that does more of what is too much already.
         """
         candidates = [
             scored
@@ -243,7 +248,8 @@ class Search:
         found = [scored for scored in candidates if self._pays(scored)]
         for scored in candidates:
             figures = scored.figures
-            least = _least_of_best(count, [one.figures.net or 0.0 for one in found])
+            nets = sorted(one.figures.net or 0.0 for one in found)
+            least = nets[-count] if len(nets) >= count else self.floor
             if figures.bound <= least:
                 break
             if figures.net is not None:
@@ -256,19 +262,19 @@ class Search:
         return sorted(found, key=lambda one: (-(one.figures.net or 0.0), one.figures.kl or 0.0))[:count]
 
     def _pays(self, scored: Scored) -> bool:
-        """Whether it is known to be within the budget and to be better than no edit."""
-        return _is_within(scored.figures, self.budget) and (scored.figures.net or 0.0) > 0
+        """Whether it is known to be within the budget and above the floor."""
+        return _is_within(scored.figures, self.budget) and (scored.figures.net or 0.0) > self.floor
 
     def _has_costly_part(self, candidate: Candidate) -> bool:
         """Whether a part of what this candidate does was measured and is over the budget."""
         return any(
-            other != candidate
+            figures.divergence is not None
+            and figures.divergence.per_token > self.budget
+            and other != candidate
             and (other.source, other.operation) == (candidate.source, candidate.operation)
             and other.amount <= candidate.amount
             and set(other.layers) <= set(candidate.layers)
             and set(_adding(other)) <= set(_adding(candidate))
-            and figures.divergence is not None
-            and figures.divergence.per_token > self.budget
             for other, figures in self._tried.items()
         )
 
@@ -304,17 +310,12 @@ class Search:
         known = self.known.get(candidate, scored.figures).divergence
         divergence = None if known is None else known.within(limits)
         if divergence is None or not divergence.suffices_for(limits):
-            divergence = self.scorer.model.divergence(self.edits_of(candidate), limits)
+            divergence = self.scorer.divergence(self.edits_of(candidate), limits)
             self.known[candidate] = replace(scored.figures, divergence=divergence)
         figures = replace(scored.figures, divergence=divergence)
         self._tried[candidate] = figures
         self.advance(str(candidate))
         return replace(scored, figures=figures)
-
-
-def _least_of_best(count: int, nets: Sequence[float]) -> float:
-    """The net of the last of the `count` best, or of no edit, which is 0, where they are fewer or worse."""
-    return max(0.0, sorted(nets)[-count]) if len(nets) >= count else 0.0
 
 
 def _first_token(figures: Figures) -> Figures:

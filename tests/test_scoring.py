@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import (
     NO_LIMITS,
     Divergence,
@@ -50,10 +51,12 @@ def expected_gains() -> list[float]:
 class FakeModel:
     """Shows `STEERED`, the more of it the greater the strength."""
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
+    ) -> NDArray[np.float32]:
         return np.stack([BASE + strength * (np.log(STEERED) - BASE) for strength in strengths])
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         return Divergence(along_helpful=(0.3,), along_base=(0.05,), n_answers=1)
 
 
@@ -81,7 +84,7 @@ def test_leak_is_the_probability_that_moves_to_tokens_nobody_would_say() -> None
 
 
 def test_figures_are_the_mean_gain_its_error_and_the_onset_query_by_query() -> None:
-    figures = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE).figures(np.log(STEERED))
+    figures = Scorer(FakeModel(), GENERATION, HELPFUL, HARMFUL, BASE).figures(np.log(STEERED))
     each = expected_gains()
     assert figures.gain == pytest.approx(sum(each) / N_QUERIES, abs=1e-5)
     variance = sum((gain - figures.gain) ** 2 for gain in each) / (N_QUERIES - 1)
@@ -95,13 +98,15 @@ def test_figures_are_the_mean_gain_its_error_and_the_onset_query_by_query() -> N
 
 def test_single_query_has_no_finite_error() -> None:
     one = slice(1)
-    figures = Scorer(FakeModel(), HELPFUL[one], HARMFUL[one], BASE[one]).figures(np.log(STEERED[one]))
+    figures = Scorer(FakeModel(), GENERATION, HELPFUL[one], HARMFUL[one], BASE[one]).figures(
+        np.log(STEERED[one])
+    )
     assert figures.standard_error == math.inf
     assert not figures.is_certain
 
 
 def test_every_strength_has_figures_of_its_own() -> None:
-    scorer = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE)
+    scorer = Scorer(FakeModel(), GENERATION, HELPFUL, HARMFUL, BASE)
     none, half, whole = scorer.first_tokens(EDITS, [0.0, 0.5, 1.0])
     assert none.gain == 0
     assert half.gain == pytest.approx(whole.gain / 2, rel=1e-4)
@@ -110,7 +115,7 @@ def test_every_strength_has_figures_of_its_own() -> None:
 
 
 def test_score_is_the_first_tokens_with_the_divergence() -> None:
-    scorer = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE)
+    scorer = Scorer(FakeModel(), GENERATION, HELPFUL, HARMFUL, BASE)
     score = scorer.score(EDITS)
     assert score.kl == 0.05
     assert score.net == score.bound - 0.3
@@ -167,7 +172,7 @@ def test_part_of_a_divergence_is_what_would_have_been_measured(per_token: float,
 
 
 def test_edit_that_was_not_measured_to_the_end_has_no_net() -> None:
-    figures = Scorer(FakeModel(), HELPFUL, HARMFUL, BASE).score(EDITS)
+    figures = Scorer(FakeModel(), GENERATION, HELPFUL, HARMFUL, BASE).score(EDITS)
     for helpful, base in [((), ()), ((0.3,), ())]:
         unfinished = replace(figures, divergence=Divergence(helpful, base, 1))
         assert (unfinished.kl, unfinished.net) == (None, None)

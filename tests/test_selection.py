@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from alignez_gguf.candidates import AMOUNTS, FINER, PROBES, Candidate, Source
 from alignez_gguf.edits import Edits, LayerEdit, apply_addition, apply_removal, span_edits
 from alignez_gguf.errors import NoGainError
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import NO_LIMITS, Divergence, Figures, Limits, Scorer, divergence_along
 from alignez_gguf.selection import Scored, Search, Selection, random_edits
 
@@ -57,14 +58,16 @@ class FakeModel:
     limits: list[Limits] = field(default_factory=list)
     is_costly: list[bool] = field(default_factory=list)
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
+    ) -> NDArray[np.float32]:
         named = self._named(edits)
         adds = named.operation == "add"
         together = [replace(named, amount=strength) if adds else named for strength in strengths]
         self.asked.append(together)
         return np.stack([self._logprobs(candidate) for candidate in together])
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         candidate = self._named(edits)
         self.measured.append(candidate)
         self.limits.append(limits)
@@ -90,7 +93,11 @@ class FakeModel:
 
 
 def search(model: FakeModel, budget: float = 0.1, **more: Any) -> Selection:
-    return Search(Scorer(model, HELPFUL, HARMFUL, BASE), edits_of, budget, **more).run(SOURCES, LAYERS)
+    one = Search(Scorer(model, GENERATION, HELPFUL, HARMFUL, BASE), edits_of, budget, **more)
+    found = one.run(SOURCES, LAYERS)
+    if found is None:
+        raise one.no_gain()
+    return found
 
 
 def table(seed: int, low: float, high: float) -> Callable[[Candidate], float]:
@@ -384,6 +391,16 @@ def test_everything_that_gains_is_over_the_budget() -> None:
         search(model)
 
 
+def test_what_does_not_exceed_the_floor_is_neither_chosen_nor_measured_to_its_end() -> None:
+    model = FakeModel(table(0, -1.0, 2.0), cost(0), table(1, 0.0, 0.5))
+    best = search(model).chosen.figures.net or 0.0
+    below, above = replace(model, measured=[]), replace(model, measured=[])
+    assert (search(below, floor=best - 0.05).chosen.figures.net or 0.0) > best - 0.05
+    with pytest.raises(NoGainError):
+        search(above, floor=best)
+    assert max(len(below.measured), len(above.measured)) < 0.6 * len(model.measured)
+
+
 def test_gain_within_what_chance_explains_is_not_chosen() -> None:
     # 12 queries spread evenly over .2 +- 1: a standard error of .189
     with pytest.raises(NoGainError, match=r"for certain .*\+0\.200 \+- 0\.189"):
@@ -402,9 +419,10 @@ def test_smaller_gain_that_is_certain_is_chosen_over_a_greater_one_that_is_not()
 
 
 def test_directions_that_edit_nothing_are_an_error_too() -> None:
-    scorer = Scorer(FakeModel(lambda _: 1.0, lambda _: 0.0), HELPFUL, HARMFUL, BASE)
-    with pytest.raises(NoGainError, match="no direction was found"):
-        Search(scorer, lambda _: {}).run(SOURCES, LAYERS)
+    scorer = Scorer(FakeModel(lambda _: 1.0, lambda _: 0.0), GENERATION, HELPFUL, HARMFUL, BASE)
+    one = Search(scorer, lambda _: {})
+    assert one.run(SOURCES, LAYERS) is None
+    assert "no direction was found" in str(one.no_gain())
 
 
 def test_random_edits_have_the_ranks_and_lengths_of_what_they_are_compared_with() -> None:
@@ -452,7 +470,9 @@ class Network:
         logits = h @ self.head
         return np.stack(outputs), logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
+    ) -> NDArray[np.float32]:
         scaled = [
             {
                 layer: LayerEdit(add=None if edit.add is None else strength * edit.add, remove=edit.remove)
@@ -462,7 +482,7 @@ class Network:
         ]
         return np.stack([self.states(self.plain, one)[1] for one in scaled]).astype(np.float32)
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         later = replace(self, plain=np.roll(self.plain, 1, axis=1), head=np.roll(self.head, 1, axis=0) / 3)
         base, steered = later.states(later.plain, {})[1], later.states(later.plain, edits)[1]
         kl = float((np.exp(base) * (base - steered)).sum(axis=1).mean())
@@ -502,11 +522,13 @@ def share_of_the_best(seed: int, budget: float) -> float:
 
     scorer = Scorer(
         network,
+        GENERATION,
         np.exp(p_helpful).astype(np.float32),
         np.exp(p_harmful).astype(np.float32),
-        network.first_token_logprobs({})[0],
+        network.first_token_logprobs({}, scope=GENERATION)[0],
     )
     found = Search(scorer, edits, budget).run(sources, tuple(range(n_layer)))
+    assert found is not None
 
     chosen = found.chosen.figures
     assert chosen.kl is not None
@@ -542,7 +564,7 @@ def test_choice_is_about_as_good_as_the_best_of_all_candidates(budget: float) ->
 
 def test_first_tokens_of_another_scope_are_not_measured_again() -> None:
     model = FakeModel(table(0, -1.0, 2.0), cost(0), table(1, 0.0, 0.5))
-    wide = Search(Scorer(model, HELPFUL, HARMFUL, BASE), edits_of)
+    wide = Search(Scorer(model, GENERATION, HELPFUL, HARMFUL, BASE), edits_of)
     wide.run(SOURCES, LAYERS)
     narrow = replace(model, kl_of=cost(1), asked=[], measured=[])
     alone = search(replace(narrow, asked=[], measured=[]))

@@ -202,7 +202,7 @@ class Sweep:
 
     def _outcome(self, level: str, path: Path, reference: Reference) -> Outcome:
         from alignez_gguf.pipeline.recipes import fit_sources, split
-        from alignez_gguf.pipeline.stages import scorer, self_generated_pairs, usable_pairs
+        from alignez_gguf.pipeline.stages import scorers, self_generated_pairs, usable_pairs
 
         with self._open(path) as job:
             job.reporter.note(f"level: {level}")
@@ -212,7 +212,8 @@ class Sweep:
             fits = fit_sources(job, pairs, indices, [source])
             refitted = fits.edits(reference.candidate)
             held_out, _ = usable_pairs(job, self_generated_pairs(job, self._held_out), ())
-            with scorer(job, _one_each(held_out), reference.control.scope) as scored:
+            with scorers(job, _one_each(held_out)) as scorer:
+                scored = scorer(reference.control.scope)
                 transferred_score = _score(scored.score(reference.control.edits))
                 refitted_score = _score(scored.score(refitted))
                 n_queries = scored.n_queries

@@ -73,7 +73,7 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
     from alignez_gguf.pipeline.recipes import auto, fit_sources, sources, split
-    from alignez_gguf.pipeline.stages import scorer, usable_pairs
+    from alignez_gguf.pipeline.stages import scorers, usable_pairs
     from alignez_gguf.progress import SilentReporter
     from alignez_gguf.prompts import Templates
     from alignez_gguf.queries import load_queries
@@ -117,7 +117,8 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         stride = max(1, len(gaining) // n_candidates)
         net, gain, truth, names = [], [], [], []
         scope = Scope.parse(str(made.recipe["scope"]))
-        with scorer(job, held_out, scope) as scored_by:
+        with scorers(job, held_out) as scorer:
+            scored_by = scorer(scope)
             for scored in gaining[::stride]:
                 edits = fits.edits(scored.candidate)
                 figures = scored_by.score(edits)

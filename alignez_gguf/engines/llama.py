@@ -38,7 +38,6 @@ from alignez_gguf.runtime.reader import LayerReader
 from alignez_gguf.scope import Scope
 
 _DEFAULT_CONTEXT = 1024
-_GENERATION = Scope()
 _CACHE_SHARE = 0.6
 """All texts that grow together keep at most so much of the model's size in the KV cache,"""
 _LEAST_CACHE_BYTES = 256 << 20
@@ -130,13 +129,10 @@ class LlamaEngine:
         prompts: Sequence[str],
         base_answers: Sequence[str],
         helpful_answers: Sequence[str],
-        scope: Scope = _GENERATION,
     ) -> SteeredPrompts:
         """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
         self._stop_writing()
-        return SteeredPrompts(
-            self.model, prompts, base_answers, helpful_answers, scope=scope, n_threads=self._n_threads
-        )
+        return SteeredPrompts(self.model, prompts, base_answers, helpful_answers, n_threads=self._n_threads)
 
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]

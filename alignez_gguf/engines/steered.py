@@ -1,7 +1,7 @@
 """The steered model as the selection measures it: many edits over the same prompts.
 
-Where only the last prompt token and what follows it is steered, the prompts are computed once, unsteered, and
-an edit costs one token per query; strengths of one edit are computed together. Needs the patched runtime.
+The prompts are computed once, unsteered. Where only the last prompt token and what follows it is steered, an
+edit costs one token per query; strengths of one edit are computed together. Needs the patched runtime.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignez_gguf.errors import ModelFileError, QueryError, WorkDirectoryError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.scope import Scope
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import (
     ANSWER_TOKENS,
     DIVERGENCE_QUERIES,
@@ -64,7 +64,6 @@ class SteeredPrompts:
         prompts: plain prompts, one for each query.
         base_answers: the base model's own answers to them.
         helpful_answers: those of the helpful persona.
-        scope: which tokens are steered; `all` computes the prompts anew for every edit.
         n_threads: default: the number of physical cores.
 
     Raises:
@@ -80,12 +79,10 @@ class SteeredPrompts:
         base_answers: Sequence[str],
         helpful_answers: Sequence[str],
         *,
-        scope: Scope | None = None,
         n_threads: int | None = None,
     ) -> None:
         texts = zip(prompts, base_answers, helpful_answers, strict=True)
         self._queries = [_query(model, *query) for query in texts]
-        self._scope = scope or Scope()
         count = len(self._queries)
         if 2 * count > _MAX_SEQUENCES:
             raise QueryError(
@@ -114,8 +111,13 @@ class SteeredPrompts:
         self._along_base = self._unsteered([query.base_answer for query in measured])
         self._along_helpful = self._unsteered([query.helpful_answer for query in measured])
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope = GENERATION
+    ) -> NDArray[np.float32]:
+        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab].
+
+        The scope `all` computes the prompts anew.
+        """
         self._set(edits)
         queries = range(len(self._queries))
         found = np.empty((len(strengths), len(queries), self._context.model.n_vocab), np.float32)
@@ -124,14 +126,16 @@ class SteeredPrompts:
             runs = []
             for copy, strength in enumerate(together):
                 for query in queries:
-                    self._set_strength(edits, query, copy, strength)
-                    runs.append(self._steered_run(query, copy, []))
+                    self._set_strength(edits, query, copy, strength, scope)
+                    runs.append(self._steered_run(query, copy, [], scope))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
             for row, (logprobs,) in zip(rows, self._logprobs(runs, self._together), strict=True):
                 row[:] = logprobs
         return found
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(
+        self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope = GENERATION
+    ) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
 
         Ends once it exceeds a limit; see `SteeredModel`.
@@ -139,11 +143,11 @@ class SteeredPrompts:
         self._set(edits)
         n_answers = len(self._along_base.answers)
         for query in range(n_answers):
-            self._set_strength(edits, query, 0, 1.0)
+            self._set_strength(edits, query, 0, 1.0, scope)
         n_tokens = sum(1 + len(answer) for answer in self._along_base.answers)
         return token_divergence(
-            self._divergences(self._along_helpful),
-            self._divergences(self._along_base),
+            self._divergences(self._along_helpful, scope),
+            self._divergences(self._along_base, scope),
             n_answers,
             n_tokens,
             limits,
@@ -168,9 +172,9 @@ class SteeredPrompts:
         ]
         return _Unsteered(answers, self._logprobs(runs, self._answers_together))
 
-    def _divergences(self, unsteered: _Unsteered) -> Iterator[list[float]]:
+    def _divergences(self, unsteered: _Unsteered, scope: Scope) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
-        runs = [self._steered_run(query, 0, answer) for query, answer in enumerate(unsteered.answers)]
+        runs = [self._steered_run(query, 0, answer, scope) for query, answer in enumerate(unsteered.answers)]
         base = unsteered.logprobs()
         for chunk in self._chunks(runs, self._answers_together):
             # All of them now: others may be computed before the next one is asked for.
@@ -182,8 +186,8 @@ class SteeredPrompts:
                 for rows in self._computed(chunk)
             ]
 
-    def _steered_run(self, query: int, copy: int, answer: list[int]) -> _Run:
-        start = 0 if self._scope.kind == "all" else len(self._queries[query].prompt) - 1
+    def _steered_run(self, query: int, copy: int, answer: list[int], scope: Scope) -> _Run:
+        start = 0 if scope.kind == "all" else len(self._queries[query].prompt) - 1
         return _Run(query, self._steered(query, copy), answer, start)
 
     def _steered(self, query: int, copy: int) -> int:
@@ -195,9 +199,9 @@ class SteeredPrompts:
         if edits:
             library.set_strength(pointer, 0.0)
 
-    def _set_strength(self, edits: Edits, query: int, copy: int, strength: float) -> None:
+    def _set_strength(self, edits: Edits, query: int, copy: int, strength: float, scope: Scope) -> None:
         if edits:
-            first, end = self._scope.positions(len(self._queries[query].prompt))
+            first, end = scope.positions(len(self._queries[query].prompt))
             sequence = self._steered(query, copy)
             library.set_strength(self._context.pointer, strength, sequence=sequence, first=first, end=end)
 
@@ -205,7 +209,7 @@ class SteeredPrompts:
         """Of each run, the log-probabilities after the prompt and after each token of the answer.
 
         [1 + len(answer), n_vocab]; computed `most` tokens at a time, or one run where that has more. At each
-        of them the cache is as it was, but for prompts computed anew.
+        of them the cache is as it was.
         """
         for chunk in self._chunks(runs, most):
             yield from self._computed(chunk)
@@ -236,6 +240,8 @@ class SteeredPrompts:
         self._context.decode(tokens, positions, sequences, outputs)
         for run in runs:
             self._truncate(run)
+            if run.start == 0:
+                self._context.copy_sequence(run.query, run.sequence)
 
     def _truncate(self, run: _Run) -> None:
         if not self._context.truncate_sequence(run.sequence, run.start):
@@ -267,10 +273,9 @@ class SteeredPrompts:
                 self._context.copy_sequence(0, index)
                 self._context.truncate_sequence(index, shared)
             self._read(index, body[shared:], shared)
-        if self._scope.kind != "all":
-            for index in range(len(bodies)):
-                for copy in range(self._strengths):
-                    self._context.copy_sequence(index, self._steered(index, copy))
+        for index in range(len(bodies)):
+            for copy in range(self._strengths):
+                self._context.copy_sequence(index, self._steered(index, copy))
 
     def _read(self, sequence: int, tokens: Sequence[int], position: int) -> None:
         for start in range(0, len(tokens), self._context.n_batch):

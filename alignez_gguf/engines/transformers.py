@@ -23,11 +23,9 @@ from alignez_gguf.engines.transformers_model import TorchModel, hidden
 from alignez_gguf.engines.transformers_steered import SteeredPrompts
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import ANSWER_TOKENS
 
 _DEFAULT_CONTEXT = 1024
-_GENERATION = Scope()
 _MAX_LOGITS = 1 << 27
 """At most so many logits are held at once: half a gigabyte in float32."""
 
@@ -128,7 +126,6 @@ class TransformersEngine:
         prompts: Sequence[str],
         base_answers: Sequence[str],
         helpful_answers: Sequence[str],
-        scope: Scope = _GENERATION,
     ) -> SteeredPrompts:
         """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
         return SteeredPrompts(
@@ -138,7 +135,6 @@ class TransformersEngine:
             helpful_answers,
             n_ctx=self.n_ctx,
             n_parallel=self._rows_of_logits(1 + ANSWER_TOKENS),
-            scope=scope,
         )
 
     def close(self) -> None:

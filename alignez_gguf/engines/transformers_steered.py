@@ -1,8 +1,8 @@
 """A steered transformers model as the selection measures it: many edits over the same prompts.
 
 The edits act through forward hooks: a removal on the output of the MLP, an addition on that of the block, as
-`alignez_gguf.edits` defines them. Where only the last prompt token and what follows it is steered, the
-prompts are computed once and their keys and values are kept.
+`alignez_gguf.edits` defines them. The prompts are computed once and their keys and values are kept: enough
+where only the last prompt token and what follows it is steered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from alignez_gguf.engines import Passage
 from alignez_gguf.engines.passages import passage_tokens
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import QueryError, SteeringError
-from alignez_gguf.scope import Scope
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import (
     ANSWER_TOKENS,
     DIVERGENCE_QUERIES,
@@ -46,13 +46,14 @@ class _Group:
     """Queries that are computed together.
 
     Attributes:
-        rows: their prompts, as far as they are computed anew for every edit.
-        mask: of what is computed already and of `rows`.
-        cache: keys and values of what is computed already.
+        prompts: whole.
+        ends: their last tokens, with the mask of all.
+        cache: keys and values of all before the last tokens, unsteered.
     """
 
     queries: list[_Query]
-    rows: Padded
+    prompts: Padded
+    ends: Padded
     cache: Any
 
 
@@ -66,7 +67,6 @@ class SteeredPrompts:
         helpful_answers: those of the helpful persona.
         n_ctx: the longest prompt and answer together.
         n_parallel: how many queries are computed together.
-        scope: which tokens are steered; `all` computes the prompts anew for every edit.
 
     Raises:
         QueryError: a prompt has fewer than two tokens or does not fit into the context.
@@ -81,10 +81,8 @@ class SteeredPrompts:
         *,
         n_ctx: int,
         n_parallel: int,
-        scope: Scope,
     ) -> None:
         self._model = model
-        self._scope = scope
         texts = zip(prompts, base_answers, helpful_answers, strict=True)
         self._queries = [_query(model, n_ctx, *query) for query in texts]
         self._groups = [
@@ -93,22 +91,27 @@ class SteeredPrompts:
         ]
 
     @torch.inference_mode()
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope = GENERATION
+    ) -> NDArray[np.float32]:
+        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab].
+
+        The scope `all` computes the prompts anew.
+        """
+
+        def logprobs(group: _Group, strength: float) -> NDArray[np.float32]:
+            no_answers: list[list[int]] = [[]] * len(group.queries)
+            found = self._logprobs(group, no_answers, edits, strength, scope)[:, 0]
+            return np.asarray(found.cpu().numpy(), np.float32)
+
         return np.stack(
-            [
-                np.concatenate(
-                    [
-                        self._logprobs(group, [[]] * len(group.queries), edits, strength)[:, 0].cpu().numpy()
-                        for group in self._groups
-                    ]
-                )
-                for strength in strengths
-            ]
+            [np.concatenate([logprobs(group, strength) for group in self._groups]) for strength in strengths]
         )
 
     @torch.inference_mode()
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
+    def divergence(
+        self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope = GENERATION
+    ) -> Divergence:
         """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
 
         Ends once it exceeds a limit; see `SteeredModel`.
@@ -116,8 +119,8 @@ class SteeredPrompts:
         measured = self._queries[:DIVERGENCE_QUERIES]
         n_tokens = sum(1 + len(query.base_answer) for query in measured)
         return token_divergence(
-            self._divergences(lambda query: query.helpful_answer, edits),
-            self._divergences(lambda query: query.base_answer, edits),
+            self._divergences(lambda query: query.helpful_answer, edits, scope),
+            self._divergences(lambda query: query.base_answer, edits, scope),
             len(measured),
             n_tokens,
             limits,
@@ -135,52 +138,53 @@ class SteeredPrompts:
 
     @torch.inference_mode()
     def _group(self, queries: list[_Query]) -> _Group:
-        rows = self._model.padded([query.prompt for query in queries])
-        if self._scope.kind == "all":
-            return _Group(queries, rows, None)
-        body = Padded(rows.ids[:, :-1], rows.positions[:, :-1], rows.mask[:, :-1])
+        prompts = self._model.padded([query.prompt for query in queries])
+        body = Padded(prompts.ids[:, :-1], prompts.positions[:, :-1], prompts.mask[:, :-1])
         _, cache = self._model.logits(body, 1)
-        return _Group(queries, Padded(rows.ids[:, -1:], rows.positions[:, -1:], rows.mask), cache)
+        ends = Padded(prompts.ids[:, -1:], prompts.positions[:, -1:], prompts.mask)
+        return _Group(queries, prompts, ends, cache)
 
-    def _divergences(self, answer_of: Callable[[_Query], list[int]], edits: Edits) -> Iterator[list[float]]:
+    def _divergences(
+        self, answer_of: Callable[[_Query], list[int]], edits: Edits, scope: Scope
+    ) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
         left = DIVERGENCE_QUERIES
         for group in self._groups:
             if left <= 0:
                 return
             answers = [answer_of(query) for query in group.queries]
-            base = self._logprobs(group, answers, {}, 1.0)
-            steered = self._logprobs(group, answers, edits, 1.0)
+            base = self._logprobs(group, answers, {}, 1.0, scope)
+            steered = self._logprobs(group, answers, edits, 1.0, scope)
             each = (base.exp() * (base - steered)).sum(-1).tolist()
             for row, answer in zip(each[:left], answers, strict=False):
                 yield row[: 1 + len(answer)]
             left -= len(answers)
 
-    def _logprobs(self, group: _Group, answers: Sequence[list[int]], edits: Edits, strength: float) -> Tensor:
+    def _logprobs(
+        self, group: _Group, answers: Sequence[list[int]], edits: Edits, strength: float, scope: Scope
+    ) -> Tensor:
         """What follows the prompt and each token of the answer, [n_queries, 1 + longest answer, n_vocab].
 
         Behind the end of an answer the rows mean nothing.
         """
+        computed, cache = (group.prompts, None) if scope.kind == "all" else (group.ends, group.cache)
         longest = max(map(len, answers))
         # Padded on the right: no token attends to what follows it.
         padded = torch.tensor(
             [answer + [0] * (longest - len(answer)) for answer in answers], dtype=torch.int64
-        ).to(group.rows.ids.device)
+        ).to(computed.ids.device)
         ahead = torch.arange(1, longest + 1, device=padded.device)
         rows = Padded(
-            ids=torch.cat([group.rows.ids, padded], dim=1),
-            positions=torch.cat([group.rows.positions, group.rows.positions[:, -1:] + ahead], dim=1),
-            mask=torch.cat([group.rows.mask, torch.ones_like(padded)], dim=1),
+            ids=torch.cat([computed.ids, padded], dim=1),
+            positions=torch.cat([computed.positions, computed.positions[:, -1:] + ahead], dim=1),
+            mask=torch.cat([computed.mask, torch.ones_like(padded)], dim=1),
         )
-        # A forward pass may write into the cache that it is given.
-        cache = copy.deepcopy(group.cache)
-        with edited(self._model, edits, strength, self._steered_columns(group), rows.ids.shape[1]):
-            logits, _ = self._model.logits(rows, 1 + longest, cache)
-        return logits.log_softmax(-1)
-
-    def _steered_columns(self, group: _Group) -> slice:
         # All prompts end at the same column.
-        return slice(*self._scope.positions(group.rows.ids.shape[1]))
+        steered = slice(*scope.positions(computed.ids.shape[1]))
+        with edited(self._model, edits, strength, steered, rows.ids.shape[1]):
+            # A forward pass may write into the cache that it is given.
+            logits, _ = self._model.logits(rows, 1 + longest, copy.deepcopy(cache))
+        return logits.log_softmax(-1)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pipeline.job import Aspect, Job
 from alignez_gguf.pipeline.recipes import Made
-from alignez_gguf.pipeline.stages import scorer
-from alignez_gguf.scope import Scope
+from alignez_gguf.pipeline.stages import scorers
+from alignez_gguf.scope import GENERATION
 from alignez_gguf.scoring import Figures
 
 _SMALLER = 0.7
@@ -61,17 +61,17 @@ def combine_within_budget(
     """
     aspects = [job.settings.aspects[0] for job in jobs]
     with ExitStack() as opened:
-        scorers = [
-            opened.enter_context(scorer(job, one.held_out, job.settings.scope or Scope()))
+        scored_by = [
+            opened.enter_context(scorers(job, one.held_out))(job.settings.scope or GENERATION)
             for job, one in zip(jobs, made, strict=True)
         ]
 
         def figures(edits: Edits) -> list[Figures]:
-            return [one.score(edits) for one in scorers]
+            return [scorer.score(edits) for scorer in scored_by]
 
         alone = [
-            one.score(combine([(part.edits, aspect.weight)]))
-            for one, part, aspect in zip(scorers, made, aspects, strict=True)
+            scorer.score(combine([(part.edits, aspect.weight)]))
+            for scorer, part, aspect in zip(scored_by, made, aspects, strict=True)
         ]
         scale = 1.0
         for _ in range(_MOST_SHRINKS):

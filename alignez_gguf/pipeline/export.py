@@ -17,7 +17,7 @@ from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
 from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
 from alignez_gguf.pipeline.recipes import Made, auto, paper, split
-from alignez_gguf.pipeline.stages import given_pairs, scorer, self_generated_pairs, usable_pairs
+from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
 from alignez_gguf.scope import Scope
@@ -163,8 +163,8 @@ def score_control(
     )
     pairs, _ = usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
     _, held_out = split(pairs, settings.seed)
-    with scorer(job, held_out, settings.scope or control.scope) as scored:
-        return scored.score(control.edits), len(held_out)
+    with scorers(job, held_out) as scorer:
+        return scorer(settings.scope or control.scope).score(control.edits), len(held_out)
 
 
 def _query_hashes(queries: Sequence[str]) -> dict[str, Field]:

@@ -70,7 +70,6 @@ class SteerableEngine(Engine, Protocol):
         prompts: Sequence[str],
         base_answers: Sequence[str],
         helpful_answers: Sequence[str],
-        scope: Scope = ...,
     ) -> AbstractContextManager[SteeredModel]:
         """The model over plain prompts, its own answers and the helpful persona's.
 

@@ -21,15 +21,15 @@ from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.kept import KnownFigures, kept_figures
-from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorer
-from alignez_gguf.scope import Scope
+from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorers
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures, Scorer
 from alignez_gguf.selection import Baseline, Search, Selection, random_edits
 
 SVD_RANKS = (1, 2, 3)
 """Ranks of the subspaces that the search tries."""
 
-SEARCHED = (Scope("generation"), Scope("first", 4), Scope("first", 1))
+SEARCHED = (GENERATION, Scope("first", 4), Scope("first", 1))
 """Time steps that the search tries, the most of them first."""
 
 COMPARED = (Scope("all"), *SEARCHED)
@@ -101,12 +101,12 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     fit_indices, held_out = split(pairs, settings.seed)
     candidates = sources(settings)
     fits = fit_sources(job, pairs, fit_indices, candidates)
-    scope, selection = _search_scopes(job, pairs, held_out, fits, candidates)
-    best = selection.chosen.candidate
-    with scorer(job, held_out, scope) as scored:
+    with scorers(job, held_out) as scorer:
+        scope, selection = _search_scopes(job, pairs, held_out, fits, candidates, scorer)
+        best, scored = selection.chosen.candidate, scorer(scope)
         compared = kept_figures(
             _figures_path(job, "comparison", pairs, held_out, ".json", candidate=best, scope=scope),
-            lambda: _comparison(job, held_out, fits.edits(best), scope, scored),
+            lambda: _comparison(fits.edits(best), scope, scorer, settings.seed),
         )
         persona = scored.figures(np.log(np.maximum(scored.p_helpful, np.finfo(np.float32).tiny)))
     random = compared.pop(_RANDOM)
@@ -141,45 +141,46 @@ def _search_scopes(
     held_out: Sequence[PreferencePair],
     fits: Fits,
     candidates: Sequence[Source],
+    scorer: Callable[[Scope], Scorer],
 ) -> tuple[Scope, Selection]:
     """The best choice among several scopes, the first of which is the widest.
 
     All of them steer the first token alike, so that what it says of an edit is measured once. The score sees
     only how an answer begins, so that a narrower scope never loses by it: it is taken only if the net is
-    greater by a margin.
+    greater by a margin, and only what is better at all is looked for there.
     """
     settings = job.settings
     scopes = SEARCHED if settings.scope is None else (settings.scope,)
-    found: list[tuple[Scope, Selection]] = []
-    failure: NoGainError | None = None
+    layers = settings.layers or tuple(range(job.target.info.n_layer))
+    best: tuple[Scope, Selection] | None = None
+    searches: list[Search] = []
     shared: dict[Candidate, Figures] = {}
     for scope in scopes:
         with (
-            scorer(job, held_out, scope) as scored,
             job.reporter.stage(f"trying edits ({scope})", None) as advance,
             KnownFigures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)) as known,
         ):
             search = Search(
-                scored,
+                scorer(scope),
                 fits.edits,
                 budget=settings.kl_budget,
+                floor=0.0 if best is None else _net(best[1]),
                 advance=partial(_count, advance),
                 known=known,
                 shared=shared,
             )
-            try:
-                layers = settings.layers or tuple(range(job.target.info.n_layer))
-                found.append((scope, search.run(candidates, layers)))
-            except NoGainError as error:
-                failure = failure or error
+            searches.append(search)
+            found = search.run(candidates, layers)
+            if found is not None and (best is None or _net(found) > _net(best[1]) + SCOPE_MARGIN):
+                best = scope, found
             shared = {**search.first_tokens, **shared}
-    if failure is not None and not found:
-        raise failure
-    best = found[0]
-    for one in found[1:]:
-        if (one[1].chosen.figures.net or 0.0) > (best[1].chosen.figures.net or 0.0) + SCOPE_MARGIN:
-            best = one
+    if best is None:
+        raise searches[0].no_gain()
     return best
+
+
+def _net(selection: Selection) -> float:
+    return selection.chosen.figures.net or 0.0
 
 
 @dataclass(frozen=True)
@@ -268,15 +269,12 @@ def _count(advance: Callable[[int], None], _: str) -> None:
 
 
 def _comparison(
-    job: Job, held_out: Sequence[PreferencePair], edits: Edits, chosen: Scope, scored: Scorer
+    edits: Edits, chosen: Scope, scorer: Callable[[Scope], Scorer], seed: int
 ) -> dict[str, Figures]:
     """Random directions of the size of some edits, and those edits under other scopes, by their names."""
-    found = {_RANDOM: scored.score(random_edits(edits, job.settings.seed))}
-    for scope in COMPARED:
-        if scope != chosen:
-            with scorer(job, held_out, scope) as other:
-                found[str(scope)] = other.score(edits)
-    return found
+    random = scorer(chosen).score(random_edits(edits, seed))
+    others = {str(scope): scorer(scope).score(edits) for scope in COMPARED if scope != chosen}
+    return {_RANDOM: random, **others}
 
 
 def _figures_path(

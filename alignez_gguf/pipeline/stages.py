@@ -189,8 +189,8 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
 
 
 @contextmanager
-def scorer(job: Job, pairs: Sequence[PreferencePair], scope: Scope) -> Iterator[Scorer]:
-    """What scores edits of the target over the queries of `pairs`, one for each query."""
+def scorers(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Callable[[Scope], Scorer]]:
+    """What scores edits of the target over the queries of `pairs`, one for each query, under any scope."""
     target = job.target
     base = base_answers(job, pairs)
     plain = [job.templates.plain_prompt(pair.query) for pair in pairs]
@@ -201,16 +201,19 @@ def scorer(job: Job, pairs: Sequence[PreferencePair], scope: Scope) -> Iterator[
                     plain,
                     [answer.text for answer in base],
                     [f" {pair.helpful}" for pair in pairs],
-                    scope,
                 )
             )
         )
         p_helpful, p_harmful = _persona_probabilities(job, pairs)
-        path = job.work.part(
-            "base", model=target.info, templates=job.templates, queries=plain, scope=scope
-        ).with_suffix(".npy")
-        base_logprobs = kept_array(path, lambda: model.first_token_logprobs({})[0])
-        yield Scorer(model, p_helpful, p_harmful, base_logprobs)
+
+        def scorer(scope: Scope) -> Scorer:
+            path = job.work.part(
+                "base", model=target.info, templates=job.templates, queries=plain, scope=scope
+            ).with_suffix(".npy")
+            base_logprobs = kept_array(path, lambda: model.first_token_logprobs({}, scope=scope)[0])
+            return Scorer(model, scope, p_helpful, p_harmful, base_logprobs)
+
+        yield scorer
 
 
 def _persona_probabilities(
@@ -246,11 +249,13 @@ class _OnDemand:
             self._made = self._make()
         return self._made
 
-    def first_token_logprobs(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> NDArray[np.float32]:
-        return self._model().first_token_logprobs(edits, strengths)
+    def first_token_logprobs(
+        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
+    ) -> NDArray[np.float32]:
+        return self._model().first_token_logprobs(edits, strengths, scope=scope)
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
-        return self._model().divergence(edits, limits)
+    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
+        return self._model().divergence(edits, limits, scope=scope)
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:

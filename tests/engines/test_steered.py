@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -170,28 +171,32 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 def test_strengths_and_time_steps_are_those_of_pytorch(
     model: Model, torch_model: TinyModel, scope: str
 ) -> None:
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, scope=Scope.parse(scope), n_threads=1) as prompts:
+    steered = Scope.parse(scope)
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         for edits in (EDITS, FEWER):
-            found = prompts.first_token_logprobs(edits, STRENGTHS)
+            found = prompts.first_token_logprobs(edits, STRENGTHS, scope=steered)
             expected = [expected_first(torch_model, model, edits, strength, scope) for strength in STRENGTHS]
             np.testing.assert_allclose(found, np.stack(expected), atol=PARITY)
-            measured = figures(prompts.divergence(edits))
+            measured = figures(prompts.divergence(edits, scope=steered))
             assert measured == pytest.approx(
                 expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL, scope), rel=1e-3
             )
         np.testing.assert_array_equal(
-            prompts.first_token_logprobs(EDITS, (0.0,)), prompts.first_token_logprobs({})
+            prompts.first_token_logprobs(EDITS, (0.0,), scope=steered),
+            prompts.first_token_logprobs({}, scope=steered),
         )
 
 
-@pytest.mark.parametrize("scope", ["generation", "all"])
-def test_strengths_computed_together_give_the_same_bits_again(model: Model, scope: str) -> None:
+@pytest.mark.parametrize("scope", ["generation", "all", "first:2"])
+def test_strengths_computed_together_give_the_same_bits_again_whatever_was_steered_before(
+    model: Model, scope: str
+) -> None:
     def measured(*before: Edits) -> NDArray[np.float32]:
-        with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, scope=Scope.parse(scope), n_threads=1) as prompts:
-            for edits in before:
-                prompts.first_token_logprobs(edits, (0.5, 1.0))
-                prompts.divergence(edits)
-            return prompts.first_token_logprobs(EDITS, STRENGTHS)
+        with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
+            for edits, other in itertools.product(before, map(Scope.parse, ("all", "generation"))):
+                prompts.first_token_logprobs(edits, (0.5, 1.0), scope=other)
+                prompts.divergence(edits, scope=other)
+            return prompts.first_token_logprobs(EDITS, STRENGTHS, scope=Scope.parse(scope))
 
     np.testing.assert_array_equal(measured(), measured(FEWER, random_edits(3)))
 

@@ -103,9 +103,9 @@ def test_first_tokens_and_divergence_are_those_of_pytorch_with_hooks(
 ) -> None:
     tiny = tiny_model(architecture)
     strengths = (0.0, 0.5, 1.0)
-    with engine(architecture).steered_prompts(PROMPTS, BASE, HELPFUL, scope=Scope.parse(scope)) as model:
+    with engine(architecture).steered_prompts(PROMPTS, BASE, HELPFUL) as model:
         for edits in (EDITS, FEWER):
-            found = model.first_token_logprobs(edits, strengths)
+            found = model.first_token_logprobs(edits, strengths, scope=Scope.parse(scope))
             assert found.dtype == np.float32
             expected = np.stack(
                 [
@@ -115,7 +115,7 @@ def test_first_tokens_and_divergence_are_those_of_pytorch_with_hooks(
             )
             np.testing.assert_allclose(found, expected, atol=5e-5)
             assert np.abs(found[0] - found[2]).max() > 0.1
-            measured = figures(model.divergence(edits))
+            measured = figures(model.divergence(edits, scope=Scope.parse(scope)))
             assert min(measured) > 1e-3
             assert measured == pytest.approx(expected_divergence(tiny, edits, scope), rel=1e-3)
 
