@@ -215,7 +215,7 @@ class Search:
         """
         best: Scored | None = None
         while True:
-            former, best = best, next(iter(self._affordable(1, certain=True)), None)
+            former, best = best, next(iter(self._affordable(1)), None)
             if best is None or best == former:
                 return best
             self._try(_neighbours(best.candidate, groups))
@@ -234,17 +234,13 @@ class Search:
         scored = [Scored(candidate, figures) for candidate, figures in self._tried.items()]
         return sorted(scored, key=lambda one: -one.figures.bound)
 
-    def _affordable(self, count: int, *, certain: bool = False) -> list[Scored]:
-        """The `count` best candidates within the budget, or of the certain ones, best net first.
+    def _affordable(self, count: int) -> list[Scored]:
+        """The `count` best candidates of certain gain within the budget, best net first.
 
         Measures the divergence of only as many as it takes, and only as far: none below the net of the last
         of them, or below the floor, and none that does more of what is too much already.
         """
-        candidates = [
-            scored
-            for scored in self._ranked()
-            if scored.figures.gain > 0 and (scored.figures.is_certain or not certain)
-        ]
+        candidates = [scored for scored in self._ranked() if scored.figures.is_certain]
         found = [scored for scored in candidates if self._pays(scored)]
         for scored in candidates:
             figures = scored.figures
