@@ -252,6 +252,23 @@ def test_only_rows_with_logits_and_micro_batches_change_nothing(
     assert difference(in_parts, whole[list(wanted)]) < max(ROUNDING, floor)
 
 
+@pytest.mark.parametrize("n_together", [2, 8, 15, 16, 20])
+def test_a_single_vector_edits_alike_to_the_bit_however_many_tokens_are_computed_together(
+    llama: Context, n_together: int
+) -> None:
+    """From 16 rows on it is padded to a product that CPUs compute by another kernel."""
+    llama.set_edits(RANK_1)
+    llama.set_strength(0.7)
+    whole = llama.logits(rows(TOKENS))
+
+    llama.clear()
+    parts = [
+        llama.decode(rows(TOKENS)[start : start + n_together]) for start in range(0, len(TOKENS), n_together)
+    ]
+
+    assert same_bits(np.concatenate(parts), whole)
+
+
 def test_batches_that_differ_in_nothing_but_which_rows_are_edited_share_no_graph(llama: Context) -> None:
     llama.set_edits(ALL)
     # each differs from the one before it in the edited rows, or in those of the last block, which are outputs
@@ -431,7 +448,7 @@ def test_a_removal_out_of_reach_is_refused_and_the_former_edit_stays() -> None:
 @pytest.mark.parametrize(
     ("edit", "at_one", "at_half", "of_some_rows"),
     [
-        (LayerEdit(remove=vectors(1)), 3, 4, 6),
+        (LayerEdit(remove=vectors(1)), 4, 4, 6),
         (LayerEdit(remove=vectors(3)), 3, 4, 6),
         (LayerEdit(add=addition()), 2, 2, 4),
         (LayerEdit(remove=vectors(3), add=addition()), 5, 6, 10),
