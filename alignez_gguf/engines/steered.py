@@ -240,7 +240,7 @@ class SteeredPrompts:
         self._context.decode(tokens, positions, sequences, outputs)
         for run in runs:
             self._truncate(run)
-            if run.start == 0:
+            if run.start == 0:  # nothing is left of the prompt as `_read_prompts` computed it
                 self._context.copy_sequence(run.query, run.sequence)
 
     def _truncate(self, run: _Run) -> None:

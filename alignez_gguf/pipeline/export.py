@@ -20,7 +20,7 @@ from alignez_gguf.pipeline.recipes import Made, auto, paper, split
 from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
-from alignez_gguf.scope import Scope
+from alignez_gguf.scope import GENERATION
 from alignez_gguf.scoring import Figures
 from alignez_gguf.workdir import WorkDirectory
 
@@ -78,7 +78,7 @@ def export(
     if given and len(settings.aspects) > 1:
         raise QueryError("given pairs belong to one aspect; export one aspect at a time, or leave them out")
     if len(settings.aspects) > 1 and settings.scope is None:
-        settings = replace(settings, scope=Scope())  # one file has one scope
+        settings = replace(settings, scope=GENERATION)  # one file has one scope
     jobs = [
         Job(
             engine,

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignez_gguf.engines import Sampling
-from alignez_gguf.scope import Scope
-
-_GENERATION = Scope()
+from alignez_gguf.scope import GENERATION, Scope
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Job:
     sampling: Sampling
     seed: int = 0
     strength: float = 0.0
-    scope: Scope = _GENERATION
+    scope: Scope = GENERATION
     n_alternatives: int | None = None
     divergence: bool = False
 
