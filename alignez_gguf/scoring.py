@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Protocol
 
@@ -41,9 +42,6 @@ DIVERGENCE_QUERIES = 24
 
 _PLAUSIBLE = 0.05
 """A token is one that a distribution would say if it is at least so probable, relative to the likeliest."""
-
-_CERTAINTY = 1.645
-"""Standard errors by which a mean gain must exceed zero: one-sided 95%."""
 
 
 @dataclass(frozen=True)
@@ -164,18 +162,30 @@ class Figures:
     """What is known of an edit.
 
     Attributes:
-        gain: mean over the queries, in nat.
-        standard_error: of that mean.
-        onset: mean of log 2 sigmoid(gain) over the queries, in nat.
+        gains: of each query, in nat.
         leak: mean over the queries, a probability.
         divergence: `None` where it was not measured at all.
     """
 
-    gain: float
-    standard_error: float
-    onset: float
+    gains: tuple[float, ...]
     leak: float = 0.0
     divergence: Divergence | None = None
+
+    @cached_property
+    def gain(self) -> float:
+        """Mean over the queries, in nat."""
+        return float(np.mean(self.gains))
+
+    @cached_property
+    def standard_error(self) -> float:
+        """Of the gain, in nat; infinite where there is a single query."""
+        count = len(self.gains)
+        return float(np.std(self.gains, ddof=1) / np.sqrt(count)) if count > 1 else math.inf
+
+    @cached_property
+    def onset(self) -> float:
+        """Mean of log 2 sigmoid(gain) over the queries, in nat."""
+        return math.log(2) - float(np.logaddexp(0.0, np.negative(self.gains)).mean())
 
     @property
     def kl(self) -> float | None:
@@ -197,11 +207,6 @@ class Figures:
     @property
     def _whole_divergence(self) -> Divergence | None:
         return self.divergence if self.divergence is not None and self.divergence.is_whole else None
-
-    @property
-    def is_certain(self) -> bool:
-        """Whether the gain is above zero beyond what the choice of queries explains."""
-        return self.gain > _CERTAINTY * self.standard_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,10 +242,8 @@ class Scorer:
     def figures(self, steered: NDArray[np.float32]) -> Figures:
         """Figures without the divergence of first-token log-probabilities [n_queries, n_vocab]."""
         each = gains(self.p_helpful, self.p_harmful, self.base, steered)
-        error = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else math.inf
-        leak = float(leaks(self.p_helpful, self.p_harmful, self.base, steered).mean())
-        onset = math.log(2) - float(np.logaddexp(0.0, -each).mean())
-        return Figures(float(each.mean()), error, onset, leak)
+        leak = leaks(self.p_helpful, self.p_harmful, self.base, steered).mean()
+        return Figures(tuple(each.tolist()), float(leak))
 
     def score(self, edits: Edits) -> Figures:
         """All figures of `edits`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import compress, groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from alignez_gguf.candidates import AMOUNTS, FINER, PLACED, PROBES, Candidate, S
 from alignez_gguf.edits import Decision, Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.scoring import Figures, Limits, Scorer
+from alignez_gguf.significance import beyond_chance
 
 DEFAULT_BUDGET = 0.1
 """Nat per token."""
@@ -73,11 +74,9 @@ class Selection:
 
     @property
     def pareto(self) -> list[Scored]:
-        """Those of certain gain that were measured to the end and that no other one beats in both KL and net,
-        least KL first."""
-        measured = [
-            scored for scored in self.tried if scored.figures.net is not None and scored.figures.is_certain
-        ]
+        """Those that gain beyond chance, were measured to the end and are beaten by no other one in both KL
+        and net, least KL first."""
+        measured = [scored for scored in _certain(self.tried) if scored.figures.net is not None]
         front: list[Scored] = []
         for scored in sorted(measured, key=lambda s: (s.figures.kl or 0.0, -(s.figures.net or 0.0))):
             if not front or (scored.figures.net or 0.0) > (front[-1].figures.net or 0.0):
@@ -125,7 +124,7 @@ class Search:
     def run(self, sources: Sequence[Source], layers: tuple[int, ...]) -> Selection | None:
         """Choose among `sources`, and among `layers` and parts of them.
 
-        Nothing where nothing affordable gains for certain; `no_gain` says why.
+        Nothing where nothing affordable gains beyond chance; `no_gain` says why.
         """
         for source in sources:
             self._try(_all_amounts(source, PROBES, layers))
@@ -235,12 +234,12 @@ class Search:
         return sorted(scored, key=lambda one: -one.figures.bound)
 
     def _affordable(self, count: int) -> list[Scored]:
-        """The `count` best candidates of certain gain within the budget, best net first.
+        """The `count` best candidates that gain beyond chance within the budget, best net first.
 
         Measures the divergence of only as many as it takes, and only as far: none below the net of the last
         of them, or below the floor, and none that does more of what is too much already.
         """
-        candidates = [scored for scored in self._ranked() if scored.figures.is_certain]
+        candidates = _certain(self._ranked())
         found = [scored for scored in candidates if self._pays(scored)]
         for scored in candidates:
             figures = scored.figures
@@ -295,7 +294,10 @@ class Search:
         if figures.divergence is not None and figures.net is None:
             figures = self.scorer.score(self.edits_of(best.candidate))
         cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token, net {figures.net:+.3f}"
-        return f"the best, {best.candidate}, gains {figures.gain:+.3f} +- {figures.standard_error:.3f}{cost}"
+        return (
+            f"the best of {len(self._tried)} edits, {best.candidate}, gains {figures.gain:+.3f} "
+            f"+- {figures.standard_error:.3f}{cost}"
+        )
 
     def _measured(self, scored: Scored, after_first: float = math.inf) -> Scored:
         """With the divergence, measured until it exceeds the budget, or this much after the first tokens."""
@@ -312,6 +314,13 @@ class Search:
         self._tried[candidate] = figures
         self.advance(str(candidate))
         return replace(scored, figures=figures)
+
+
+def _certain(tried: Sequence[Scored]) -> list[Scored]:
+    """Those of all that were tried that gain beyond chance, in their order."""
+    if not tried:
+        return []
+    return list(compress(tried, beyond_chance(np.array([scored.figures.gains for scored in tried]))))
 
 
 def _first_token(figures: Figures) -> Figures:

@@ -102,7 +102,6 @@ def test_single_query_has_no_finite_error() -> None:
         np.log(STEERED[one])
     )
     assert figures.standard_error == math.inf
-    assert not figures.is_certain
 
 
 def test_every_strength_has_figures_of_its_own() -> None:
@@ -179,14 +178,9 @@ def test_edit_that_was_not_measured_to_the_end_has_no_net() -> None:
 
 
 def test_net_pays_for_the_leak_and_for_the_rest_of_the_answer() -> None:
-    figures = Figures(gain=1.0, standard_error=0.1, onset=0.4, leak=0.2)
+    figures = Figures((1.0, 0.5), leak=0.2)
     assert (figures.kl, figures.net) == (None, None)
-    assert figures.bound == pytest.approx(0.4 + math.log(0.8))
+    assert figures.bound == pytest.approx(figures.onset + math.log(0.8))
     paid = replace(figures, divergence=Divergence((0.1, 0.2), (0.04, 0.01), 2))
     assert paid.net == pytest.approx(figures.bound - 0.3)
     assert replace(figures, leak=1.0).bound == -math.inf
-
-
-@pytest.mark.parametrize(("error", "certain"), [(0.6, True), (0.61, False)])
-def test_gain_is_certain_beyond_one_sided_95_percent(error: float, certain: bool) -> None:
-    assert Figures(1.0, error, 0.4).is_certain == certain

@@ -149,7 +149,10 @@ def _candidate(row: dict[str, Any]) -> Candidate:
 def _figures(row: dict[str, Any]) -> Figures:
     divergence = row["divergence"]
     return Figures(
-        **{**row, "divergence": None if divergence is None else Divergence(**_with_tuples(divergence))}
+        **{
+            **_with_tuples(row),
+            "divergence": None if divergence is None else Divergence(**_with_tuples(divergence)),
+        }
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         persona = scored.figures(np.log(np.maximum(scored.p_helpful, np.finfo(np.float32).tiny)))
     random = compared.pop(_RANDOM)
     baselines = (
-        Baseline("no edit", Figures(0.0, 0.0, 0.0), 0.0),
+        Baseline("no edit", Figures((0.0,) * len(held_out)), 0.0),
         Baseline("helpful persona as a prompt", persona, persona_divergence(job, held_out)),
         Baseline(_RANDOM, random, random.kl),
     )
@@ -294,5 +294,6 @@ def _figures_path(
         pairs=list(pairs),
         held_out=unweighted(held_out),
         seed=job.settings.seed,
+        figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
         **determined_by,
     ).with_suffix(suffix)

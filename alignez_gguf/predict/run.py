@@ -74,8 +74,16 @@ class Prediction:
                 return None
             return {**asdict(found), "best_accuracy": found.best_accuracy, "adjusted": found.adjusted}
 
-        measured = {name: of(getattr(self, name)) for name in ("own", "surface", "embedder")}
-        return {**asdict(self), **measured}
+        document = asdict(self)
+        document |= {name: of(getattr(self, name)) for name in ("own", "surface", "embedder")}
+        if self.held_out is not None and self.held_out.figures is not None:
+            figures = self.held_out.figures
+            document["held_out"]["figures"] |= {
+                "gain": figures.gain,
+                "standard_error": figures.standard_error,
+                "onset": figures.onset,
+            }
+        return document
 
 
 def predict(

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.pairs import PreferencePair
@@ -55,7 +58,11 @@ def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(
     assert own["p_chance"] <= 1 / 20
     assert own["surface"] == found["surface"]["best_accuracy"]
     assert found["held_out"]["edit"]
-    assert found["held_out"]["figures"]["gain"] > 0.5
+    figures = found["held_out"]["figures"]
+    assert figures["gain"] == pytest.approx(np.mean(figures["gains"]))
+    assert figures["gain"] > 0.5
+    assert figures["standard_error"] == pytest.approx(stats.sem(figures["gains"]))
+    assert 0 < figures["onset"] < math.log(2)
     assert found["verdict"]["outlook"] in ("likely", "uncertain")
     assert found["pairs"]["total"] == 24
     assert found["embedder"] is None

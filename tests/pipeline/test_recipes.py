@@ -188,7 +188,7 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
     assert made.control.recipe["scope"] == scope
 
 
-@pytest.mark.parametrize(("layers", "expected"), [((1,), "generation"), ((0,), "first:4"), ((2,), "first:1")])
+@pytest.mark.parametrize(("layers", "expected"), [((4,), "generation"), ((0,), "first:4"), ((3,), "first:1")])
 def test_narrower_scope_is_taken_only_where_it_is_better_by_a_margin(
     run: Run, layers: tuple[int, ...], expected: str
 ) -> None:
