@@ -6,6 +6,7 @@ Reads the header of a GGUF file, never its weights (a few samples for the finger
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -17,6 +18,9 @@ from alignez_gguf.gguf_header import GgufError, Header, read_header
 
 FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
 """The `quantization` of models that are not quantized."""
+
+FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
+"""The name of the first file of a split model: its own name, and how many files there are."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _MAX_DIGITS = 20

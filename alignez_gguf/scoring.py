@@ -89,6 +89,19 @@ class Divergence:
         """Whether one of the figures is sure to exceed its limit."""
         return self.per_token > limits.per_token or self.after_first > limits.after_first
 
+    def exceeds_sooner_along_helpful(self, limits: Limits) -> bool:
+        """Whether `after_first` will exceed its limit before `per_token` does, by the answers so far.
+
+        Of both there is one first, and then those that are left.
+        """
+        n_helpful, n_base = len(self.along_helpful), len(self.along_base)
+        if not n_helpful or not n_base or self.n_answers in (n_helpful, n_base):
+            return n_helpful <= n_base
+        # Shares of the limits by answer, multiplied by both limits, since a limit may be 0.
+        helpful = self.after_first / n_helpful * limits.per_token
+        base = self.per_token / n_base * limits.after_first
+        return helpful > base or (helpful == base and n_helpful <= n_base)
+
     def suffices_for(self, limits: Limits) -> bool:
         """Whether it was measured as far as these limits ask for."""
         return self.is_whole or self.exceeds(limits)
@@ -101,21 +114,22 @@ class Divergence:
 def divergence_along(
     along_helpful: Iterable[float], along_base: Iterable[float], n_answers: int, limits: Limits
 ) -> Divergence:
-    """The divergence along answers, of both kinds in turns, until it exceeds a limit.
+    """The divergence along answers until it exceeds a limit, first of the kind that will sooner.
 
     Args:
         along_helpful, along_base: what each answer adds; asked for no more than is needed.
         n_answers: how many there are of each kind.
     """
+    helpful, base = iter(along_helpful), iter(along_base)
     found = Divergence((), (), n_answers)
-    base = iter(along_base)
-    for helpful in along_helpful:
-        found = replace(found, along_helpful=(*found.along_helpful, helpful))
-        if found.exceeds(limits):
+    while not found.suffices_for(limits):
+        if found.exceeds_sooner_along_helpful(limits):
+            more = replace(found, along_helpful=(*found.along_helpful, *islice(helpful, 1)))
+        else:
+            more = replace(found, along_base=(*found.along_base, *islice(base, 1)))
+        if more == found:  # these are a part, measured with other limits
             break
-        found = replace(found, along_base=(*found.along_base, *islice(base, 1)))
-        if found.exceeds(limits):
-            break
+        found = more
     return found
 
 
@@ -126,7 +140,7 @@ def token_divergence(
     n_tokens: int,
     limits: Limits,
 ) -> Divergence:
-    """The same where each answer comes as the divergences at its tokens, in nat.
+    """`divergence_along` where each answer comes as the divergences at its tokens, in nat.
 
     Args:
         n_tokens: of all answers of the base model.

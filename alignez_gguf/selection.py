@@ -10,6 +10,7 @@ deterministic. This module knows nothing of engines.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, groupby
@@ -65,12 +66,6 @@ class Selection:
     tried: tuple[Scored, ...]
     n_queries: int
     budget: float
-
-    @property
-    def affordable(self) -> list[Scored]:
-        """Those that were measured and found within the budget, best net first."""
-        within = [scored for scored in self.tried if _is_within(scored.figures, self.budget)]
-        return sorted(within, key=lambda scored: -(scored.figures.net or 0.0))
 
     @property
     def pareto(self) -> list[Scored]:
@@ -241,9 +236,9 @@ class Search:
         """
         candidates = _certain(self._ranked())
         found = [scored for scored in candidates if self._pays(scored)]
+        nets = sorted(scored.figures.net or 0.0 for scored in found)
         for scored in candidates:
             figures = scored.figures
-            nets = sorted(one.figures.net or 0.0 for one in found)
             least = nets[-count] if len(nets) >= count else self.floor
             if figures.bound <= least:
                 break
@@ -254,11 +249,13 @@ class Search:
             measured = self._measured(scored, figures.bound - least)
             if self._pays(measured):
                 found.append(measured)
+                insort(nets, measured.figures.net or 0.0)
         return sorted(found, key=lambda one: (-(one.figures.net or 0.0), one.figures.kl or 0.0))[:count]
 
     def _pays(self, scored: Scored) -> bool:
         """Whether it is known to be within the budget and above the floor."""
-        return _is_within(scored.figures, self.budget) and (scored.figures.net or 0.0) > self.floor
+        kl, net = scored.figures.kl, scored.figures.net
+        return kl is not None and net is not None and kl <= self.budget and net > self.floor
 
     def _has_costly_part(self, candidate: Candidate) -> bool:
         """Whether a part of what this candidate does was measured and is over the budget."""
@@ -384,7 +381,3 @@ def _at_strength_one(candidate: Candidate) -> Candidate:
 
 def _adding(candidate: Candidate) -> tuple[int, ...]:
     return candidate.layers if candidate.added is None else candidate.added
-
-
-def _is_within(figures: Figures, budget: float) -> bool:
-    return figures.kl is not None and figures.kl <= budget

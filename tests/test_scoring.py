@@ -131,14 +131,14 @@ ALONG_HELPFUL, ALONG_BASE = (0.5, 0.25, 1.0), (0.01, 0.03, 0.02)
         (Limits(per_token=0.07, after_first=1.8), 3, 3),
         (Limits(after_first=0.4), 1, 0),
         (Limits(after_first=0.5), 2, 1),
-        (Limits(after_first=1.0), 3, 2),
+        (Limits(after_first=1.0), 3, 1),
         (Limits(per_token=0.005), 1, 1),
-        (Limits(per_token=0.03), 2, 2),
+        (Limits(per_token=0.03), 1, 2),
         (Limits(per_token=0.03, after_first=0.6), 2, 1),
         (Limits(per_token=0.03, after_first=0.4), 1, 0),
     ],
 )
-def test_divergence_is_measured_in_turns_until_it_exceeds_a_limit(
+def test_divergence_is_measured_until_it_exceeds_a_limit_along_what_will_sooner(
     limits: Limits, n_helpful: int, n_base: int
 ) -> None:
     asked: list[float] = []
@@ -151,8 +151,8 @@ def test_divergence_is_measured_in_turns_until_it_exceeds_a_limit(
     found = divergence_along(told(ALONG_HELPFUL), told(ALONG_BASE), 3, limits)
     assert found == Divergence(ALONG_HELPFUL[:n_helpful], ALONG_BASE[:n_base], 3)
     assert len(asked) == n_helpful + n_base
-    assert found.is_whole == (n_base == 3)
-    assert found.exceeds(limits) == (n_base < 3)
+    assert found.is_whole == (n_helpful == n_base == 3)
+    assert found.exceeds(limits) == (not found.is_whole)
     assert (found.after_first, found.per_token) == pytest.approx(
         (sum(ALONG_HELPFUL[:n_helpful]), sum(ALONG_BASE[:n_base]))
     )
@@ -167,7 +167,7 @@ def test_part_of_a_divergence_is_what_would_have_been_measured(per_token: float,
     assert whole.within(limits) == measured
     for more in (Limits(0.03), Limits(after_first=0.6)):
         longer = divergence_along(ALONG_HELPFUL, ALONG_BASE, 3, more).within(limits)
-        assert longer == measured if longer.suffices_for(limits) else len(longer.along_base) < 3
+        assert longer == measured if longer.suffices_for(limits) else not longer.is_whole
 
 
 def test_edit_that_was_not_measured_to_the_end_has_no_net() -> None:

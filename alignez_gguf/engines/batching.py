@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 from alignez_gguf.engines import Completion, Sampling
+from alignez_gguf.engines.completing import GrowingCompletion
 from alignez_gguf.engines.slots import Slots, Treatment
-from alignez_gguf.engines.text import StoppedText
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.sampling import Sampler, SamplerThreads
 
@@ -67,7 +66,7 @@ def generate(
                 if text.completion is None:
                     continue
                 text.close()
-                yield text.job.index, text.completion
+                yield text.index, text.completion
                 yield from start(slot)
                 if growing[slot] is text:
                     if slot < len(growing) - 1:
@@ -76,40 +75,19 @@ def generate(
                     growing.pop()
 
 
-class _Growing:
-    """A text that is being written."""
+class _Growing(GrowingCompletion):
+    """The completion of a job, with the sampler that draws it. `close` frees that."""
 
     def __init__(self, job: Job, sampling: Sampling, on_text: Callable[[int, str], None] | None) -> None:
-        self.job = job
-        self.last = -1
-        """The token to be computed next."""
-        self.completion: Completion | None = None
-        self._n_tokens = 0
-        self._max_tokens = sampling.max_tokens
-        self._text = StoppedText(sampling.stop)
-        self._on_text = on_text
+        super().__init__(job.index, sampling, on_text)
         self.sampler = Sampler(seed=job.seed, temperature=sampling.temperature, top_p=sampling.top_p)
 
     def take(self, model: Model, token: int) -> None:
         """Go on with a token that was drawn."""
         if model.ends_text(token):
-            self._finish("stop")
-            return
-        self.last = token
-        self._n_tokens += 1
-        self._show(self._text.feed(model.piece(token)))
-        if self._text.stopped:
-            self._finish("stop")
-        elif self._n_tokens == self._max_tokens:
-            self._finish("length")
-
-    def _finish(self, reason: Literal["stop", "length"]) -> None:
-        self._show(self._text.finish())
-        self.completion = Completion(self._text.text, self._n_tokens, reason)
-
-    def _show(self, piece: str) -> None:
-        if piece and self._on_text is not None:
-            self._on_text(self.job.index, piece)
+            self.end()
+        else:
+            self.add(token, model.piece(token))
 
     def close(self) -> None:
         self.sampler.close()

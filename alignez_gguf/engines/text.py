@@ -21,13 +21,9 @@ class StoppedText:
         self.stopped = False
         """Whether a stop string has been met."""
 
-    def feed(self, piece: bytes) -> str:
-        """Add the bytes of a token; the characters that are now certain to be part of the text."""
-        return self.feed_text(self._decoder.decode(piece))
-
-    def feed_text(self, piece: str) -> str:
-        """Add characters; those that are now certain to be part of the text."""
-        self._held += piece
+    def feed(self, piece: bytes | str) -> str:
+        """Add the bytes of a token, or characters; those that are now certain to be part of the text."""
+        self._held += self._decoder.decode(piece) if isinstance(piece, bytes) else piece
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True

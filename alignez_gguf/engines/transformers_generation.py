@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from alignez_gguf.engines import Completion, Sampling
-from alignez_gguf.engines.text import StoppedText
+from alignez_gguf.engines.completing import GrowingCompletion
 from alignez_gguf.engines.transformers_model import Padded, TorchModel
 
 _CONTEXT_TOKENS = 4
@@ -60,11 +59,11 @@ def _grow(
     while True:
         drawn = draw(logits[:, 0], [text.generator for text in growing], sampling)
         for text, token in zip(growing, drawn, strict=True):
-            text.advance(token)
+            text.take(token)
         left = [index for index, text in enumerate(growing) if text.completion is None]
         for text in growing:
             if text.completion is not None:
-                yield text.job.index, text.completion
+                yield text.index, text.completion
         if not left:
             return
         if len(left) < len(growing):
@@ -99,8 +98,8 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator], sampling: Sampli
     return [int(token) for token in tokens.minimum(torch.searchsorted(cumulative, total))[:, 0]]
 
 
-class _Growing:
-    """A text that is being written."""
+class _Growing(GrowingCompletion):
+    """The completion of a job, with the generator that draws it."""
 
     def __init__(
         self,
@@ -109,38 +108,17 @@ class _Growing:
         sampling: Sampling,
         on_text: Callable[[int, str], None] | None,
     ) -> None:
-        self.job = job
-        self.last = -1
-        """The token to be computed next."""
-        self.completion: Completion | None = None
+        super().__init__(job.index, sampling, on_text)
         self.generator = torch.Generator().manual_seed(job.seed)
         self._model = model
-        self._n_tokens = 0
-        self._max_tokens = sampling.max_tokens
         self._spelling = Spelling(model.decode, job.tokens)
-        self._text = StoppedText(sampling.stop)
-        self._on_text = on_text
 
-    def advance(self, token: int) -> None:
-        """Take the token that was drawn."""
+    def take(self, token: int) -> None:
+        """Go on with a token that was drawn."""
         if self._model.ends_text(token):
-            self._finish("stop")
-            return
-        self.last = token
-        self._n_tokens += 1
-        self._show(self._text.feed_text(self._spelling.add(token)))
-        if self._text.stopped:
-            self._finish("stop")
-        elif self._n_tokens == self._max_tokens:
-            self._finish("length")
-
-    def _finish(self, reason: Literal["stop", "length"]) -> None:
-        self._show(self._text.finish())
-        self.completion = Completion(self._text.text, self._n_tokens, reason)
-
-    def _show(self, piece: str) -> None:
-        if piece and self._on_text is not None:
-            self._on_text(self.job.index, piece)
+            self.end()
+        else:
+            self.add(token, self._spelling.add(token))
 
 
 class Spelling:

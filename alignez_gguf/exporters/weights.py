@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.gguf_header import GgufError, Header, TensorInfo, Value, read_header
-from alignez_gguf.model_info import ModelInfo
+from alignez_gguf.model_info import FIRST_PART, ModelInfo
 
 Kind = Literal["dense", "experts"]
 
 _DOWN = re.compile(r"blk\.(\d+)\.(ffn_down(?:_exps|_shexp|_chexps)?)\.weight")
-_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 _PIECE = 1 << 22
 """Weights that are dequantised at once."""
 
@@ -223,7 +222,7 @@ def _parts(path: Path, header: Header) -> list[Path]:
     count = header.metadata.get("split.count", 1)
     if type(count) is not int or count < 2:
         return [path]
-    match = _PART.fullmatch(path.name)
+    match = FIRST_PART.fullmatch(path.name)
     if match is None or int(match[2]) != count:
         raise ModelFileError(
             f"{path} is one of {count} parts, but is not named NAME-00001-of-{count:05}.gguf; "

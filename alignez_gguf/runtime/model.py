@@ -15,7 +15,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import FLOAT_WEIGHTS, ModelInfo
+from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
 
@@ -147,7 +147,8 @@ def _better_read_than_mapped(path: Path, quantization: str) -> bool:
     that is mapped stays in memory beside it. A large file and one in parts are mapped all the same: what does
     not fit there can still be computed with then.
     """
-    if quantization in {"", *FLOAT_WEIGHTS} or "-00001-of-" in path.name or not hasattr(os, "sysconf"):
+    in_parts = FIRST_PART.fullmatch(path.name) is not None
+    if quantization in {"", *FLOAT_WEIGHTS} or in_parts or not hasattr(os, "sysconf"):
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return path.stat().st_size < _MOST_READ * memory

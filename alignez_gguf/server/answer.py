@@ -55,7 +55,7 @@ class Answer:
             self._reports.append(self._report(context, index, token, data, base_logits))
         text = self._decoder.decode(data)
         self._n_fed += len(text)
-        self._give(self._text.feed_text(text))
+        self._give(self._text.feed(text))
         if self._text.stopped:
             self._finish(Finished("stop", self._n_tokens))
         elif self._n_tokens == self.job.sampling.max_tokens:
