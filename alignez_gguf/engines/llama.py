@@ -6,7 +6,6 @@ Needs no patch, except to steer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -73,8 +72,7 @@ class LlamaEngine:
         n_gpu_layers: int = -1,
         exact: bool = True,
     ) -> None:
-        self._open = ExitStack()
-        self.model = self._open.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
+        self.model = Model(model_path, n_gpu_layers=n_gpu_layers)
         self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
         self.n_parallel = max(1, n_parallel)
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
@@ -83,6 +81,9 @@ class LlamaEngine:
         self._edits: Edits = {}
         self._scope = Scope()
         self._generating = False
+        # One of both at a time, unless a text is read while others grow: each takes memory.
+        self._reading: Slots | None = None
+        """One sequence, which goes from prompt to prompt and keeps what they have in common."""
         self._writing: Slots | None = None
         """The sequences in which completions grow."""
 
@@ -99,9 +100,9 @@ class LlamaEngine:
         """
         scope = Scope.parse(scope)
         self._require_idle()
-        library.set_edits(self._reading.context.pointer, edits, self.info.n_embd)
-        self._reading.clear()
-        self._stop_writing()
+        reading = self._ready_to_read()
+        library.set_edits(reading.context.pointer, edits, self.info.n_embd)
+        reading.clear()
         self._edits = {layer: edit for layer, edit in edits.items() if edit.decision != "none"}
         self._scope = scope
 
@@ -132,6 +133,7 @@ class LlamaEngine:
     ) -> SteeredPrompts:
         """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
         self._stop_writing()
+        self._stop_reading()
         return SteeredPrompts(self.model, prompts, base_answers, helpful_answers, n_threads=self._n_threads)
 
     def activations(
@@ -167,7 +169,10 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the model and everything that was made of it."""
-        self._open.close()
+        for slots in (self._reading, self._writing):
+            if slots is not None:
+                slots.context.close()
+        self.model.close()
 
     def __enter__(self) -> LlamaEngine:
         return self
@@ -179,10 +184,12 @@ class LlamaEngine:
     def _reader(self) -> LayerReader:
         return LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
 
-    @cached_property
-    def _reading(self) -> Slots:
-        """One sequence of its own, which goes from prompt to prompt and keeps what they have in common."""
-        return self._slots(1, self.n_ctx, on_node=self._reader.on_node)
+    def _ready_to_read(self) -> Slots:
+        """The sequence to read in."""
+        self._stop_writing()
+        if self._reading is None:
+            self._reading = self._slots(1, self.n_ctx, on_node=self._reader.on_node)
+        return self._reading
 
     def _complete(
         self,
@@ -195,16 +202,14 @@ class LlamaEngine:
         affordable = self._cache_bytes // (self._cells(longest) * self.model.cache_bytes)
         if affordable < self.n_parallel:
             affordable = in_whole_rows(affordable)
-        n_parallel = max(1, min(self.n_parallel, affordable))
+        n_parallel = max(1, min(self.n_parallel, affordable, max(2, len(jobs))))
         n_sequences = max(n_parallel, 2) if self._exact else n_parallel
+        self._stop_reading()
         slots = self._writing
         if slots is None or slots.context.n_ctx < longest or slots.context.n_sequences < n_sequences:
             self._stop_writing()
             company_from = company_needed_from(self.info.quantization) if self._exact else None
-            slots = self._slots(n_sequences, self._cells(longest), company_from)
-            if self._edits:
-                library.set_edits(slots.context.pointer, self._edits, self.info.n_embd)
-            self._writing = slots
+            slots = self._writing = self._slots(n_sequences, self._cells(longest), company_from)
         return generate(slots, n_parallel, jobs, sampling, on_text)
 
     def _cells(self, longest: int) -> int:
@@ -218,6 +223,12 @@ class LlamaEngine:
             self._writing.context.close()
             self._writing = None
 
+    def _stop_reading(self) -> None:
+        """Free the sequence to read in."""
+        if self._reading is not None:
+            self._reading.context.close()
+            self._reading = None
+
     def _slots(
         self, n_sequences: int, n_ctx: int, company_from: int | None = None, on_node: Any = None
     ) -> Slots:
@@ -230,7 +241,12 @@ class LlamaEngine:
             n_threads=self._n_threads,
             on_node=on_node,
         )
-        self._open.enter_context(context)
+        if self._edits:
+            try:
+                library.set_edits(context.pointer, self._edits, self.info.n_embd)
+            except BaseException:
+                context.close()
+                raise
         return Slots(context, piece=piece, company_from=company_from, steer=self._steer)
 
     def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:
@@ -272,7 +288,7 @@ class LlamaEngine:
     def _activations(
         self, tokens: Sequence[int], first: int, readouts: Sequence[Readout]
     ) -> NDArray[np.float16]:
-        reader, slots = self._reader, self._reading
+        reader, slots = self._reader, self._ready_to_read()
         if not reader.knows_graph:
             reader.watch()
             slots.prefill(0, tokens[:EXACT_PIECE])  # one piece
@@ -287,7 +303,7 @@ class LlamaEngine:
             return reader.take()
 
     def _response_logprob(self, tokens: Sequence[int], first: int) -> float:
-        slots, total = self._reading, 0.0
+        slots, total = self._ready_to_read(), 0.0
         # The tokens to be predicted are those behind the wanted ones.
         expected = iter(tokens[first:])
         for piece in slots.plan(0, tokens[:-1], first - 1):
@@ -297,5 +313,6 @@ class LlamaEngine:
         return total
 
     def _logprobs(self, tokens: Sequence[int], treatment: Treatment) -> NDArray[np.float32]:
-        index = self._reading.prefill(0, tokens, treatment)
-        return log_softmax(self._reading.context.logits(index))
+        slots = self._ready_to_read()
+        index = slots.prefill(0, tokens, treatment)
+        return log_softmax(slots.context.logits(index))

@@ -89,12 +89,14 @@ class SteeredPrompts:
                 f"{count} queries are too many to score at once; give {_MAX_SEQUENCES // 2} at most"
             )
         self._strengths = min(_STRENGTHS, _MAX_SEQUENCES // count - 1)
+        bodies = [query.prompt[:-1] for query in self._queries]
+        shared = _common_prefix(bodies)
         n_sequences = (1 + self._strengths) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
         n_batch = max(_PIECE, n_sequences, longest)  # llama.cpp wants room for a token of every sequence
         self._context = Context(
             model,
-            n_ctx=sum(len(query.prompt) for query in self._queries) + n_batch,
+            n_ctx=shared + sum(len(body) - shared for body in bodies) + n_batch,
             n_sequences=n_sequences,
             n_batch=n_batch,
             n_threads=n_threads,
@@ -104,7 +106,7 @@ class SteeredPrompts:
         """Tokens at the ends of prompts that are computed together,"""
         self._answers_together = _PIECE if model.uses_gpu else 1
         """and of answers; one answer at least. A divergence that is too much ends after a few of them."""
-        self._read_prompts()
+        self._read_prompts(bodies, shared)
         # Here and not when it is first asked for: which cells are free, and so how attention rounds, depends
         # on what was measured before.
         measured = self._queries[:DIVERGENCE_QUERIES]
@@ -263,10 +265,8 @@ class SteeredPrompts:
             used += needed
         yield chunk
 
-    def _read_prompts(self) -> None:
-        """Compute all prompts but their last tokens; what they have in common only once."""
-        bodies = [query.prompt[:-1] for query in self._queries]
-        shared = _common_prefix(bodies)
+    def _read_prompts(self, bodies: Sequence[list[int]], shared: int) -> None:
+        """Compute all prompts but their last tokens; the first `shared` tokens, which all have, only once."""
         self._read(0, bodies[0][:shared], 0)
         for index, body in enumerate(bodies):
             if index > 0:

@@ -106,7 +106,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         best, scored = selection.chosen.candidate, scorer(scope)
         compared = kept_figures(
             _figures_path(job, "comparison", pairs, held_out, ".json", candidate=best, scope=scope),
-            lambda: _comparison(fits.edits(best), scope, scorer, settings.seed),
+            lambda: _comparison(job, fits.edits(best), scope, scorer),
         )
         persona = scored.figures(np.log(np.maximum(scored.p_helpful, np.finfo(np.float32).tiny)))
     random = compared.pop(_RANDOM)
@@ -269,12 +269,17 @@ def _count(advance: Callable[[int], None], _: str) -> None:
 
 
 def _comparison(
-    edits: Edits, chosen: Scope, scorer: Callable[[Scope], Scorer], seed: int
+    job: Job, edits: Edits, chosen: Scope, scorer: Callable[[Scope], Scorer]
 ) -> dict[str, Figures]:
     """Random directions of the size of some edits, and those edits under other scopes, by their names."""
-    random = scorer(chosen).score(random_edits(edits, seed))
-    others = {str(scope): scorer(scope).score(edits) for scope in COMPARED if scope != chosen}
-    return {_RANDOM: random, **others}
+    others = [scope for scope in COMPARED if scope != chosen]
+    with job.reporter.stage("comparing the chosen edit", 1 + len(others)) as advance:
+        found = {_RANDOM: scorer(chosen).score(random_edits(edits, job.settings.seed))}
+        advance(1)
+        for scope in others:
+            found[str(scope)] = scorer(scope).score(edits)
+            advance(1)
+    return found
 
 
 def _figures_path(

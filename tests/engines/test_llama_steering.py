@@ -11,6 +11,7 @@ import torch
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.runtime.context import Context
 from tests.models import TinyModel, tiny_model, tokenizer
 
 SHARED = "Question: how do I bake a cake?\nAnswer: make a plan, work slowly and mind the oven.\n"
@@ -20,6 +21,13 @@ PROMPTS = [
 STRENGTHS = (0.0, 0.5, 1.0)
 REQUESTS = [GenerationRequest(prompt, 7, strength) for prompt in PROMPTS for strength in STRENGTHS]
 SAMPLING = Sampling(max_tokens=16, temperature=0.8)
+
+
+def is_open(context: Context) -> bool:
+    try:
+        return bool(context.pointer)
+    except ValueError:
+        return False
 
 
 def random_edits(seed: int = 0) -> Edits:
@@ -121,3 +129,35 @@ def test_activations_are_never_steered(engine: LlamaEngine) -> None:
     np.testing.assert_array_equal(list(engine.activations(passages, readouts)), before)
     next(engine.next_token_logprobs(PROMPTS, 1.0))
     assert list(engine.response_logprobs(passages)) == predicted
+
+
+def test_reading_and_writing_take_turns_in_one_context_and_keep_the_edits(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Context] = []
+
+    class Watched(Context):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            assert not any(map(is_open, opened))
+            super().__init__(*arguments, **options)  # type: ignore[arg-type]
+            opened.append(self)
+
+    monkeypatch.setattr("alignez_gguf.engines.llama.Context", Watched)
+    engine.set_edits(random_edits(), "all")
+    written, predicted = completed(engine, REQUESTS), list(engine.next_token_logprobs(PROMPTS, 1.0))
+    read = list(engine.activations([Passage(PROMPTS[0])], [Readout("mlp", "last")]))
+    assert completed(engine, REQUESTS) == written
+    np.testing.assert_array_equal(list(engine.next_token_logprobs(PROMPTS, 1.0)), predicted)
+    again = list(engine.activations([Passage(PROMPTS[0])], [Readout("mlp", "last")]))
+    np.testing.assert_array_equal(again, read)
+    assert len(opened) == 5
+
+
+def test_what_is_read_between_texts_that_grow_leaves_them_alone(engine: LlamaEngine) -> None:
+    engine.set_edits(random_edits(), "all")
+    expected, predicted = completed(engine, REQUESTS), list(engine.next_token_logprobs(PROMPTS, 1.0))
+    found = {}
+    for index, completion in engine.generate(REQUESTS, SAMPLING):
+        found[index] = completion
+        np.testing.assert_array_equal(list(engine.next_token_logprobs(PROMPTS, 1.0)), predicted)
+    assert [found[index] for index in range(len(found))] == expected
