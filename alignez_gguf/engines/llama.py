@@ -141,7 +141,6 @@ class LlamaEngine:
     ) -> Iterator[NDArray[np.float16]]:
         """What every layer makes of each passage; see `Engine`. Never steered."""
         split = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
-        self._stop_writing()
         return (self._activations(tokens, first, readouts) for tokens, first in split)
 
     def response_logprobs(
@@ -169,9 +168,9 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the model and everything that was made of it."""
-        for slots in (self._reading, self._writing):
-            if slots is not None:
-                slots.context.close()
+        self._generating = False
+        self._stop_writing()
+        self._stop_reading()
         self.model.close()
 
     def __enter__(self) -> LlamaEngine:
@@ -202,7 +201,8 @@ class LlamaEngine:
         affordable = self._cache_bytes // (self._cells(longest) * self.model.cache_bytes)
         if affordable < self.n_parallel:
             affordable = in_whole_rows(affordable)
-        n_parallel = max(1, min(self.n_parallel, affordable, max(2, len(jobs))))
+        wanted = max(len(jobs), 2)  # a second one soon, as in a chat side by side, keeps what is computed
+        n_parallel = max(1, min(self.n_parallel, affordable, wanted))
         n_sequences = max(n_parallel, 2) if self._exact else n_parallel
         self._stop_reading()
         slots = self._writing
@@ -240,13 +240,8 @@ class LlamaEngine:
             n_batch=max(piece, n_sequences),
             n_threads=self._n_threads,
             on_node=on_node,
+            edits=self._edits,
         )
-        if self._edits:
-            try:
-                library.set_edits(context.pointer, self._edits, self.info.n_embd)
-            except BaseException:
-                context.close()
-                raise
         return Slots(context, piece=piece, company_from=company_from, steer=self._steer)
 
     def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:

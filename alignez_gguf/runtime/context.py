@@ -9,7 +9,9 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignez_gguf.edits import Edits
 from alignez_gguf.errors import AlignezError, ModelFileError
+from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.threads import physical_cores
@@ -34,9 +36,12 @@ class Context:
             depends on the other sequences.
         f32_cache: keep keys and values in F32 instead of F16.
         on_node: a callback of type `ggml_backend_sched_eval_callback`, kept alive here.
+        edits: see `library.set_edits`. Without any, no patch is needed.
 
     Raises:
         ModelFileError: llama.cpp cannot make such a context.
+        SteeringError: llama.cpp refuses the edits.
+        RuntimeUnavailableError: there are edits, and the patch is missing.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Context:
         unified: bool = False,
         f32_cache: bool = False,
         on_node: Any = None,
+        edits: Edits | None = None,
     ) -> None:
         self._pointer: Any = None
         self.model = model
@@ -76,6 +82,12 @@ class Context:
                 f"llama.cpp cannot make a context of {n_sequences} sequences of {cells} tokens: "
                 f"{log.reason()}; ask for fewer or shorter ones"
             )
+        if edits:
+            try:
+                library.set_edits(self._pointer, edits, model.info.n_embd)
+            except BaseException:
+                self.close()  # the model must not be freed before it
+                raise
         self._memory: Any = llama.llama_get_memory(self._pointer)
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells
         self._batch = _Batch(self.n_batch)

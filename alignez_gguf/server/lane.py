@@ -76,14 +76,9 @@ class Lane:
             n_sequences=self.n_parallel + _STAGING,
             n_batch=max(piece, self.n_parallel + _STAGING),
             n_threads=n_threads,
+            edits=edits,
         )
         self._has_edits = bool(edits)
-        if edits:
-            try:
-                library.set_edits(self._context.pointer, edits, model.info.n_embd)
-            except BaseException:
-                self._context.close()  # the model must not be freed before it
-                raise
         lone = company_needed_from(model.info.quantization)
         self._slots = Slots(
             self._context, piece=piece, company_from=lone if exact else None, steer=self._steer
