@@ -19,10 +19,11 @@ from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.generation import answer_prompts
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Export, Job, Settings, self_generated_pairs
-from alignez_gguf.pipeline.recipes import SCOPE_MARGIN, sources, split
+from alignez_gguf.pipeline.recipes import COMPARED, SCOPE_MARGIN, SEARCHED, sources, split
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import Templates
-from alignez_gguf.scope import GENERATION, Scope
+from alignez_gguf.scope import Scope
+from alignez_gguf.selection import Scored
 from alignez_gguf.workdir import WorkDirectory
 from tests.pipeline.conftest import N_QUERIES, QUERIES, QUICK, SETTINGS, Run
 
@@ -188,22 +189,33 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
     assert made.control.recipe["scope"] == scope
 
 
-@pytest.mark.parametrize(("layers", "expected"), [((4,), "generation"), ((0,), "first:4"), ((3,), "first:1")])
+def net(scored: Scored) -> float:
+    assert scored.figures.net is not None
+    return scored.figures.net
+
+
+@pytest.mark.parametrize("layers", [(4,), (3,), (0,)], ids=str)
 def test_narrower_scope_is_taken_only_where_it_is_better_by_a_margin(
-    run: Run, layers: tuple[int, ...], expected: str
+    run: Run, layers: tuple[int, ...]
 ) -> None:
-    quick = replace(QUICK, layers=layers, method="svd-diff")
-    (wide,) = run(replace(quick, scope=GENERATION)).made
-    (made,) = run(replace(quick, scope=None)).made
-    assert wide.selection is not None
-    assert made.selection is not None
-    assert made.recipe["scope"] == expected
-    assert set(made.scopes) == {"all", "generation", "first:4", "first:1"} - {expected}
-    if expected == "generation":
-        assert made.selection == wide.selection
-    else:
-        least = (wide.selection.chosen.figures.net or 0.0) + SCOPE_MARGIN
-        assert (made.selection.chosen.figures.net or 0.0) > least
+    """Held against a search of each scope alone; which one is the best of them depends on the machine."""
+    job = replace(QUICK, layers=layers, method="svd-diff")
+
+    def best(scope: Scope | None) -> tuple[str, Scored] | None:
+        try:
+            (made,) = run(replace(job, scope=scope)).made
+        except NoGainError:
+            return None
+        assert made.selection is not None
+        assert {*made.scopes, made.recipe["scope"]} >= {str(scope) for scope in COMPARED}
+        return str(made.recipe["scope"]), made.selection.chosen
+
+    expected: tuple[str, Scored] | None = None
+    for scope in SEARCHED:
+        found = best(scope)
+        if found is not None and (expected is None or net(found[1]) > net(expected[1]) + SCOPE_MARGIN):
+            expected = found
+    assert best(None) == expected
 
 
 def test_nothing_within_the_budget_is_an_error(run: Run) -> None:
