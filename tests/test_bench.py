@@ -142,7 +142,8 @@ def test_steering_has_a_figure_for_every_form(setting: Setting) -> None:
     assert CONTRACT["steering"] <= found.keys()
     for form in ("lora", "control_vector", "merged"):
         assert {f"{form}_decode_ratio", f"{form}_prefill_ratio"} <= found.keys()
-    others = {"generation_prefill_ratio", "changing_strength_ratio", "side_by_side_ratio", "prefill_noise"}
+    others = {"generation_prefill_ratio", "changing_strength_ratio", "prefill_noise"}
+    others |= {"side_by_side_ratio", "side_by_side_steering_ratio"}
     assert others <= found.keys()
     assert all(figure.value is not None and figure.value > 0 for figure in found.values())
 
@@ -335,13 +336,34 @@ def test_table_takes_its_place_in_a_document_and_leaves_the_rest(tmp_path: Path)
         assert "old" not in lines
 
 
-def test_document_has_a_place_for_every_measurement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cpu with amx"])
+def test_document_has_a_place_for_every_measurement(device: str, tmp_path: Path) -> None:
     document = tmp_path / "performance.md"
     document.write_text((ROOT / "docs" / "performance.md").read_text())
+    report.require_places(document, bench.MEASUREMENTS, device)
     for name in bench.MEASUREMENTS:
-        report.write(document, {name: Measured({})}, ABOUT)
+        report.write(document, {name: Measured({})}, ABOUT | {"device": device})
     with pytest.raises(report.NoPlaceError, match="steering on abacus"):
         report.write(document, {"steering": Measured({})}, ABOUT | {"device": "abacus"})
+
+
+def test_document_without_a_place_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(report.NoPlaceError, match=r"missing\.md cannot be read"):
+        report.require_places(tmp_path / "missing.md", ["ccs"], "cpu")
+    document = tmp_path / "performance.md"
+    document.write_text("<!-- ccs on cpu -->\n<!-- end -->\n")
+    report.require_places(document, ["ccs"], "cpu")
+    with pytest.raises(report.NoPlaceError, match="growth on cpu"):
+        report.require_places(document, ["ccs", "growth"], "cpu")
+
+
+def test_bench_names_the_missing_document_first(setting: Setting, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["bench.py", "--only", "ccs", "--model", str(setting.model), "--write", "no-such.md"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", options)
+        with pytest.raises(SystemExit, match=r"Error: no-such\.md cannot be read"):
+            bench.main()
+    assert "measuring" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

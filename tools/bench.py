@@ -62,13 +62,16 @@ def _run(options: argparse.Namespace) -> None:
 
     setting = _setting(options)
     about = report.about_machine(setting.model, setting.n_threads, setting.n_gpu_layers)
+    names = options.only or MEASUREMENTS
+    if options.write is not None:
+        report.require_places(options.write, names, about["device"])
     found: dict[str, Measured] = {}
-    for name in options.only or MEASUREMENTS:
+    for name in names:
         print(f"measuring {name}", file=sys.stderr, flush=True)
         found[name] = import_module(f"benching.{name}").measure(setting)
+        print(report.as_text({name: found[name]}), flush=True)
         if options.write is not None:
             report.write(options.write, {name: found[name]}, about)
-        print(report.as_text({name: found[name]}), flush=True)
     if options.json:
         print(json.dumps(report.as_json(found, about)))
 

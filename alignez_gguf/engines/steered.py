@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,24 +95,32 @@ class SteeredPrompts:
         n_sequences = (1 + self._strengths) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
         n_batch = max(_PIECE, n_sequences, longest)  # llama.cpp wants room for a token of every sequence
-        self._context = Context(
-            model,
-            n_ctx=shared + sum(len(body) - shared for body in bodies) + n_batch,
-            n_sequences=n_sequences,
-            n_batch=n_batch,
-            n_threads=n_threads,
-            unified=True,
-        )
         self._together = n_batch if model.uses_gpu else _PIECE
         """Tokens at the ends of prompts that are computed together,"""
         self._answers_together = _PIECE if model.uses_gpu else 1
         """and of answers; one answer at least. A divergence that is too much ends after a few of them."""
-        self._read_prompts(bodies, shared)
-        # Here and not when it is first asked for: which cells are free, and so how attention rounds, depends
-        # on what was measured before.
-        measured = self._queries[:DIVERGENCE_QUERIES]
-        self._along_base = self._unsteered([query.base_answer for query in measured])
-        self._along_helpful = self._unsteered([query.helpful_answer for query in measured])
+        with ExitStack() as opened:
+            self._context = opened.enter_context(
+                Context(
+                    model,
+                    n_ctx=shared + sum(len(body) - shared for body in bodies) + n_batch,
+                    n_sequences=n_sequences,
+                    n_batch=n_batch,
+                    n_threads=n_threads,
+                    unified=True,
+                )
+            )
+            self._read_prompts(bodies, shared)
+            # Here and not when it is first asked for: which cells are free, and so how attention rounds,
+            # depends on what was measured before.
+            measured = self._queries[:DIVERGENCE_QUERIES]
+            self._along_base = opened.enter_context(
+                self._unsteered([query.base_answer for query in measured])
+            )
+            self._along_helpful = opened.enter_context(
+                self._unsteered([query.helpful_answer for query in measured])
+            )
+            self._opened = opened.pop_all()
 
     def first_token_logprobs(
         self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope = GENERATION
@@ -156,9 +165,7 @@ class SteeredPrompts:
         )
 
     def close(self) -> None:
-        self._context.close()
-        self._along_base.close()
-        self._along_helpful.close()
+        self._opened.close()
 
     def __enter__(self) -> SteeredPrompts:
         return self
@@ -300,7 +307,7 @@ class _Unsteered:
         self.answers = answers
         self._shapes: list[tuple[int, ...]] = []
         try:
-            self._file = tempfile.TemporaryFile(prefix="alignez-")  # noqa: SIM115, `close` does
+            self._file = tempfile.TemporaryFile(prefix="alignez-")  # noqa: SIM115, `__exit__` closes it
             for rows in logprobs:
                 self._shapes.append(rows.shape)
                 self._file.write(rows.tobytes())
@@ -318,7 +325,10 @@ class _Unsteered:
             data = self._file.read(math.prod(shape) * np.dtype(np.float32).itemsize)
             yield np.frombuffer(data, np.float32).reshape(shape)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Unsteered:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

@@ -245,9 +245,19 @@ def test_full_disk_is_an_error_that_names_the_folder(model: Model, monkeypatch: 
         def write(self, _: object) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    contexts = []
+
+    def opened(*args: Any, **keywords: Any) -> Context:
+        contexts.append(Context(*args, **keywords))
+        return contexts[-1]
+
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(steered, "Context", opened)
     with pytest.raises(WorkDirectoryError, match=r"No space left on device; make room there, or set TMPDIR"):
         SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1)
+    (context,) = contexts
+    with pytest.raises(ValueError, match="closed"):
+        context.pointer  # noqa: B018
 
 
 def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPrompts, model: Model) -> None:

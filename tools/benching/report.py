@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ def as_text(found: Mapping[str, Measured]) -> str:
     return "\n".join(lines)
 
 
+def require_places(path: Path, names: Iterable[str], device: str) -> None:
+    """Raise `NoPlaceError` where `write` would: a document has no place for one of these measurements."""
+    text = _text(path)
+    for name in names:
+        _around_place(path, text, name, device)
+
+
 def write(path: Path, found: Mapping[str, Measured], about: Mapping[str, str]) -> None:
     """Put the table of each measurement in its place in a document.
 
@@ -65,15 +72,28 @@ def write(path: Path, found: Mapping[str, Measured], about: Mapping[str, str]) -
     Raises:
         NoPlaceError: a place is missing; nothing is written.
     """
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     for name, measured in found.items():
-        mark = f"<!-- {name} on {about['device']} -->\n"
-        before, _, after = text.partition(mark)
-        _, end, after = after.partition(_END)
-        if not end:
-            raise NoPlaceError(f"{path} has no {mark.strip()} ... {_END} to put a table into")
-        text = "".join((before, mark, as_markdown(measured, about), "\n", end, after))
+        before, after = _around_place(path, text, name, about["device"])
+        text = "".join((before, as_markdown(measured, about), "\n", after))
     path.write_text(text, encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise NoPlaceError(f"{path} cannot be read ({error.strerror}); name a document") from error
+
+
+def _around_place(path: Path, text: str, name: str, device: str) -> tuple[str, str]:
+    """The text up to the place of a table, and from its end on."""
+    mark = f"<!-- {name} on {device} -->\n"
+    before, found, rest = text.partition(mark)
+    _, end, after = rest.partition(_END)
+    if not found or not end:
+        raise NoPlaceError(f"{path} has no {mark.strip()} ... {_END} to put a table into")
+    return before + mark, end + after
 
 
 def as_markdown(measured: Measured, about: Mapping[str, str]) -> str:
@@ -94,7 +114,10 @@ def as_markdown(measured: Measured, about: Mapping[str, str]) -> str:
 
 
 def about_machine(model: Path, n_threads: int, n_gpu_layers: int) -> dict[str, str]:
-    """What the figures were measured on: device (`cpu` or `gpu`), processor, model, date."""
+    """What the figures were measured on: device, processor, model, date.
+
+    The device is `gpu`, `cpu with amx` or `cpu`: each has kernels of its own.
+    """
     import llama_cpp
 
     from alignez_gguf.runtime.status import status
@@ -102,9 +125,10 @@ def about_machine(model: Path, n_threads: int, n_gpu_layers: int) -> dict[str, s
     gpus = [device.description for device in status().devices if device.name != "CPU"]
     on_gpu = n_gpu_layers != 0 and bool(llama_cpp.llama_supports_gpu_offload()) and bool(gpus)
     amx = b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+    cpu = "cpu with amx" if amx else "cpu"
     processor = f"{n_threads} threads of {_processor()}{', with AMX' if amx else ''}"
     return {
-        "device": "gpu" if on_gpu else "cpu",
+        "device": "gpu" if on_gpu else cpu,
         "processor": f"{gpus[0]}, {processor}" if on_gpu else processor,
         "model": model.stem,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

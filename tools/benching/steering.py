@@ -40,15 +40,15 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         model = opened.enter_context(Model(setting.model, n_gpu_layers=setting.n_gpu_layers))
-        base, other, two = (
-            opened.enter_context(Bed(model, setting, sizes, n_sequences)) for n_sequences in (1, 1, 2)
+        base, other, base_two, two = (
+            opened.enter_context(Bed(model, setting, sizes, n_sequences)) for n_sequences in (1, 1, 2, 2)
         )
         rank_1 = removal(model.info, 1)
         pair = Pair(base, other, setting.pairs)
         found = _patched(pair, rank_1)
         found |= _stock(pair, rank_1, setting.model, folder)
         found |= _merged(base, rank_1, setting, folder)
-        found |= _side_by_side(base, two, rank_1, setting)
+        found |= _side_by_side(base, base_two, two, rank_1, setting)
     return Measured(found, {"llama-cpp-python": llama_cpp.__version__})
 
 
@@ -103,13 +103,16 @@ def _merged(base: Bed, rank_1: Edits, setting: Setting, folder: Path) -> dict[st
         return _both("merged_", "merged model", Pair(base, other, setting.pairs), NoEdit())
 
 
-def _side_by_side(base: Bed, two: Bed, rank_1: Edits, setting: Setting) -> dict[str, Figure]:
-    """Base and steered text in one batch, as a comparing chat decodes them, over the base text alone."""
-    found = Pair(base, two, setting.pairs).decode(BaseAndSteered(two.context, rank_1))
+def _side_by_side(base: Bed, base_two: Bed, two: Bed, rank_1: Edits, setting: Setting) -> dict[str, Figure]:
+    """Base and steered text in one batch, as a comparing chat decodes them, over the base alone or twice."""
+    form = BaseAndSteered(two.context, rank_1)
+    over_one = Pair(base, two, setting.pairs).decode(form)
+    over_two = Pair(base_two, two, setting.pairs).decode(form)
     return {
         "side_by_side_ratio": _ratio(
-            "decode, base and steered in one batch over base alone", found, bound=1.25
-        )
+            "decode, base and steered in one batch over base alone", over_one, bound=1.25
+        ),
+        "side_by_side_steering_ratio": _ratio("decode, the same over base twice in one batch", over_two),
     }
 
 
