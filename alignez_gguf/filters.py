@@ -53,12 +53,12 @@ def filter_pairs(
 
     Args:
         pairs: in any order, which is kept.
-        margins: [n_pairs, 2], from `generation.persona_margins`; NaN where it was not measured.
+        margins: [n_pairs, 2], from `generation.persona_margins`; NaN where they were not measured.
     """
     kept: list[PreferencePair] = []
     counts = {"empty": 0, "identical": 0, "near_identical": 0, "persona_ignored": 0}
     for index, pair in enumerate(pairs):
-        reason = _fault(pair)
+        reason = text_fault(pair)
         if reason is None and margins is not None and bool((margins[index] <= 0).any()):
             reason = "persona_ignored"
         if reason is None:
@@ -69,8 +69,8 @@ def filter_pairs(
     return kept, PairFilterReport(len(pairs), len(kept), truncated=truncated, **counts)
 
 
-def _fault(pair: PreferencePair) -> str | None:
-    """What is wrong with the texts of a pair, if anything."""
+def text_fault(pair: PreferencePair) -> str | None:
+    """What is wrong with the texts of a pair, if anything: the field of the report that counts it."""
     helpful, harmful = pair.helpful.casefold().split(), pair.harmful.casefold().split()
     if not helpful or not harmful:
         return "empty"

@@ -11,9 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from alignez_gguf.engines import Engine, GenerationRequest, Generator, Passage, Sampling
 from alignez_gguf.pairs import PairStore, PreferencePair
 from alignez_gguf.prompts import Templates
@@ -187,27 +184,22 @@ def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, Passa
 
 
 def persona_margins(
-    engine: Engine,
-    pairs: Sequence[PreferencePair],
-    templates: Templates,
-    advance: Callable[[int], None] = lambda _: None,
-) -> NDArray[np.float64]:
-    """How much better each answer fits its own persona than the other, by the model's own likelihoods.
+    engine: Engine, pairs: Sequence[PreferencePair], templates: Templates
+) -> Iterator[tuple[float, float]]:
+    """How much better the answers of each pair fit their own persona than the other, as it is measured.
 
     log P(answer | its persona) - log P(answer | the other persona), in nat over the first 24 tokens of the
-    answer: float64 [n_pairs, 2], helpful and harmful. Pairs with an empty answer have NaN.
+    answer, by the model's own likelihoods: helpful and harmful.
+
+    Raises:
+        QueryError: an answer is empty.
     """
-    margins = np.full((len(pairs), 2), np.nan)
-    measured = [index for index, pair in enumerate(pairs) if pair.helpful and pair.harmful]
     passages = [
         Passage(prompt, f" {answer}")
-        for index in measured
-        for prompt in answer_prompts(templates, pairs[index])
-        for answer in (pairs[index].helpful, pairs[index].harmful)
+        for pair in pairs
+        for prompt in answer_prompts(templates, pair)
+        for answer in (pair.helpful, pair.harmful)
     ]
     found = engine.response_logprobs(passages, max_tokens=MARGIN_TOKENS)
-    for index in measured:
-        helpful_own, harmful_other, helpful_other, harmful_own = (next(found) for _ in range(4))
-        margins[index] = helpful_own - helpful_other, harmful_own - harmful_other
-        advance(1)
-    return margins
+    for helpful_own, harmful_other, helpful_other, harmful_own in zip(*[found] * 4, strict=True):
+        yield helpful_own - helpful_other, harmful_own - harmful_other

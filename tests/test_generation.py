@@ -245,6 +245,7 @@ class LikelihoodEngine:
 
     def __init__(self) -> None:
         self.asked: list[Passage] = []
+        self.n_computed = 0
         self.max_tokens: int | None = None
 
     def response_logprobs(
@@ -255,18 +256,18 @@ class LikelihoodEngine:
         return (self.logprob(passage) for passage in passages)
 
     def logprob(self, passage: Passage) -> float:
+        self.n_computed += 1
         return -50 * np.random.default_rng(request_seed(0, repr(passage))).random()
 
 
 def test_margin_is_the_log_likelihood_ratio_of_the_personas() -> None:
-    engine, advanced = LikelihoodEngine(), []
+    engine = LikelihoodEngine()
     pairs = [
         PreferencePair("how?", "with care", "get lost", "kind", "rude"),
-        PreferencePair("why?", "", "get lost", "kind", "rude"),
         PreferencePair("who?", "me", "you", "calm", "wild"),
     ]
-    margins = persona_margins(engine, pairs, TEMPLATES, advanced.append)  # type: ignore[arg-type]
-    for pair, (helpful, harmful) in zip(pairs[::2], margins[::2], strict=True):
+    margins = persona_margins(engine, pairs, TEMPLATES)  # type: ignore[arg-type]
+    for pair, (helpful, harmful) in zip(pairs, margins, strict=True):
         as_helpful, as_harmful = answer_prompts(TEMPLATES, pair)
         expected = [
             engine.logprob(Passage(own, f" {answer}")) - engine.logprob(Passage(other, f" {answer}"))
@@ -276,11 +277,16 @@ def test_margin_is_the_log_likelihood_ratio_of_the_personas() -> None:
             )
         ]
         assert (helpful, harmful) == pytest.approx(tuple(expected))
-    assert np.isnan(margins[1]).all()
-    assert margins.shape == (3, 2)
     assert engine.max_tokens == MARGIN_TOKENS
-    assert advanced == [1, 1]
+
+
+def test_margins_are_measured_as_they_are_asked_for() -> None:
+    engine = LikelihoodEngine()
+    pairs = [PreferencePair(f"how {n}?", "with care", "get lost") for n in range(3)]
+    margins = persona_margins(engine, pairs, TEMPLATES)  # type: ignore[arg-type]
+    next(margins)
+    assert engine.n_computed == 4
 
 
 def test_no_pairs_have_no_margins() -> None:
-    assert persona_margins(LikelihoodEngine(), [], TEMPLATES).shape == (0, 2)  # type: ignore[arg-type]
+    assert not list(persona_margins(LikelihoodEngine(), [], TEMPLATES))  # type: ignore[arg-type]

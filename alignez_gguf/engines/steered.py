@@ -260,16 +260,18 @@ class SteeredPrompts:
             )
 
     def _chunks(self, runs: Sequence[_Run], most: int) -> Iterator[list[_Run]]:
-        """Runs of at most so many tokens together, or one that has more."""
+        """Runs of at most so many tokens together, or one that has more; about as many in each chunk."""
+        needed = [len(self._queries[run.query].prompt) - run.start + len(run.answer) for run in runs]
+        total = sum(needed)
+        even = -(-total // -(-total // most))
         chunk: list[_Run] = []
         used = 0
-        for run in runs:
-            needed = len(self._queries[run.query].prompt) - run.start + len(run.answer)
-            if chunk and used + needed > most:
+        for run, count in zip(runs, needed, strict=True):
+            if chunk and used + count > even:
                 yield chunk
                 chunk, used = [], 0
             chunk.append(run)
-            used += needed
+            used += count
         yield chunk
 
     def _read_prompts(self, bodies: Sequence[list[int]], shared: int) -> None:

@@ -11,9 +11,9 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,11 @@ from alignez_gguf.atomic import replacing
 from alignez_gguf.candidates import Candidate, Source
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.journal import Journal
+from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.scoring import Divergence, Figures
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 def kept_json(path: Path, make: Callable[[], Any]) -> Any:
@@ -62,38 +66,70 @@ def kept_figures(path: Path, measure: Callable[[], Mapping[str, Figures]]) -> di
     return {name: _figures(row) for name, row in rows.items()}
 
 
-class KnownFigures(MutableMapping[Candidate, Figures]):
-    """Figures of candidates, kept in a file to which each new one is appended. A context manager.
+def known_figures(path: Path) -> Known[Candidate, Figures]:
+    """Figures of candidates.
 
     Raises:
         WorkDirectoryError: the file cannot be used.
     """
+    return Known(path, "candidate", _candidate, "figures", _figures)
 
-    def __init__(self, path: Path) -> None:
+
+def known_margins(path: Path) -> Known[PreferencePair, tuple[float, float]]:
+    """Margins of pairs, the helpful answer's and the harmful one's.
+
+    Raises:
+        WorkDirectoryError: the file cannot be used.
+    """
+    return Known(path, "pair", lambda row: PreferencePair(**row), "margins", tuple)
+
+
+class Known(MutableMapping[_Key, _Value]):
+    """What is known of keys, in a file to which each new one is appended. A context manager.
+
+    Args:
+        path: the file.
+        key_name, value_name: of the fields of a row.
+        key, value: make such a field, as JSON gives it back, what it was.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key_name: str,
+        key: Callable[[Any], _Key],
+        value_name: str,
+        value: Callable[[Any], _Value],
+    ) -> None:
         self._journal = Journal(path)
-        self._figures = {_candidate(row["candidate"]): _figures(row["figures"]) for row in self._journal.rows}
+        self._names = key_name, value_name
+        self._found = {key(row[key_name]): value(row[value_name]) for row in self._journal.rows}
 
-    def __enter__(self) -> KnownFigures:
+    def __enter__(self) -> Known[_Key, _Value]:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._journal.close()
 
-    def __setitem__(self, candidate: Candidate, figures: Figures) -> None:
-        self._figures[candidate] = figures
-        self._journal.append({"candidate": asdict(candidate), "figures": asdict(figures)})
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        self._found[key] = value
+        self._journal.append(dict(zip(self._names, map(_as_json, (key, value)), strict=True)))
 
-    def __getitem__(self, candidate: Candidate) -> Figures:
-        return self._figures[candidate]
+    def __getitem__(self, key: _Key) -> _Value:
+        return self._found[key]
 
-    def __delitem__(self, candidate: Candidate) -> None:
-        raise TypeError("figures are kept")
+    def __delitem__(self, key: _Key) -> None:
+        raise TypeError("what is known is kept")
 
-    def __iter__(self) -> Iterator[Candidate]:
-        return iter(self._figures)
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return len(self._figures)
+        return len(self._found)
+
+
+def _as_json(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _kept(path: Path, make: Callable[[], bytes]) -> bytes:

@@ -20,7 +20,7 @@ from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
-from alignez_gguf.pipeline.kept import KnownFigures, kept_figures
+from alignez_gguf.pipeline.kept import kept_figures, known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorers
 from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures, Scorer
@@ -158,7 +158,7 @@ def _search_scopes(
     for scope in scopes:
         with (
             job.reporter.stage(f"trying edits ({scope})", None) as advance,
-            KnownFigures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)) as known,
+            known_figures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)) as known,
         ):
             search = Search(
                 scorer(scope),

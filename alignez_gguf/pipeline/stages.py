@@ -16,7 +16,7 @@ from alignez_gguf.activations import SelectedPairs, class_gap
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import GenerationRequest, Passage, Sampling
-from alignez_gguf.filters import PairFilterReport, filter_pairs
+from alignez_gguf.filters import PairFilterReport, filter_pairs, text_fault
 from alignez_gguf.generation import (
     answer_prompts,
     characteristics,
@@ -28,7 +28,7 @@ from alignez_gguf.generation import (
 from alignez_gguf.pairs import PairStore, PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json
+from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json, known_margins
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import ANSWER_TOKENS, NO_LIMITS, Divergence, Limits, Scorer, SteeredModel
 
@@ -88,25 +88,31 @@ def usable_pairs(
     job: Job, generated: Sequence[PreferencePair], given: Sequence[PreferencePair]
 ) -> tuple[list[PreferencePair], PairFilterReport]:
     """The pairs that say something; those that the model wrote are also held against its own likelihoods."""
-    margins = np.concatenate([_margins(job, generated), np.full((len(given), 2), np.nan)])
+    margins = np.full((len(generated) + len(given), 2), np.nan)
+    measured = [index for index, pair in enumerate(generated) if text_fault(pair) is None]
+    margins[measured] = _margins(job, [generated[index] for index in measured])
     kept, report = filter_pairs([*generated, *given], margins)
     job.reporter.note(str(report))
     return kept, report
 
 
 def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
-    """How well the answers fit their personas, [n_pairs, 2]."""
-    if not pairs:
+    """How well the answers fit their personas, [n_pairs, 2]; each pair is kept as soon as it is measured."""
+    path = job.work.part("margins", model=job.engine.info, templates=job.templates).with_suffix(".jsonl")
+    asked = unweighted(pairs)
+    if not asked:
         return np.empty((0, 2))
-    path = job.work.part(
-        "margins", model=job.engine.info, templates=job.templates, pairs=unweighted(pairs)
-    ).with_suffix(".npy")
-
-    def measured() -> NDArray[np.float64]:
-        with job.reporter.stage("comparing personas", len(pairs)) as advance:
-            return persona_margins(job.engine, pairs, job.templates, advance)
-
-    return np.asarray(kept_array(path, measured), np.float64)
+    with known_margins(path) as known:
+        missing = [pair for pair in asked if pair not in known]
+        if missing:
+            with job.reporter.stage("comparing personas", len(asked)) as advance:
+                advance(len(asked) - len(missing))
+                for pair, margins in zip(
+                    missing, persona_margins(job.engine, missing, job.templates), strict=True
+                ):
+                    known[pair] = margins
+                    advance(1)
+        return np.array([known[pair] for pair in asked])
 
 
 @dataclass(frozen=True, eq=False)

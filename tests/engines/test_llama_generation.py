@@ -11,6 +11,7 @@ from llama_cpp import Llama
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.errors import QueryError, SteeringError
+from alignez_gguf.runtime.model import Model
 from tests.models import quantized, tiny_model
 
 FEW_SHOT = "Question: how do I bake a cake?\nAnswer: make a plan, work slowly and mind the oven.\n" * 2
@@ -83,7 +84,10 @@ def test_a_neighbour_never_changes_a_completion(engine: LlamaEngine) -> None:
 
 
 @pytest.mark.parametrize("file_type", ["F32", "Q8_0"])
-def test_long_completions_do_not_depend_on_how_many_grow_at_once(gguf: Path, file_type: str) -> None:
+def test_long_completions_do_not_depend_on_how_many_grow_at_once(
+    gguf: Path, file_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "ends_text", lambda *_: False)  # whatever a machine's rounding makes of it
     path = gguf if file_type == "F32" else quantized(gguf, file_type)
     long = Sampling(max_tokens=300, temperature=0.7)
     found = []
@@ -91,7 +95,7 @@ def test_long_completions_do_not_depend_on_how_many_grow_at_once(gguf: Path, fil
         with LlamaEngine(path, n_ctx=512, n_parallel=n_parallel, n_threads=1) as engine:
             found.append(completed(engine, long, requests(PROMPTS[:3])))
     assert found[0] == found[1]
-    assert max(completion.n_tokens for completion in found[0]) == 300
+    assert [completion.n_tokens for completion in found[0]] == [300] * 3
 
 
 def test_the_seed_decides_a_drawn_completion(engine: LlamaEngine) -> None:

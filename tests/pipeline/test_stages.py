@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,33 @@ def test_given_pairs_are_not_held_against_the_likelihoods_of_the_model(job: Job)
     assert as_generated.persona_ignored > 0
     assert as_given.persona_ignored == 0
     assert as_given.kept >= as_generated.persona_ignored
+
+
+def test_interrupted_comparison_of_personas_goes_on_where_it_was(job: Job) -> None:
+    generated = self_generated_pairs(job, QUERIES[:8])
+    expected = usable_pairs(job, generated, [])
+    next(job.work.path.glob("margins-*")).unlink()
+
+    class Interrupted(Watched):
+        def response_logprobs(self, passages: Sequence[Passage], **options: Any) -> Iterator[float]:
+            yield from islice(job.engine.response_logprobs(passages, **options), 4 * 3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        usable_pairs(with_engine(job, Interrupted(job.engine)), generated, [])
+    watched = Watched(job.engine)
+    assert usable_pairs(with_engine(job, watched), generated, []) == expected
+    assert watched.counts == {"response_logprobs": 4 * (8 - 3)}
+
+
+def test_personas_are_compared_once_for_a_pair_and_only_where_its_texts_differ(job: Job) -> None:
+    generated = self_generated_pairs(job, QUERIES[:6])
+    usable_pairs(job, generated[:4], [])
+    watched = Watched(job.engine)
+    useless = [replace(generated[0], helpful=""), replace(generated[1], helpful=generated[1].harmful)]
+    _, report = usable_pairs(with_engine(job, watched), [*useless, *generated[::-1]], [])
+    assert watched.counts == {"response_logprobs": 4 * 2}
+    assert (report.empty, report.identical) == (1, 1)
 
 
 def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) -> None:
