@@ -121,7 +121,7 @@ class EndpointGenerator:
                         on_text(under_way[finished], completion.text)
                     yield under_way[finished], completion
             finally:
-                for future in under_way:
+                for future in reversed(under_way):  # those that wait for their turn before those that give it
                     future.cancel()
 
     async def _complete(

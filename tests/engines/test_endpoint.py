@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -447,8 +448,16 @@ def test_empty_prompt_is_refused(server: Server) -> None:
     assert not server.asked
 
 
-def test_closing_hangs_up_and_asks_for_nothing_more(server: Server) -> None:
+def test_closing_hangs_up_and_asks_for_nothing_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     hung_up = threading.Semaphore(0)
+    cancel = Future.cancel
+
+    def cancel_slowly(future: Future[Any]) -> bool:
+        cancelled = cancel(future)
+        time.sleep(0.01)  # in which another request could take the turn of a cancelled one
+        return cancelled
+
+    monkeypatch.setattr(Future, "cancel", cancel_slowly)
 
     def script(handler: Handler, body: Any) -> None:
         if body is None or body["prompt"] == "0":
