@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,9 @@ from benching.figures import Measured  # noqa: E402
 from benching.setting import SLACK, Setting, texts  # noqa: E402
 from make_bench_model import Shape, make  # noqa: E402
 
+from alignez_gguf.control import ControlFile  # noqa: E402
 from alignez_gguf.directions import probe_training  # noqa: E402
+from alignez_gguf.model_info import ModelInfo  # noqa: E402
 from alignez_gguf.runtime.model import Model  # noqa: E402
 
 SHAPE = Shape(2, 256, 512, 4, 2, n_vocab=512)
@@ -273,6 +276,23 @@ def test_switches_are_timed_apart_from_the_token_after_them(setting: Setting) ->
     assert {"first_token_ratio", "after_strength_ratio", "after_file_ratio", "noise"} <= values[
         "switching"
     ].keys()
+
+
+def test_first_tokens_after_a_change_and_of_an_unsteered_request_take_one_token(
+    setting: Setting, tmp_path: Path
+) -> None:
+    info = ModelInfo.from_gguf(setting.model)
+    controls = [tmp_path / f"{rank}.gguf" for rank in (1, 2)]
+    for rank, path in enumerate(controls, 1):
+        ControlFile(info, forms.removal(info, rank)).save(path)
+    with closing(setting.open_llama()) as llm:
+        computed: list[int] = []
+        evaluate = llm.eval
+        llm.eval = lambda tokens: (computed.append(len(tokens)), evaluate(tokens))[1]  # type: ignore[method-assign]
+        switches = switching.Switches(llm, controls, [llm.tokenize(b"one two three")], 1)
+        for first_token in (switches.unsteered, switches.after_strength, switches.after_file):
+            first_token()
+            assert computed[-1] == 1, first_token.__name__
 
 
 def test_growth_is_one_where_time_follows_the_line_and_more_beyond_it(

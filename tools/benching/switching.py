@@ -1,7 +1,8 @@
 """What a change of strength or of control file costs a script that holds a `Llama`, and the token after it.
 
-A prompt stays in the cache. Its scope is generation, so that a changed edit has one token to compute anew, as
-an unsteered repetition has.
+A prompt stays in the cache. The scope is generation, so that a changed edit has one token to compute anew.
+The unsteered request that this is held against ends with another token, since the same prompt would be
+answered without computing any (`exact_prompt_cached` in llama_cpp/llama.py).
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
         controls = [Path(folder) / f"rank-{rank}.gguf" for rank in (1, 2)]
         for rank, path in enumerate(controls, 1):
             ControlFile(info, removal(info, rank)).save(path)
-        prompts = texts(lambda text: llm.tokenize(text.encode()), 2 * setting.pairs + 1, sizes.n_prompt)
-        bench = _Switches(llm, controls, prompts, setting.pairs)
+
+        def tokenize(text: str) -> list[int]:
+            return llm.tokenize(text.encode())
+
+        prompts = texts(tokenize, 2 * setting.pairs + 1, sizes.n_prompt)
+        bench = Switches(llm, controls, list(map(tokenize, prompts)), setting.pairs)
         figures = {
             "first_token_ratio": bench.ratio(
                 "first token of a new prompt, steered over not", bench.new_prompt, bench.new_unsteered
@@ -65,10 +70,12 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
     return Measured(figures, {"llama-cpp-python": llama_cpp.__version__})
 
 
-class _Switches:
+class Switches:
     """Times the first token of a request, of a kept prompt or a new one, and the changes before it."""
 
-    def __init__(self, llm: Llama, controls: Sequence[Path], prompts: Sequence[str], pairs: int) -> None:
+    def __init__(
+        self, llm: Llama, controls: Sequence[Path], prompts: Sequence[list[int]], pairs: int
+    ) -> None:
         self._llm = llm
         self._controls = controls
         self._kept, *new = prompts
@@ -85,9 +92,10 @@ class _Switches:
         return ratio(meaning, with_edit, without)
 
     def unsteered(self) -> float:
-        """Of the kept prompt; only its last token is computed."""
+        """Of the kept prompt with another last token, which alone is computed."""
         self._token(self._kept)
-        return self._token(self._kept)
+        *before, last = self._kept
+        return self._token([*before, last - 1])
 
     def new_unsteered(self) -> float:
         """Of a new prompt."""
@@ -130,5 +138,5 @@ class _Switches:
 
         return steer(self._llm, self._controls[which])
 
-    def _token(self, prompt: str) -> float:
+    def _token(self, prompt: list[int]) -> float:
         return seconds(lambda: self._llm(prompt, max_tokens=1))
