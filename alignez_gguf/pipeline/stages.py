@@ -98,18 +98,22 @@ def usable_pairs(
 
 def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
     """How well the answers fit their personas, [n_pairs, 2]; each pair is kept as soon as it is measured."""
-    path = job.work.part("margins", model=job.engine.info, templates=job.templates).with_suffix(".jsonl")
     asked = unweighted(pairs)
     if not asked:
         return np.empty((0, 2))
+    path = job.work.part(
+        "margins",
+        model=job.engine.info,
+        templates=job.templates,
+        pair=[one.name for one in fields(PreferencePair)],  # others than of an earlier version are not read
+    ).with_suffix(".jsonl")
     with known_margins(path) as known:
         missing = [pair for pair in asked if pair not in known]
         if missing:
             with job.reporter.stage("comparing personas", len(asked)) as advance:
                 advance(len(asked) - len(missing))
-                for pair, margins in zip(
-                    missing, persona_margins(job.engine, missing, job.templates), strict=True
-                ):
+                measured = persona_margins(job.engine, missing, job.templates)
+                for pair, margins in zip(missing, measured, strict=True):
                     known[pair] = margins
                     advance(1)
         return np.array([known[pair] for pair in asked])
