@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -93,7 +93,8 @@ def test_recipe_auto_reads_no_answer_that_recipe_paper_has_read(
 def test_changed_option_computes_what_depends_on_it(
     change: dict[str, Any], computed: set[str], run: Run, watched: Any
 ) -> None:
-    with suppress(NoGainError):  # no test of what is computed on the way
+    # What is read of this model's answers gains next to nothing: whether it does is a matter of rounding.
+    with suppress(NoGainError) if "reading" in change else nullcontext():
         run(replace(QUICK, **change), target=watched)
     # A greater budget may look at the divergence of a few more.
     assert set(watched.counts) - computed <= ({"steered_prompts"} if "kl_budget" in change else set())
