@@ -37,7 +37,6 @@ from benching.figures import Measured  # noqa: E402
 from benching.setting import SLACK, Setting, texts  # noqa: E402
 from make_bench_model import Shape, make  # noqa: E402
 
-from alignez_gguf.control import ControlFile  # noqa: E402
 from alignez_gguf.directions import probe_training  # noqa: E402
 from alignez_gguf.model_info import ModelInfo  # noqa: E402
 from alignez_gguf.runtime.model import Model  # noqa: E402
@@ -281,10 +280,7 @@ def test_switches_are_timed_apart_from_the_token_after_them(setting: Setting) ->
 def test_first_tokens_after_a_change_and_of_an_unsteered_request_take_one_token(
     setting: Setting, tmp_path: Path
 ) -> None:
-    info = ModelInfo.from_gguf(setting.model)
-    controls = [tmp_path / f"{rank}.gguf" for rank in (1, 2)]
-    for rank, path in enumerate(controls, 1):
-        ControlFile(info, forms.removal(info, rank)).save(path)
+    controls = switching.two_controls(ModelInfo.from_gguf(setting.model), tmp_path)
     with closing(setting.open_llama()) as llm:
         computed: list[int] = []
         evaluate = llm.eval

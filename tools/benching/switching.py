@@ -22,6 +22,7 @@ from benching.timing import alternated, seconds
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
+    from alignez_gguf.model_info import ModelInfo
     from alignez_gguf.runtime.steering import Steering
 
 _MILLISECONDS = 1000.0
@@ -38,21 +39,18 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
     """Milliseconds of the change itself, and ratios of the time to the first token after it."""
     import llama_cpp
 
-    from alignez_gguf.control import ControlFile, ModelInfo
+    from alignez_gguf.model_info import ModelInfo
 
     sizes = sizes or Sizes()
     llm = setting.open_llama()
     info = ModelInfo.from_gguf(setting.model)
     with tempfile.TemporaryDirectory() as folder, closing(llm):
-        controls = [Path(folder) / f"rank-{rank}.gguf" for rank in (1, 2)]
-        for rank, path in enumerate(controls, 1):
-            ControlFile(info, removal(info, rank)).save(path)
 
         def tokenize(text: str) -> list[int]:
             return llm.tokenize(text.encode())
 
         prompts = texts(tokenize, 2 * setting.pairs + 1, sizes.n_prompt)
-        bench = Switches(llm, controls, list(map(tokenize, prompts)), setting.pairs)
+        bench = Switches(llm, two_controls(info, Path(folder)), list(map(tokenize, prompts)), setting.pairs)
         figures = {
             "first_token_ratio": bench.ratio(
                 "first token of a new prompt, steered over not", bench.new_prompt, bench.new_unsteered
@@ -68,6 +66,16 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
             "switch_ms": quantity("a change of control file itself, read from disk", bench.file_ms, " ms"),
         }
     return Measured(figures, {"llama-cpp-python": llama_cpp.__version__})
+
+
+def two_controls(info: ModelInfo, folder: Path) -> list[Path]:
+    """Control files of rank 1 and 2."""
+    from alignez_gguf.control import ControlFile
+
+    controls = [folder / f"rank-{rank}.gguf" for rank in (1, 2)]
+    for rank, path in enumerate(controls, 1):
+        ControlFile(info, removal(info, rank)).save(path)
+    return controls
 
 
 class Switches:
