@@ -1,24 +1,19 @@
-"""The embeddings of both classes: layers x pairs x n_embd in float16, in memory or on disk.
+"""What every layer makes of texts: layers x n_embd in float16 for each, in a file that grows.
 
-Pairs are written as they are read from the model and may arrive in any order; nothing is ever held in float32
-for all layers. This module knows nothing of engines.
+Nothing is ever held in float32 for all layers. This module knows nothing of engines.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import mmap
-import os
-from collections.abc import Sequence
-from os import PathLike
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from alignez_gguf.atomic import replacing
 from alignez_gguf.errors import ModelFileError, WorkDirectoryError
 
 ReadingPosition = Literal["prompt", "response", "response-mean"]
@@ -27,88 +22,104 @@ tokens of the response, or at the last token of the prompt that asks for the res
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _DIGEST_BYTES = 16
-_CHUNK = 1 << 20
-"""Bytes that are written at a time."""
-
-
-class ForeignArraysError(WorkDirectoryError):
-    """A directory holds something else than the arrays that are asked for: damaged ones, or another job's."""
+_HEAD_BYTES = 2 * _DIGEST_BYTES
+"""Before the values of a text: a digest of the text, and one of that and the values."""
 
 
 class Activations:
-    """What is read of every layer for the helpful and the harmful side of every pair.
+    """What is read of every layer for some texts, found by the text. One process at a time may use a file.
 
-    With a directory the arrays live in memory-mapped .npy files there, and a run that was interrupted goes on
-    with the rows that are `done`: those that agree with the checksum that was written after them.
+    A run that was interrupted goes on with the texts that are there: those that agree with their checksum. A
+    text that does not is forgotten, and the next one takes its room.
 
-    Attributes:
-        helpful, harmful: float16 [n_layer, n_pairs, n_embd]; what rows that are not done hold means nothing.
-        done: bool [n_pairs].
+    Args:
+        path: the file; it is made when the first text is written.
+        n_layer, n_embd: the shape of what is read of a text.
+
+    Raises:
+        WorkDirectoryError: the file cannot be read.
     """
 
-    def __init__(
-        self, n_layer: int, n_pairs: int, n_embd: int, directory: str | PathLike[str] | None = None
-    ) -> None:
-        """Allocate the arrays, or open those that an earlier run left in `directory`.
+    def __init__(self, path: Path, n_layer: int, n_embd: int) -> None:
+        self._path = path
+        self._shape = (n_layer, n_embd)
+        self._record_bytes = _HEAD_BYTES + n_layer * n_embd * np.dtype(np.float16).itemsize
+        self._numbers: dict[bytes, int] = {}
+        """The number of the record of each text."""
+        self._free: list[int] = []
+        """The numbers of records that hold nothing."""
+        self._n_records = 0
+        try:
+            if path.exists():
+                self._load()
+        except OSError as error:
+            raise _unusable("read", path, error) from error
 
-        Raises:
-            ForeignArraysError: the directory holds something else.
-            WorkDirectoryError: the directory cannot be used.
-        """
-        folder = None if directory is None else Path(directory)
-        shape = (n_layer, n_pairs, n_embd)
-        self.helpful = _array(folder, "helpful", shape, np.float16)
-        self.harmful = _array(folder, "harmful", shape, np.float16)
-        self._digests = _array(folder, "digests", (n_pairs, _DIGEST_BYTES), np.uint8)
-        self.done = np.array([self._is_done(pair) for pair in range(n_pairs)], dtype=np.bool_)
-        _release(self.helpful)
-        _release(self.harmful)
+    def __contains__(self, text: str) -> bool:
+        return _digest(_encoded(text)) in self._numbers
 
-    def write(self, pair: int, helpful: ArrayLike, harmful: ArrayLike) -> None:
-        """Store both embeddings of a pair, [n_layer, n_embd] each.
-
-        With a directory, the rows reach the file before their checksum does.
+    def write(self, text: str, values: ArrayLike) -> None:
+        """Store what was read of a text, [n_layer, n_embd].
 
         Raises:
             ModelFileError: a value is NaN or too large for float16.
-            WorkDirectoryError: the rows cannot be written.
+            WorkDirectoryError: the file cannot be written.
         """
-        for target, values in ((self.helpful, helpful), (self.harmful, harmful)):
-            array = np.asarray(values)
-            too_large = ~(np.abs(array) <= _FLOAT16_MAX)  # true for NaN as well
-            if too_large.any():
-                layer = int(np.flatnonzero(too_large.any(axis=-1))[0])
-                raise ModelFileError(
-                    f"the model gives NaN or very large values in layer {layer}; try another quantization"
-                )
-            target[:, pair] = array
-        for store in (self.helpful, self.harmful):
-            _flush(store)
-        self._digests[pair] = self._digest(pair)
-        for store in (self.helpful, self.harmful):
-            _release(store)
-        _flush(self._digests)
-        self.done[pair] = True
+        array = np.asarray(values)
+        if array.shape != self._shape:
+            raise ValueError(f"what is read of a text must be {list(self._shape)}, not {list(array.shape)}")
+        too_large = ~(np.abs(array) <= _FLOAT16_MAX)  # true for NaN as well
+        if too_large.any():
+            layer = int(np.flatnonzero(too_large.any(axis=-1))[0])
+            raise ModelFileError(
+                f"the model gives NaN or very large values in layer {layer}; try another quantization"
+            )
+        name, content = _digest(_encoded(text)), array.astype(np.float16).tobytes()
+        number = self._free.pop() if self._free else self._n_records
+        try:
+            self._write(number, name + _digest(name + content) + content)
+        except OSError as error:
+            raise _unusable("write", self._path, error) from error
+        self._n_records = max(self._n_records, number + 1)
+        self._numbers[name] = number
 
-    def _is_done(self, pair: int) -> bool:
-        stored = self._digests[pair]
-        return bool(stored.any()) and bool((stored == self._digest(pair)).all())
+    def of(self, texts: Iterable[str]) -> Layers:
+        """What was read of some texts, in their order. Raises `KeyError` where one is not there."""
+        starts = [self._record_bytes * self._numbers[_digest(_encoded(text))] for text in texts]
+        return Layers(self._path, [start + _HEAD_BYTES for start in starts], *self._shape)
 
-    def _digest(self, pair: int) -> NDArray[np.uint8]:
-        digest = hashlib.sha256(self.helpful[:, pair].tobytes())
-        digest.update(self.harmful[:, pair].tobytes())
-        return np.frombuffer(digest.digest()[:_DIGEST_BYTES], np.uint8)
+    def _load(self) -> None:
+        with self._path.open("rb") as file:
+            while len(record := file.read(self._record_bytes)) == self._record_bytes:
+                name, checksum = record[:_DIGEST_BYTES], record[_DIGEST_BYTES:_HEAD_BYTES]
+                if checksum == _digest(name + record[_HEAD_BYTES:]):
+                    self._numbers[name] = self._n_records
+                else:
+                    self._free.append(self._n_records)
+                self._n_records += 1
+        if self._free:
+            warnings.warn(
+                f"{self._path} has {len(self._free)} damaged texts, which are read again; check the disk",
+                stacklevel=3,
+            )
+
+    def _write(self, number: int, record: bytes) -> None:
+        """Write a record; the part of one that an interruption leaves at the end is overwritten next time."""
+        with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
+            file.seek(self._record_bytes * number)
+            rest = memoryview(record)
+            while rest:
+                rest = rest[file.write(rest) :]
 
 
-class SelectedPairs(Sequence[NDArray[np.float16]]):
-    """Some pairs of [n_layer, n_pairs, n_embd], copied a layer at a time when that layer is asked for.
+class Layers(Sequence[NDArray[np.float16]]):
+    """[n_layer, n_texts, n_embd], of which a layer is read from the file when it is asked for."""
 
-    The pages of a memory map are given back after each copy.
-    """
-
-    def __init__(self, layers: NDArray[np.float16], pairs: NDArray[np.int64]) -> None:
-        self._layers = layers
-        self._pairs = pairs
+    def __init__(self, path: Path, starts: Sequence[int], n_layer: int, n_embd: int) -> None:
+        self._path = path
+        self._starts = starts
+        self._layers = range(n_layer)
+        self._n_embd = n_embd
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -116,13 +127,23 @@ class SelectedPairs(Sequence[NDArray[np.float16]]):
     @overload
     def __getitem__(self, layer: int) -> NDArray[np.float16]: ...
     @overload
-    def __getitem__(self, layer: slice) -> SelectedPairs: ...
-    def __getitem__(self, layer: int | slice) -> NDArray[np.float16] | SelectedPairs:
+    def __getitem__(self, layer: slice) -> Sequence[NDArray[np.float16]]: ...
+    def __getitem__(self, layer: int | slice) -> NDArray[np.float16] | Sequence[NDArray[np.float16]]:
         if isinstance(layer, slice):
-            return SelectedPairs(self._layers[layer], self._pairs)
-        copied = np.asarray(self._layers[layer][self._pairs])
-        _release(self._layers)
-        return copied
+            return [self[one] for one in self._layers[layer]]
+        rows = np.empty((len(self._starts), self._n_embd), np.float16)
+        offset = self._layers[layer] * rows.itemsize * self._n_embd
+        if not self._starts:
+            return rows  # perhaps there is no file
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                for row, start in zip(rows, self._starts, strict=True):
+                    file.seek(start + offset)
+                    if file.readinto(row.data) != row.nbytes:
+                        raise OSError("it is shorter than it was")
+        except OSError as error:
+            raise _unusable("read", self._path, error) from error
+        return rows
 
 
 def class_gap(helpful: Any, harmful: Any, weights: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
@@ -144,67 +165,15 @@ def _mean(rows: Any, weights: NDArray[np.float64] | None) -> NDArray[np.float64]
     return np.asarray(np.average(np.asarray(rows, np.float64), axis=0, weights=weights))
 
 
-def _array(folder: Path | None, name: str, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    if folder is None:
-        return np.zeros(shape, dtype)
-    path = folder / f"{name}.npy"
-    kind = np.dtype(dtype)
-    header = _header(shape, kind)
-    n_bytes = int(np.prod(shape)) * kind.itemsize
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                _allocate(temporary, header, n_bytes)
-        with path.open("rb") as file:
-            whole = (
-                file.read(len(header)) == header and os.fstat(file.fileno()).st_size == len(header) + n_bytes
-            )
-        if not whole:
-            raise ForeignArraysError(
-                f"{path} does not hold {kind} {list(shape)}: it is damaged or belongs to another job; "
-                "remove it or choose another work directory"
-            )
-        return np.memmap(path, dtype=kind, mode="r+", offset=len(header), shape=shape)
-    except (OSError, ValueError) as error:
-        raise WorkDirectoryError(
-            f"cannot use {path}: {getattr(error, 'strerror', None) or error}; make room for it, or choose "
-            "another work directory"
-        ) from error
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
-def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
-    """How a .npy file of these values begins."""
-    description = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
-    np.lib.format.write_array_header_1_0(header := io.BytesIO(), description)
-    return header.getvalue()
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:_DIGEST_BYTES]
 
 
-def _allocate(path: Path, header: bytes, n_bytes: int) -> None:
-    """Write zeros. In a file with holes, a disk that is full later would kill the process that fills them."""
-    with path.open("wb") as file:
-        file.write(header)
-        for start in range(0, n_bytes, _CHUNK):
-            file.write(bytes(min(_CHUNK, n_bytes - start)))
-
-
-def _flush(array: NDArray[Any]) -> None:
-    if not isinstance(array, np.memmap):
-        return
-    try:
-        array.flush()
-    except OSError as error:
-        raise WorkDirectoryError(
-            f"cannot write {array.filename}: {error.strerror or error}; choose another work directory"
-        ) from error
-
-
-def _release(array: NDArray[Any]) -> None:
-    """Give the pages of a memory map back; they are read again when they are asked for."""
-    mapped = getattr(array, "_mmap", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
+def _unusable(verb: str, path: Path, error: OSError) -> WorkDirectoryError:
+    return WorkDirectoryError(
+        f"cannot {verb} {path}: {error.strerror or error}; make room for it, or choose another work directory"
+    )

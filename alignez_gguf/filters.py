@@ -53,7 +53,7 @@ def filter_pairs(
 
     Args:
         pairs: in any order, which is kept.
-        margins: [n_pairs, 2], from `generation.persona_margins`; NaN where they were not measured.
+        margins: [n_pairs, 2], from `generation.compare_personas`; NaN where they were not measured.
     """
     kept: list[PreferencePair] = []
     counts = {"empty": 0, "identical": 0, "near_identical": 0, "persona_ignored": 0}

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from alignez_gguf.engines import Engine, GenerationRequest, Generator, Passage, Sampling
+from alignez_gguf.engines import Engine, GenerationRequest, Generator, Passage, Readout, Sampling
 from alignez_gguf.pairs import PairStore, PreferencePair
 from alignez_gguf.prompts import Templates
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CHARACTERISTICS_TOKENS = 50
 ANSWER_TOKENS = 200
@@ -183,23 +188,43 @@ def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, Passa
     return Passage(plain, f" {pair.helpful}"), Passage(plain, f" {pair.harmful}")
 
 
-def persona_margins(
-    engine: Engine, pairs: Sequence[PreferencePair], templates: Templates
-) -> Iterator[tuple[float, float]]:
-    """How much better the answers of each pair fit their own persona than the other, as it is measured.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a model makes of a pair under both of its personas.
 
-    log P(answer | its persona) - log P(answer | the other persona), in nat over the first 24 tokens of the
-    answer, by the model's own likelihoods: helpful and harmful.
+    Attributes:
+        margins: how much better the helpful and the harmful answer fit their own persona than the other:
+            log P(answer | its persona) - log P(answer | the other persona), in nat over the first 24 tokens
+            of the answer, by the model's own likelihoods.
+        prompts: what was read at the end of the prompts of both, [n_readouts, n_layer, n_embd] each.
+    """
+
+    margins: tuple[float, float]
+    prompts: Mapping[Passage, NDArray[np.float16]]
+
+
+def compare_personas(
+    engine: Engine, pairs: Sequence[PreferencePair], templates: Templates, readouts: Sequence[Readout] = ()
+) -> Iterator[Comparison]:
+    """How the answers of each pair fit both personas, and what is read of their prompts, as it is measured.
 
     Raises:
         QueryError: an answer is empty.
     """
-    passages = [
-        Passage(prompt, f" {answer}")
-        for pair in pairs
-        for prompt in answer_prompts(templates, pair)
+    prompts = [tuple(map(Passage, answer_prompts(templates, pair))) for pair in pairs]
+    answers = [
+        Passage(prompt.text, f" {answer}")
+        for pair, both in zip(pairs, prompts, strict=True)
+        for prompt in both
         for answer in (pair.helpful, pair.harmful)
     ]
-    found = engine.response_logprobs(passages, max_tokens=MARGIN_TOKENS)
-    for helpful_own, harmful_other, helpful_other, harmful_own in zip(*[found] * 4, strict=True):
-        yield helpful_own - helpful_other, harmful_own - harmful_other
+    fit = engine.response_logprobs(answers, max_tokens=MARGIN_TOKENS)
+    read = engine.activations([prompt for both in prompts for prompt in both], readouts) if readouts else None
+    for both in prompts:
+        found, fits = {}, []
+        for prompt in both:
+            if read is not None:  # before the answers, which an engine can then go on with from there
+                found[prompt] = next(read)
+            fits.append((next(fit), next(fit)))
+        (helpful_own, harmful_other), (helpful_other, harmful_own) = fits
+        yield Comparison((helpful_own - helpful_other, harmful_own - harmful_other), found)

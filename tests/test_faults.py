@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.activations import Activations
 from alignez_gguf.atomic import replacing, write_text
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
@@ -178,22 +177,6 @@ def test_checksums_of_kept_parts_are_those_of_sha256sum(tmp_path: Path) -> None:
     kept_array(tmp_path / "part.npy", lambda: np.arange(5))
     checked = subprocess.run(["sha256sum", "-c", "part.npy.sha256"], cwd=tmp_path, check=False)
     assert checked.returncode == 0
-
-
-def test_flipped_bit_in_embeddings_costs_that_pair_alone(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(5, 2, 3, 8)).astype(np.float16)
-    first = Activations(3, 5, 8, tmp_path)
-    for pair, (helpful, harmful) in enumerate(rows):
-        first.write(pair, helpful, harmful)
-    del first
-    path = tmp_path / "harmful.npy"
-    data = bytearray(path.read_bytes())
-    data[len(data) - 2 * 3 * 8] ^= 1  # in the third pair from the end of the last layer
-    path.write_bytes(data)
-    again = Activations(3, 5, 8, tmp_path)
-    assert again.done.tolist() == [True, True, False, True, True]
-    again.write(2, *rows[2])
-    assert Activations(3, 5, 8, tmp_path).done.all()
 
 
 def test_temporary_file_of_a_killed_process_goes_and_that_of_a_living_one_stays(tmp_path: Path) -> None:

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from alignez_gguf import generation
-from alignez_gguf.engines import Completion, GenerationRequest, Passage, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.errors import QueryError
 from alignez_gguf.generation import (
     MARGIN_TOKENS,
     answer_prompts,
+    compare_personas,
     default_sampling,
     generate_pairs,
-    persona_margins,
     request_seed,
     whole_sentences,
 )
@@ -244,20 +245,28 @@ class LikelihoodEngine:
     """log P(response | prompt) is drawn at random for each passage, and the same whenever it is asked."""
 
     def __init__(self) -> None:
-        self.asked: list[Passage] = []
-        self.n_computed = 0
+        self.computed: list[Passage] = []
         self.max_tokens: int | None = None
 
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
     ) -> Iterator[float]:
-        self.asked += passages
         self.max_tokens = max_tokens
         return (self.logprob(passage) for passage in passages)
 
     def logprob(self, passage: Passage) -> float:
-        self.n_computed += 1
+        self.computed.append(passage)
         return -50 * np.random.default_rng(request_seed(0, repr(passage))).random()
+
+    def activations(
+        self, passages: Sequence[Passage], readouts: Sequence[Readout]
+    ) -> Iterator[NDArray[np.float16]]:
+        return (self.read(passage, readouts) for passage in passages)
+
+    def read(self, passage: Passage, readouts: Sequence[Readout]) -> NDArray[np.float16]:
+        self.computed.append(passage)
+        seed = request_seed(0, repr(passage))
+        return np.random.default_rng(seed).normal(size=(len(readouts), 2, 3)).astype(np.float16)
 
 
 def test_margin_is_the_log_likelihood_ratio_of_the_personas() -> None:
@@ -266,8 +275,8 @@ def test_margin_is_the_log_likelihood_ratio_of_the_personas() -> None:
         PreferencePair("how?", "with care", "get lost", "kind", "rude"),
         PreferencePair("who?", "me", "you", "calm", "wild"),
     ]
-    margins = persona_margins(engine, pairs, TEMPLATES)  # type: ignore[arg-type]
-    for pair, (helpful, harmful) in zip(pairs, margins, strict=True):
+    compared = compare_personas(engine, pairs, TEMPLATES)  # type: ignore[arg-type]
+    for pair, found in zip(pairs, compared, strict=True):
         as_helpful, as_harmful = answer_prompts(TEMPLATES, pair)
         expected = [
             engine.logprob(Passage(own, f" {answer}")) - engine.logprob(Passage(other, f" {answer}"))
@@ -276,17 +285,32 @@ def test_margin_is_the_log_likelihood_ratio_of_the_personas() -> None:
                 (as_harmful, as_helpful, pair.harmful),
             )
         ]
-        assert (helpful, harmful) == pytest.approx(tuple(expected))
+        assert found.margins == pytest.approx(tuple(expected))
+        assert found.prompts == {}
     assert engine.max_tokens == MARGIN_TOKENS
 
 
-def test_margins_are_measured_as_they_are_asked_for() -> None:
+def test_each_prompt_is_read_just_before_the_answers_to_it_and_when_it_is_asked_for() -> None:
     engine = LikelihoodEngine()
-    pairs = [PreferencePair(f"how {n}?", "with care", "get lost") for n in range(3)]
-    margins = persona_margins(engine, pairs, TEMPLATES)  # type: ignore[arg-type]
-    next(margins)
-    assert engine.n_computed == 4
+    pairs = [PreferencePair(f"how {n}?", "with care", "get lost", "kind", "rude") for n in range(3)]
+    plain = list(compare_personas(engine, pairs, TEMPLATES))  # type: ignore[arg-type]
+    engine.computed.clear()
+    readouts = [Readout("mlp"), Readout("residual")]
+    compared = compare_personas(engine, pairs, TEMPLATES, readouts)  # type: ignore[arg-type]
+    for number, pair in enumerate(pairs):
+        assert len(engine.computed) == 6 * number
+        found = next(compared)
+        prompts = answer_prompts(TEMPLATES, pair)
+        assert engine.computed[6 * number :] == [
+            Passage(prompt, response) for prompt in prompts for response in ("", " with care", " get lost")
+        ]
+        assert found.margins == plain[number].margins
+        assert list(found.prompts) == [Passage(prompt) for prompt in prompts]
+        for prompt, values in found.prompts.items():
+            np.testing.assert_array_equal(values, engine.read(prompt, readouts))
+        del engine.computed[6 * (number + 1) :]
+    assert next(compared, None) is None
 
 
-def test_no_pairs_have_no_margins() -> None:
-    assert not list(persona_margins(LikelihoodEngine(), [], TEMPLATES))  # type: ignore[arg-type]
+def test_no_pairs_are_not_compared() -> None:
+    assert not list(compare_personas(LikelihoodEngine(), [], TEMPLATES, [Readout()]))  # type: ignore[arg-type]

@@ -207,9 +207,9 @@ class Sweep:
         with self._open(path) as job:
             job.reporter.note(f"level: {level}")
             pairs, _ = usable_pairs(job, self_generated_pairs(job, self._fit), ())
-            indices, _ = split(pairs, self._settings.seed)
+            fitted, _ = split(pairs, self._settings.seed)
             source = reference.candidate.source
-            fits = fit_sources(job, pairs, indices, [source])
+            fits = fit_sources(job, fitted, [source])
             refitted = fits.edits(reference.candidate)
             held_out, _ = usable_pairs(job, self_generated_pairs(job, self._held_out), ())
             with scorers(job, _one_each(held_out)) as scorer:

@@ -108,8 +108,8 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         pairs, _ = usable_pairs(job, self_generated_pairs(job, asked), ())
         made = auto(job, pairs)
         assert made.selection is not None
-        fit_indices, held_out = split(pairs, settings.seed)
-        fits = fit_sources(job, pairs, fit_indices, sources(settings))
+        fitted, held_out = split(pairs, settings.seed)
+        fits = fit_sources(job, fitted, sources(settings))
         base = counted({})
         chosen = made.selection.chosen
         # evenly along the ranking, so that good and bad ones are compared

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alignez_gguf.cli import options
+from alignez_gguf.engines import HOOKS
 from alignez_gguf.errors import SteeringError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     type=click.Choice(["prompt", "response", "response-mean"]),
     help="Only this reading position.",
 )
-@click.option("--hook", type=click.Choice(["mlp", "residual"]), help="Read only here; default: both.")
+@click.option("--hook", type=click.Choice(HOOKS), help="Read only here; default: wherever it can.")
 @click.option("--layers", help="Only these may be edited, as 4-20, 4- or 3,5,8.")
 @click.option(
     "--threshold", type=options.FiniteRange(0, 1), default=0.5, show_default=True, help="For --recipe paper."

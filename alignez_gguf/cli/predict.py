@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alignez_gguf.cli import options
+from alignez_gguf.engines import HOOKS
 
 if TYPE_CHECKING:
     from alignez_gguf.pipeline import SteerableEngine
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--hook",
-    type=click.Choice(["mlp", "residual"]),
+    type=click.Choice(HOOKS),
     default="mlp",
     show_default=True,
     help="What is read of a layer.",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from alignez_gguf.errors import QueryError
 
 EmbeddingsPerLayer = NDArray[Any] | Sequence[NDArray[Any]]
-"""[n_layer, n_pairs, n_embd] in any float type; a memory map or a list of layers is read layer by layer."""
+"""[n_layer, n_pairs, n_embd] in any float type; a sequence of layers is read layer by layer."""
 
 Weights = NDArray[Any] | None
 """[n_pairs], positive."""

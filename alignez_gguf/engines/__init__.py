@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -73,6 +73,8 @@ class Completion:
 Hook = Literal["mlp", "residual"]
 """What is read of a layer: the output of its MLP, or the residual stream at the end of its block."""
 
+HOOKS: tuple[Hook, ...] = ("mlp", "residual")
+
 Pooling = Literal["last", "mean"]
 """Which tokens are read: the last one, or the mean over those of the response."""
 
@@ -118,10 +120,19 @@ class Generator(Protocol):
 
 
 class Engine(Generator, Protocol):
-    """Runs one model, and can look into it."""
+    """Runs one model, and can look into it.
+
+    What is read is computed as it is asked for, so that several iterators over texts with the same beginnings
+    may take turns.
+    """
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def hooks(self) -> Collection[Hook]:
+        """What can be read of every layer of this architecture."""
+        ...
 
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]

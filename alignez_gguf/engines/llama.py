@@ -5,7 +5,7 @@ Needs no patch, except to steer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
-from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
+from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Readout, Sampling
 from alignez_gguf.engines.batching import Job, generate
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.slots import (
@@ -41,6 +41,10 @@ _CACHE_SHARE = 0.6
 """All texts that grow together keep at most so much of the model's size in the KV cache,"""
 _LEAST_CACHE_BYTES = 256 << 20
 """or so much where that is more; fewer texts grow at once where it is tight."""
+
+
+_ANY_TEXT = "a b c"
+"""To see the graph; of a few tokens, which are computed in one piece."""
 
 
 class LlamaEngine:
@@ -136,6 +140,11 @@ class LlamaEngine:
         self._stop_reading()
         return SteeredPrompts(self.model, prompts, base_answers, helpful_answers, n_threads=self._n_threads)
 
+    @property
+    def hooks(self) -> Collection[Hook]:
+        """What can be read of every layer of this architecture."""
+        return self._knowing_reader().hooks
+
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
@@ -189,6 +198,15 @@ class LlamaEngine:
         if self._reading is None:
             self._reading = self._slots(1, self.n_ctx, on_node=self._reader.on_node)
         return self._reading
+
+    def _knowing_reader(self) -> LayerReader:
+        """The reader of the sequence to read in, which has seen the graph."""
+        if not self._reader.knows_graph:
+            tokens = self._tokens(_ANY_TEXT)
+            self._reader.watch()
+            self._ready_to_read().prefill(0, tokens)
+            self._reader.learn()
+        return self._reader
 
     def _complete(
         self,
@@ -283,11 +301,7 @@ class LlamaEngine:
     def _activations(
         self, tokens: Sequence[int], first: int, readouts: Sequence[Readout]
     ) -> NDArray[np.float16]:
-        reader, slots = self._reader, self._ready_to_read()
-        if not reader.knows_graph:
-            reader.watch()
-            slots.prefill(0, tokens[:EXACT_PIECE])  # one piece
-            reader.learn()
+        slots, reader = self._ready_to_read(), self._knowing_reader()
         with reader.reading(readouts):
             # From `first` on whatever is read: the last layer computes only tokens with logits, and how many
             # they are decides how it rounds.

@@ -6,8 +6,8 @@ exported for the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -16,12 +16,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alignez_gguf.engines import Completion, GenerationRequest, Passage, Pooling, Readout, Sampling
+from alignez_gguf.engines import (
+    HOOKS,
+    Completion,
+    GenerationRequest,
+    Hook,
+    Passage,
+    Pooling,
+    Readout,
+    Sampling,
+)
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.transformers_generation import Job, generate
 from alignez_gguf.engines.transformers_model import TorchModel, hidden
 from alignez_gguf.engines.transformers_steered import SteeredPrompts
-from alignez_gguf.errors import SteeringError
+from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.scoring import ANSWER_TOKENS
 
@@ -86,11 +95,21 @@ class TransformersEngine:
         ]
         return generate(self.model, self.n_parallel, jobs, sampling, on_text)
 
+    @property
+    def hooks(self) -> Collection[Hook]:
+        """What can be read of every layer of this architecture."""
+        readable = set[Hook]()
+        for hook in HOOKS:
+            with suppress(ModelFileError):
+                self._modules(hook)
+                readable.add(hook)
+        return readable
+
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
         """What every layer makes of each passage; see `Engine`."""
-        modules = [self.model.mlps if readout.hook == "mlp" else self.model.blocks for readout in readouts]
+        modules = [self._modules(readout.hook) for readout in readouts]
         texts = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
         return (
             array
@@ -146,6 +165,9 @@ class TransformersEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _modules(self, hook: Hook) -> Sequence[nn.Module]:
+        return self.model.mlps if hook == "mlp" else self.model.blocks
 
     def _rows_of_logits(self, n_tokens: int) -> int:
         """How many rows with logits for `n_tokens` each are computed together."""

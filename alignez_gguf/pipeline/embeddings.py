@@ -1,19 +1,18 @@
-"""How the model embeds pairs, at one place or several; what an earlier run has read is not read again."""
+"""How the model embeds pairs, at one place or several; what has been read of a text is not read again."""
 
 from __future__ import annotations
 
-import shutil
-import warnings
+import json
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
-from alignez_gguf.activations import Activations, ForeignArraysError, ReadingPosition
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.activations import Activations, Layers, ReadingPosition
 from alignez_gguf.engines import Hook, Passage, Readout
 from alignez_gguf.generation import answer_prompts, answered
-from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job
 
 
@@ -27,8 +26,81 @@ class Place(NamedTuple):
         return ", ".join(self)
 
     @property
+    def in_prompt(self) -> bool:
+        """Whether it lies in the prompts that ask the personas, and not in the answers."""
+        return self.reading == "prompt"
+
+    @property
     def readout(self) -> Readout:
         return Readout(self.hook, "mean" if self.reading == "response-mean" else "last")
+
+
+class Embedded(NamedTuple):
+    """Both sides of pairs, [n_layer, n_pairs, n_embd] each."""
+
+    helpful: Layers
+    harmful: Layers
+
+
+class Readings:
+    """What has been read of texts at some places, all of which lie in the same texts.
+
+    Args:
+        stores: where it is kept.
+    """
+
+    def __init__(self, stores: Mapping[Place, Activations]) -> None:
+        self._stores = stores
+
+    @classmethod
+    def opened(cls, job: Job, places: Sequence[Place]) -> Readings:
+        """Those in the work directory of a job."""
+        model = job.engine.info
+        return cls(
+            {
+                place: Activations(
+                    job.work.part(
+                        "activations", model=model, reading=place.reading, hook=place.hook
+                    ).with_suffix(".f16"),
+                    model.n_layer,
+                    model.n_embd,
+                )
+                for place in dict.fromkeys(places)
+            }
+        )
+
+    @property
+    def places(self) -> Sequence[Place]:
+        return list(self._stores)
+
+    @property
+    def readouts(self) -> Sequence[Readout]:
+        return [place.readout for place in self._stores]
+
+    def __contains__(self, text: Passage) -> bool:
+        """Whether it has been read at every place."""
+        return all(_name(text) in store for store in self._stores.values())
+
+    def keep(self, text: Passage, values: NDArray[np.float16]) -> None:
+        """Keep what was read of a text, [n_places, n_layer, n_embd], where it is not there yet."""
+        for store, read in zip(self._stores.values(), values, strict=True):
+            if _name(text) not in store:
+                store.write(_name(text), read)
+
+    def lacking(self, texts: Sequence[Passage]) -> Readings:
+        """Only the places at which one of these texts has not been read."""
+        names = list(map(_name, texts))
+        return Readings(
+            {
+                place: store
+                for place, store in self._stores.items()
+                if not all(name in store for name in names)
+            }
+        )
+
+    def at(self, place: Place, texts: Sequence[Passage]) -> Layers:
+        """What every layer makes of these texts at one of the places."""
+        return self._stores[place].of(map(_name, texts))
 
 
 class Embeddings:
@@ -46,66 +118,43 @@ class Embeddings:
         self.job = job
         self.pairs = pairs
         self._places = tuple(dict.fromkeys(places))
-        self._read: dict[Place, Activations] = {}
+        self._read: dict[Place, Embedded] = {}
 
-    def at(self, place: Place) -> Activations:
+    def at(self, place: Place) -> Embedded:
         """What every layer makes of the pairs at one of the places."""
         if place not in self._read:
-            together = [one for one in self._places if _in_prompt(one) == _in_prompt(place)]
-            self._read |= self._complete({one: self._opened(one) for one in together})
+            together = [one for one in self._places if one.in_prompt == place.in_prompt]
+            helpful, harmful = self._sides(place.in_prompt)
+            readings = Readings.opened(self.job, together)
+            self._complete(readings, list(dict.fromkeys([*helpful, *harmful])))
+            self._read |= {
+                one: Embedded(readings.at(one, helpful), readings.at(one, harmful)) for one in together
+            }
         return self._read[place]
 
-    def _complete(self, opened: Mapping[Place, Activations]) -> Mapping[Place, Activations]:
-        """The same with every row; those that are missing anywhere are read in one pass."""
-        lacking = {place: found for place, found in opened.items() if not found.done.all()}
-        if not lacking:
-            return opened
-        missing = [
-            row for row in range(len(self.pairs)) if not all(found.done[row] for found in lacking.values())
-        ]
-        in_prompt = _in_prompt(next(iter(lacking)))
-        passages = list(chain.from_iterable(self._passages(self.pairs[row], in_prompt) for row in missing))
-        title = f"reading activations ({'; '.join(map(str, lacking))})"
-        with self.job.reporter.stage(title, len(self.pairs)) as advance:
-            advance(len(self.pairs) - len(missing))
-            outputs = self.job.engine.activations(passages, [place.readout for place in lacking])
-            for row, helpful, harmful in zip(missing, outputs, outputs, strict=True):
-                for activations, *sides in zip(lacking.values(), helpful, harmful, strict=True):
-                    if not activations.done[row]:
-                        activations.write(row, *sides)
-                advance(1)
-        return opened
-
-    def _opened(self, place: Place) -> Activations:
-        info = self.job.engine.info
-        folder = self.job.work.part(
-            "activations",
-            model=info,
-            templates=self.job.templates,
-            pairs=unweighted(self.pairs),
-            reading=place.reading,
-            hook=place.hook,
-        )
-        return _opened_activations(info, len(self.pairs), folder)
-
-    def _passages(self, pair: PreferencePair, in_prompt: bool) -> Sequence[Passage]:
-        """The helpful side and the harmful one."""
+    def _sides(self, in_prompt: bool) -> tuple[Sequence[Passage], Sequence[Passage]]:
+        """The texts of the helpful and of the harmful sides."""
         if in_prompt:
-            return [Passage(prompt) for prompt in answer_prompts(self.job.templates, pair)]
-        return answered(self.job.templates, pair)
+            prompts = [answer_prompts(self.job.templates, pair) for pair in self.pairs]
+            return [Passage(helpful) for helpful, _ in prompts], [Passage(harmful) for _, harmful in prompts]
+        answers = [answered(self.job.templates, pair) for pair in self.pairs]
+        return [helpful for helpful, _ in answers], [harmful for _, harmful in answers]
+
+    def _complete(self, readings: Readings, texts: Sequence[Passage]) -> None:
+        """Read the texts that are missing anywhere, in one pass."""
+        lacking = readings.lacking(texts)
+        missing = [text for text in texts if text not in lacking]
+        if not missing:
+            return
+        title = f"reading activations ({'; '.join(map(str, lacking.places))})"
+        with self.job.reporter.stage(title, len(texts)) as advance:
+            advance(len(texts) - len(missing))
+            found = self.job.engine.activations(missing, lacking.readouts)
+            for text, values in zip(missing, found, strict=True):
+                lacking.keep(text, values)
+                advance(1)
 
 
-def _in_prompt(place: Place) -> bool:
-    """Whether a place lies in the prompts that ask the personas, and not in the answers."""
-    return place.reading == "prompt"
-
-
-def _opened_activations(model: ModelInfo, n_pairs: int, folder: Path) -> Activations:
-    """What an earlier run has read; nothing where its files are damaged beyond telling the rows."""
-    shape = (model.n_layer, n_pairs, model.n_embd)
-    try:
-        return Activations(*shape, folder)
-    except ForeignArraysError:  # the name of the folder says whose it is, so this is damage
-        warnings.warn(f"{folder} is damaged and is made again; check the disk", stacklevel=5)
-        shutil.rmtree(folder, ignore_errors=True)
-        return Activations(*shape, folder)
+def _name(text: Passage) -> str:
+    """What a text is found by: where its response begins decides what a mean is taken over."""
+    return json.dumps([text.prompt, text.response])

@@ -16,7 +16,7 @@ from alignez_gguf.gguf_header import MAX_ARRAY
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
 from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
-from alignez_gguf.pipeline.recipes import Made, auto, paper, split
+from alignez_gguf.pipeline.recipes import Made, auto, paper, places, split
 from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
@@ -96,7 +96,9 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
-        pairs, report = usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
+        pairs, report = usable_pairs(
+            job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)
+        )
         filtered.append(report)
         made.append(recipe(job, pairs))
     edits, scale = made[0].edits, 1.0

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from alignez_gguf import directions
 from alignez_gguf.candidates import Candidate, Source, span
 from alignez_gguf.control import Field
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits, paper_edits, span_edits
+from alignez_gguf.engines import HOOKS, Hook
 from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
@@ -73,11 +73,8 @@ class Made:
 def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer."""
     settings = job.settings
-    method = settings.method or "ccs"
-    place = Place(settings.reading or "response", settings.hook or "mlp")
-    # With what `auto` would read of the same texts, which costs little beside them.
-    embeddings = Embeddings(job, pairs, [place, *map(_place, sources(settings))])
-    fit = fit_directions(embeddings, np.arange(len(pairs)), method, place, rank=1)
+    method, place = settings.method or "ccs", _paper_place(settings)
+    fit = fit_directions(Embeddings(job, pairs, places(job)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
     if not edits:
         raise NoGainError(
@@ -98,9 +95,12 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
 def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """Fit on a part of the pairs, choose on the queries of the others."""
     settings = job.settings
-    fit_indices, held_out = split(pairs, settings.seed)
-    candidates = sources(settings)
-    fits = fit_sources(job, pairs, fit_indices, candidates)
+    fit_pairs, held_out = split(pairs, settings.seed)
+    hooks = job.engine.hooks
+    candidates = sources(settings, hooks)
+    for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
+        job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
+    fits = fit_sources(job, fit_pairs, candidates)
     with scorers(job, held_out) as scorer:
         scope, selection = _search_scopes(job, pairs, held_out, fits, candidates, scorer)
         best, scored = selection.chosen.candidate, scorer(scope)
@@ -128,7 +128,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "amount": float(best.amount),
         "added_layers": span(best.layers if best.added is None else best.added) if best.amount else "",
         "scope": str(scope),
-        "pairs.fit": len(fit_indices),
+        "pairs.fit": len(fit_pairs),
         "pairs.selection": len(held_out),
     }
     fitted = fits.of(best.source).directions
@@ -204,9 +204,7 @@ class Fits:
         )
 
 
-def fit_sources(
-    job: Job, pairs: Sequence[PreferencePair], fit_indices: NDArray[np.int64], sources: Sequence[Source]
-) -> Fits:
+def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
     """Fit each method once at each place, with the highest rank that is asked of it."""
     embeddings = Embeddings(job, pairs, list(map(_place, sources)))
     fits: dict[tuple[str, Place], Fit] = {}
@@ -214,7 +212,7 @@ def fit_sources(
         key = source.method, _place(source)
         if key not in fits:
             rank = max(other.rank for other in sources if other.method == source.method)
-            fits[key] = fit_directions(embeddings, fit_indices, *key, rank)
+            fits[key] = fit_directions(embeddings, *key, rank)
     return Fits(fits)
 
 
@@ -222,8 +220,12 @@ def _place(source: Source) -> Place:
     return Place(source.reading, source.hook)
 
 
-def split(pairs: Sequence[PreferencePair], seed: int) -> tuple[NDArray[np.int64], list[PreferencePair]]:
-    """Indices of the pairs to fit on, and one pair of each other query, to choose on."""
+def _paper_place(settings: Settings) -> Place:
+    return Place(settings.reading or "response", settings.hook or "mlp")
+
+
+def split(pairs: Sequence[PreferencePair], seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """The pairs to fit on, and one pair of each other query, to choose on."""
     queries = list(dict.fromkeys(pair.query for pair in pairs))
     n_selection = min(max(round(len(queries) * _SELECTION_SHARE), _MIN_SELECTION), _MAX_SELECTION)
     if len(queries) < n_selection + _MIN_SELECTION:
@@ -233,18 +235,32 @@ def split(pairs: Sequence[PreferencePair], seed: int) -> tuple[NDArray[np.int64]
         )
     order = np.random.default_rng(seed).permutation(len(queries))
     chosen = {queries[index] for index in order[:n_selection]}
-    fit_indices = [index for index, pair in enumerate(pairs) if pair.query not in chosen]
+    fitted = [pair for pair in pairs if pair.query not in chosen]
     held_out = {pair.query: pair for pair in reversed(pairs) if pair.query in chosen}
-    return np.array(fit_indices), list(reversed(held_out.values()))
+    return fitted, list(reversed(held_out.values()))
 
 
-def sources(settings: Settings) -> list[Source]:
+def places(job: Job) -> list[Place]:
+    """Where pairs are embedded.
+
+    The paper's recipe also reads what the search would: of texts that are read anyway, this costs little.
+    """
+    searched = list(map(_place, sources(job.settings, job.engine.hooks)))
+    return [_paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
+
+
+def sources(settings: Settings, hooks: Collection[Hook] = HOOKS) -> list[Source]:
     """Where directions are looked for under these settings.
 
     The residual stream is read where a persona speaks loudest in it, at the end of the prompt, unless another
     position is asked for.
+
+    Args:
+        settings: of the job.
+        hooks: that can be read; of what cannot, only what is asked for is looked at, which then fails.
     """
     methods = directions.METHODS if settings.method is None else (settings.method,)
+    wanted = (hooks or HOOKS) if settings.hook is None else (settings.hook,)
     places = [
         Place("prompt", "mlp"),
         Place("response", "mlp"),
@@ -258,7 +274,7 @@ def sources(settings: Settings) -> list[Source]:
     return [
         Source(method, reading, rank, hook)
         for reading, hook in places
-        if settings.reading in (None, reading) and settings.hook in (None, hook)
+        if settings.reading in (None, reading) and hook in wanted
         for method in methods
         for rank in (SVD_RANKS if method.startswith("svd") else (1,))
     ]

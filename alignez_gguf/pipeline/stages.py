@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf import directions
-from alignez_gguf.activations import SelectedPairs, class_gap
+from alignez_gguf.activations import class_gap
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import GenerationRequest, Passage, Sampling
@@ -20,13 +20,13 @@ from alignez_gguf.filters import PairFilterReport, filter_pairs, text_fault
 from alignez_gguf.generation import (
     answer_prompts,
     characteristics,
+    compare_personas,
     default_sampling,
     generate_pairs,
-    persona_margins,
     request_seed,
 )
 from alignez_gguf.pairs import PairStore, PreferencePair, unweighted
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import Embeddings, Place, Readings
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json, known_margins
 from alignez_gguf.scope import Scope
@@ -85,18 +85,24 @@ def given_pairs(job: Job, pairs: Sequence[PreferencePair]) -> list[PreferencePai
 
 
 def usable_pairs(
-    job: Job, generated: Sequence[PreferencePair], given: Sequence[PreferencePair]
+    job: Job,
+    generated: Sequence[PreferencePair],
+    given: Sequence[PreferencePair],
+    places: Sequence[Place] = (),
 ) -> tuple[list[PreferencePair], PairFilterReport]:
-    """The pairs that say something; those that the model wrote are also held against its own likelihoods."""
+    """The pairs that say something; those that the model wrote are also held against its own likelihoods.
+
+    What will be asked for at some of these places is read on the way, where it lies in the same texts.
+    """
     margins = np.full((len(generated) + len(given), 2), np.nan)
     measured = [index for index, pair in enumerate(generated) if text_fault(pair) is None]
-    margins[measured] = _margins(job, [generated[index] for index in measured])
+    margins[measured] = _margins(job, [generated[index] for index in measured], places)
     kept, report = filter_pairs([*generated, *given], margins)
     job.reporter.note(str(report))
     return kept, report
 
 
-def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
+def _margins(job: Job, pairs: Sequence[PreferencePair], places: Sequence[Place]) -> NDArray[np.float64]:
     """How well the answers fit their personas, [n_pairs, 2]; each pair is kept as soon as it is measured."""
     asked = unweighted(pairs)
     if not asked:
@@ -112,9 +118,12 @@ def _margins(job: Job, pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
         if missing:
             with job.reporter.stage("comparing personas", len(asked)) as advance:
                 advance(len(asked) - len(missing))
-                measured = persona_margins(job.engine, missing, job.templates)
-                for pair, margins in zip(missing, measured, strict=True):
-                    known[pair] = margins
+                in_prompts = Readings.opened(job, [place for place in places if place.in_prompt])
+                compared = compare_personas(job.engine, missing, job.templates, in_prompts.readouts)
+                for pair, found in zip(missing, compared, strict=True):
+                    for prompt, values in found.prompts.items():
+                        in_prompts.keep(prompt, values)
+                    known[pair] = found.margins
                     advance(1)
         return np.array([known[pair] for pair in asked])
 
@@ -127,17 +136,14 @@ class Fit:
     class_gap: NDArray[np.float32]
 
 
-def fit_directions(
-    embeddings: Embeddings, fit_indices: NDArray[np.int64], method: str, place: Place, rank: int
-) -> Fit:
-    """Fit a method on some of the pairs, as they are embedded at a place."""
+def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int) -> Fit:
+    """Fit a method on pairs as they are embedded at a place."""
     job, pairs = embeddings.job, embeddings.pairs
     path = job.work.part(
         "directions",
         model=job.engine.info,
         templates=job.templates,
         pairs=list(pairs),
-        fit_indices=fit_indices.tolist(),
         method=method,
         reading=place.reading,
         hook=place.hook,
@@ -146,10 +152,8 @@ def fit_directions(
     ).with_suffix(".npz")
 
     def fitted() -> dict[str, Any]:
-        activations = embeddings.at(place)
-        helpful = SelectedPairs(activations.helpful, fit_indices)
-        harmful = SelectedPairs(activations.harmful, fit_indices)
-        counts = np.array([pairs[index].weight for index in fit_indices])
+        helpful, harmful = embeddings.at(place)
+        counts = np.array([pair.weight for pair in pairs])
         weights = None if (counts == counts[0]).all() else counts
         with job.reporter.stage(f"fitting directions ({method}, {place})", None):
             found = directions.fit(

@@ -17,7 +17,7 @@ from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.recipes import auto
+from alignez_gguf.pipeline.recipes import auto, places
 from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
 from alignez_gguf.predict.separability import (
     MIN_QUERIES,
@@ -111,13 +111,14 @@ def predict(
         raise QueryError(
             f"{len(queries)} queries are too few to predict anything; give at least {MIN_QUERIES}"
         )
-    reading, hook = job.settings.reading or "response", job.settings.hook or "mlp"
+    place = Place(job.settings.reading or "response", job.settings.hook or "mlp")
+    searched = () if quick else places(_quick(job))
     generated = self_generated_pairs(job, queries)
-    usable, report = usable_pairs(job, generated, ())
+    usable, report = usable_pairs(job, generated, (), [place, *searched])
     kept = set(usable)
     left_out = [pair for pair in generated if pair.helpful and pair.harmful and pair not in kept]
-    own_layers = _embeddings(job, usable, reading, hook)
-    unfiltered = _unfiltered(job, usable, own_layers, left_out, reading, hook)
+    own_layers = _embeddings(job, usable, place)
+    unfiltered = _unfiltered(job, usable, own_layers, left_out, place)
     own = surface = embedder = held_out = None
     if _n_queries(usable) >= MIN_QUERIES:
         compare = _Comparison(job, usable, permutations)
@@ -130,8 +131,8 @@ def predict(
         held_out = None if quick else quick_search(job, usable)
     return Prediction(
         model=job.engine.info,
-        reading=reading,
-        hook=hook,
+        reading=place.reading,
+        hook=place.hook,
         pairs=report,
         unfiltered=unfiltered,
         own=own,
@@ -144,20 +145,28 @@ def predict(
 
 def quick_search(job: Job, pairs: Sequence[PreferencePair]) -> HeldOut:
     """The label-free choice of the main job with one method and one scope instead of several."""
-    settings = replace(
-        job.settings,
-        method=job.settings.method or QUICK_METHOD,
-        scope=job.settings.scope or Scope(),
-        reading=None,
-        hook=None,
-    )
     try:
-        made = auto(replace(job, settings=settings), pairs)
+        made = auto(_quick(job), pairs)
     except (NoGainError, QueryError) as error:
         return HeldOut(note=str(error))
     assert made.selection is not None
     chosen = made.selection.chosen
     return HeldOut(str(chosen.candidate), chosen.figures, made.selection.n_queries)
+
+
+def _quick(job: Job) -> Job:
+    """The job of the quick search."""
+    settings = job.settings
+    return replace(
+        job,
+        settings=replace(
+            settings,
+            method=settings.method or QUICK_METHOD,
+            scope=settings.scope or Scope(),
+            reading=None,
+            hook=None,
+        ),
+    )
 
 
 class _Comparison:
@@ -193,26 +202,22 @@ def _unfiltered(
     usable: Sequence[PreferencePair],
     usable_layers: Sequence[NDArray[Any]],
     left_out: Sequence[PreferencePair],
-    reading: ReadingPosition,
-    hook: Hook,
+    place: Place,
 ) -> float | None:
     """Accuracy of the best layer for all pairs, if there are enough."""
     pairs, layers = [*usable, *left_out], usable_layers
     if _n_queries(pairs) < MIN_QUERIES:
         return None
     if left_out:
-        others = _embeddings(job, left_out, reading, hook)
+        others = _embeddings(job, left_out, place)
         layers = [np.concatenate(both, axis=1) for both in zip(usable_layers, others, strict=True)]
     return float(hits(layers, [pair.query for pair in pairs], job.settings.seed).accuracy.max())
 
 
-def _embeddings(
-    job: Job, pairs: Sequence[PreferencePair], reading: ReadingPosition, hook: Hook
-) -> list[NDArray[Any]]:
+def _embeddings(job: Job, pairs: Sequence[PreferencePair], place: Place) -> list[NDArray[Any]]:
     """Features of every layer, [2, n_pairs, n_embd] each."""
     if not pairs:
         return [np.empty((2, 0, job.engine.info.n_embd), np.float16)] * job.engine.info.n_layer
-    place = Place(reading, hook)
     read = Embeddings(job, pairs, [place]).at(place)
     return [np.stack(both) for both in zip(read.helpful, read.harmful, strict=True)]
 

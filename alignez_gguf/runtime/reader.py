@@ -56,6 +56,12 @@ class LayerReader:
         """Whether a first decode has shown where the outputs are; until then nothing can be read."""
         return self._found is not None
 
+    @property
+    def hooks(self) -> set[Hook]:
+        """What has been found of every layer."""
+        layers = set(range(self._shape[0]))
+        return {hook for hook, of_layer in (self._found or {}).items() if of_layer.keys() == layers}
+
     def watch(self) -> None:
         """Look at the next decode. It must be one of a single sequence, with logits for its last token."""
         self._finders = {"mlp": MlpOutputs(), "residual": BlockOutputs(self._shape[0])}
@@ -116,12 +122,13 @@ class LayerReader:
     def _nodes(self, hook: Hook) -> dict[int, Node]:
         """The outputs of all layers."""
         found = (self._found or {}).get(hook, {})
-        n_layer = self._shape[0]
-        missing = [layer for layer in range(n_layer) if layer not in found]
-        if missing or len(found) != n_layer:
+        if hook not in self.hooks:
+            n_layer = self._shape[0]
+            missing = min(set(range(n_layer)) - found.keys(), default=n_layer)
+            instead = [f"read elsewhere (--hook {other})" for other in self.hooks]
             raise ModelFileError(
-                f"the {_CALLED[hook]} of layer {missing[0] if missing else n_layer} cannot be found in "
-                f"the graph of the architecture {self._architecture!r}; use a model of another architecture"
+                f"the {_CALLED[hook]} of layer {missing} cannot be found in the graph of the architecture "
+                f"{self._architecture!r}; {' or '.join([*instead, 'use a model of another architecture'])}"
             )
         return found
 

@@ -227,8 +227,8 @@ def test_mixed_pairs_count_as_often_as_they_are_told_to(
     assert once.recipe["pairs.total"] == 30
     # Fitted anew, but what the model said and read was there.
     assert len(list((tmp_path / "work").glob("directions-*.npz"))) == 2
-    # At both readings of the answers: the other recipe will ask for them.
-    assert len(list((tmp_path / "work").glob("activations-*"))) == 2
+    # At both readings of the answers and in both outputs at the prompts: the other recipe will ask for them.
+    assert len(list((tmp_path / "work").glob("activations-*"))) == 4
     assert len(list((tmp_path / "work").glob("pairs-*"))) == 1
 
 

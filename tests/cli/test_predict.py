@@ -129,7 +129,7 @@ def test_model_that_ignores_its_personas_gets_a_negative_verdict_and_no_error(
     from alignez_gguf.predict import run as module
 
     def few(
-        job: Job, generated: Sequence[PreferencePair], given: Sequence[PreferencePair]
+        job: Job, generated: Sequence[PreferencePair], *_: Any
     ) -> tuple[list[PreferencePair], PairFilterReport]:
         return list(generated[:4]), PairFilterReport(len(generated), 4, persona_ignored=len(generated) - 4)
 

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,34 @@ def test_readouts_may_take_turns(engine: LlamaEngine) -> None:
             np.testing.assert_array_equal(next(turn)[0], expected)
 
 
+def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [f"{SHARED}Question: {word}?\nAnswer:" for word in ("why", "how")]
+    answers = [Passage(prompt, f" {answer}") for prompt in prompts for answer in ("sorry", "make a plan")]
+    read = list(engine.activations(list(map(Passage, prompts)), LAST))
+    fits = list(engine.response_logprobs(answers))
+    computed = 0
+    decode = Context.decode
+
+    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
+        nonlocal computed
+        computed += len(tokens)
+        decode(self, tokens, *rest)
+
+    list(engine.activations([Passage("x")], LAST))
+    monkeypatch.setattr(Context, "decode", counted)
+    reading = engine.activations(list(map(Passage, prompts)), LAST)
+    fitting = engine.response_logprobs(answers)
+    for row in range(2):
+        np.testing.assert_array_equal(next(reading), read[row])
+        assert [next(fitting), next(fitting)] == fits[2 * row : 2 * row + 2]
+    # Of each answer, the last token of the prompt again, and all that is answered but its last token.
+    responses = sum(n_tokens(answer.text) - n_tokens(answer.prompt) for answer in answers)
+    shared = n_tokens(f"{SHARED}Question:")
+    assert computed <= n_tokens(prompts[0]) + n_tokens(prompts[1]) - shared + responses + 2 * len(answers)
+
+
 def test_next_token_logprobs_are_those_of_the_model(engine: LlamaEngine) -> None:
     tiny = tiny_model("llama")
     for text, found in zip(TEXTS, engine.next_token_logprobs(TEXTS), strict=True):
@@ -218,6 +247,17 @@ def test_output_that_a_layer_lacks_is_refused_by_name(hook: Hook, name: str) -> 
         reader.reading([Readout(hook)]),
     ):
         pass
+
+
+def test_hooks_are_what_is_found_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert learned(LayerReader("llama", n_layer=3, n_embd=64)).hooks == {"mlp", "residual"}
+    assert learned(LayerReader("llama", n_layer=4, n_embd=64)).hooks == set()
+    with LlamaEngine(tiny_model("llama").gguf, n_ctx=256, n_threads=1) as engine:
+        monkeypatch.setattr(BlockOutputs, "of_layer", {})
+        assert engine.hooks == {"mlp"}
+        assert next(engine.activations(PASSAGES, LAST)).shape == (1, 3, 64)
+        with pytest.raises(ModelFileError, match=r"layer 0 .*; read elsewhere \(--hook mlp\) or use"):
+            next(engine.activations(PASSAGES, [Readout("residual")]))
 
 
 class Graph:

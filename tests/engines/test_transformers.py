@@ -306,8 +306,11 @@ def test_layers_without_an_mlp_of_a_known_name_are_refused_only_where_it_is_need
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = TransformersEngine(saved("llama"))
+    assert engine.hooks == {"mlp", "residual"}
+    del engine.model.mlps
     for block in engine.model.blocks:
         block.add_module("shared_mlp", torch.nn.Identity())
+    assert engine.hooks == {"residual"}
     assert next(engine.activations(PASSAGES, [Readout("residual")])).shape == (1, 3, 64)
     with pytest.raises(ModelFileError, match="the MLP of layer 0 of the architecture 'llama'"):
         engine.activations(PASSAGES, READOUTS)

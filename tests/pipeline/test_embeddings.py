@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,26 +55,46 @@ def test_pairs_are_embedded_where_the_place_says(job: Job, place: Place) -> None
     passages = [Passage(prompt) for prompt in prompts] if place.reading == "prompt" else list(responses)
     readout = Readout(place.hook, "mean" if place.reading == "response-mean" else "last")
     (helpful,), (harmful,) = job.engine.activations(passages, [readout])
-    np.testing.assert_array_equal(found.helpful[:, 0], helpful)
-    np.testing.assert_array_equal(found.harmful[:, 0], harmful)
+    np.testing.assert_array_equal(np.stack(list(found.helpful))[:, 0], helpful)
+    np.testing.assert_array_equal(np.stack(list(found.harmful))[:, 0], harmful)
     assert not np.array_equal(helpful, harmful)
 
 
 def test_each_text_is_computed_once_for_all_places(job: Job) -> None:
     watched = Watched(job.engine)
-    embeddings = Embeddings(with_engine(job, watched), [PAIR, PAIR], PLACES)
+    other = replace(PAIR, harmful="Never.", sample=1)  # asked for by the same prompts
+    embeddings = Embeddings(with_engine(job, watched), [PAIR, PAIR, other], PLACES)
     assert watched.counts == {}
     for place in PLACES:
         embeddings.at(place)
-    assert watched.counts == {"activations": 2 * 2 * len([PAIR, PAIR])}
+    n_prompts, n_answers = 2, 3
+    assert watched.counts == {"activations": n_prompts + n_answers}
+
+
+def test_what_was_read_of_a_text_serves_every_list_of_pairs(job: Job) -> None:
+    pairs = self_generated_pairs(job, QUERIES[:6])
+    watched = Watched(job.engine)
+    job = with_engine(job, watched)
+    few = np.stack(list(Embeddings(job, pairs[2:4], [RESPONSE]).at(RESPONSE).harmful))
+    watched.counts.clear()
+    many = Embeddings(job, [replace(pair, weight=2.0) for pair in pairs[::-1]], [RESPONSE]).at(RESPONSE)
+    assert watched.counts == {"activations": 2 * 4}
+    np.testing.assert_array_equal(np.stack(list(many.harmful))[:, [3, 2]], few)
+
+
+def test_no_pairs_are_embedded_nowhere(job: Job) -> None:
+    watched = Watched(job.engine)
+    found = Embeddings(with_engine(job, watched), [], PLACES).at(RESPONSE)
+    assert [layer.shape for layer in found.helpful] == [(0, job.engine.info.n_embd)] * len(found.harmful)
+    assert watched.counts == {}
 
 
 def test_place_that_an_earlier_run_has_read_is_not_read_again(job: Job) -> None:
     alone = Embeddings(job, [PAIR], [RESPONSE]).at(RESPONSE)
-    before = alone.helpful.copy()
+    before = np.stack(list(alone.helpful))
     watched = Watched(job.engine)
     embeddings = Embeddings(with_engine(job, watched), [PAIR], [RESPONSE, MEAN])
-    np.testing.assert_array_equal(embeddings.at(RESPONSE).helpful, before)
+    np.testing.assert_array_equal(np.stack(list(embeddings.at(RESPONSE).helpful)), before)
     embeddings.at(MEAN)
     assert watched.counts == {"activations": 2}
     Embeddings(with_engine(job, watched), [PAIR], [RESPONSE, MEAN]).at(MEAN)
@@ -87,17 +108,17 @@ def test_reading_that_was_interrupted_goes_on_with_the_missing_pairs(job: Job, e
     def read(by: Any) -> list[NDArray[np.float16]]:
         embeddings = Embeddings(with_engine(job, by), pairs, both)
         return [
-            side.copy()
+            np.stack(list(side))
             for place in both
             for found in [embeddings.at(place)]
             for side in (found.helpful, found.harmful)
         ]
 
     expected = read(engine)
-    for path in job.work.path.glob("activations-*/*"):
+    for path in job.work.path.glob("activations-*"):
         path.unlink()
     with pytest.raises(KeyboardInterrupt):
         read(Interrupting(engine, after=11))
     rest = Interrupting(engine, after=-1)
     np.testing.assert_array_equal(read(rest), expected)
-    assert rest.n_read == 2 * (len(pairs) - 5)
+    assert rest.n_read == 2 * len(pairs) - 11

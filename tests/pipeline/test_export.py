@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import LayerEdit
+from alignez_gguf.engines import Passage, Readout
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.engines.transformers import TransformersEngine
-from alignez_gguf.errors import ControlFileError, NoGainError, QueryError
+from alignez_gguf.errors import ControlFileError, ModelFileError, NoGainError, QueryError
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Aspect, Export, export, score_control
+from alignez_gguf.pipeline.job import Recipe
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import Templates
 from alignez_gguf.scope import Scope
@@ -66,13 +69,53 @@ def test_another_row_is_chosen_without_computing_anything(
         run(replace(QUICK, choose=len(front) + 1), target=watched)
 
 
-def test_recipe_auto_reads_no_answer_that_recipe_paper_has_read(
-    run: Run, watched: Any, tmp_path: Path
-) -> None:
+def test_recipe_auto_reads_nothing_that_recipe_paper_has_read(run: Run, watched: Any, tmp_path: Path) -> None:
     run(replace(SETTINGS, recipe="paper", method="mean"), tmp_path)
     run(replace(QUICK, reading=None), tmp_path, target=watched)
-    # Both prompts of each query.
-    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES
+    assert set(watched.counts) == {"generate", "next_token_logprobs", "response_logprobs", "steered_prompts"}
+
+
+def test_recipe_auto_reads_no_answers_to_queries_that_it_chooses_on(
+    run: Run, watched: Any, tmp_path: Path
+) -> None:
+    made = run(replace(QUICK, reading=None), tmp_path, target=watched)
+    n_fit, n_held_out = (made.control.recipe[f"pairs.{part}"] for part in ("fit", "selection"))
+    assert n_held_out == 10
+    # The prompts of all pairs, and the answers of those that are fitted on.
+    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES + 2 * n_fit
+
+
+class WithoutResidual:
+    """An engine for an architecture whose residual stream cannot be told."""
+
+    hooks: ClassVar = {"mlp"}
+
+    def __init__(self, engine: LlamaEngine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def activations(self, passages: Sequence[Passage], readouts: Sequence[Readout]) -> Any:
+        if any(readout.hook == "residual" for readout in readouts):
+            raise ModelFileError("the residual stream cannot be found")
+        return self._engine.activations(passages, readouts)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "paper"])
+def test_hook_that_an_architecture_lacks_is_left_out_unless_it_is_asked_for(
+    recipe: Recipe, run: Run, engine: LlamaEngine, tmp_path: Path
+) -> None:
+    settings = replace(QUICK, recipe=recipe, hook=None, reading=None)
+    lacking: Any = WithoutResidual(engine)
+    made = run(settings, tmp_path, target=lacking)
+    assert made.control.recipe["hook"] == "mlp"
+    tried = [
+        scored.candidate.source.hook for one in made.made if one.selection for scored in one.selection.tried
+    ]
+    assert set(tried) <= {"mlp"}
+    with pytest.raises(ModelFileError, match="residual"):
+        run(replace(settings, hook="residual"), tmp_path, target=lacking)
 
 
 @pytest.mark.parametrize(

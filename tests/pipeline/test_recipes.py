@@ -273,7 +273,7 @@ def test_queries_are_split_into_two_parts_of_some_size(n_queries: int, samples: 
     pairs = numbered(n_queries, samples)
     fit, held_out = split(pairs, seed=0)
     asked = [pair.query for pair in held_out]
-    fitted = {pairs[index].query for index in fit}
+    fitted = {pair.query for pair in fit}
     assert not fitted & set(asked)
     assert len(fitted) + len(asked) == n_queries
     assert len(fit) == samples * len(fitted)
@@ -321,3 +321,12 @@ def test_sources_are_every_method_at_the_places_asked_for(
 def test_single_method_is_the_only_source() -> None:
     settings = Settings(method="logistic", reading="prompt", hook="mlp")
     assert sources(settings) == [Source("logistic", "prompt", 1)]
+
+
+def test_sources_are_looked_for_where_the_architecture_can_be_read() -> None:
+    every = sources(Settings())
+    assert sources(Settings(), {"mlp"}) == [source for source in every if source.hook == "mlp"]
+    assert sources(Settings(), {"residual"}) == [source for source in every if source.hook == "residual"]
+    # What is asked for, or all of it where nothing can be read, is tried and fails.
+    assert sources(Settings(hook="residual"), {"mlp"}) == sources(Settings(hook="residual"))
+    assert sources(Settings(), set()) == every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -9,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from alignez_gguf.engines import Passage
+from alignez_gguf.engines import Hook, Passage
 from alignez_gguf.engines.endpoint import EndpointGenerator
 from alignez_gguf.generation import answer_prompts, characteristics, default_sampling
 from alignez_gguf.pairs import PairStore, PreferencePair, load_pairs
@@ -150,25 +150,48 @@ def test_personas_are_compared_once_for_a_pair_and_only_where_its_texts_differ(j
     assert (report.empty, report.identical) == (1, 1)
 
 
+@pytest.mark.parametrize("hooks", [("mlp",), ("mlp", "residual")])
+def test_prompts_are_read_while_personas_are_compared(job: Job, hooks: Sequence[Hook]) -> None:
+    generated = self_generated_pairs(job, QUERIES[:6])
+    places = [Place("prompt", hook) for hook in hooks]
+    elsewhere = [Place("response", hook) for hook in hooks]
+    watched = Watched(job.engine)
+    watched_job = with_engine(job, watched)
+    plain, _ = usable_pairs(watched_job, generated, [])
+    assert watched.counts == {"response_logprobs": 4 * 6}
+    shutil.rmtree(job.work.path)
+    job.work.path.mkdir()
+    pairs, _ = usable_pairs(watched_job, generated, [], [*places, *elsewhere])
+    assert pairs == plain
+    assert watched.counts == {"response_logprobs": 2 * 4 * 6, "activations": 2 * 6}
+    for place in places:
+        helpful, harmful = Embeddings(watched_job, pairs, places).at(place)
+        for row, pair in enumerate(pairs):
+            passages = list(map(Passage, answer_prompts(job.templates, pair)))
+            expected = [found[0] for found in job.engine.activations(passages, [place.readout])]
+            np.testing.assert_array_equal(np.stack(list(helpful))[:, row], expected[0])
+            np.testing.assert_array_equal(np.stack(list(harmful))[:, row], expected[1])
+    assert watched.counts["activations"] == 2 * 6
+
+
 def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) -> None:
     pairs = self_generated_pairs(job, QUERIES[:12])
     heavy = [replace(pair, weight=3.0 if index % 2 else 1.0) for index, pair in enumerate(pairs)]
     repeated = [index for index, pair in enumerate(heavy) for _ in range(int(pair.weight))]
-    every = np.arange(len(pairs))
     watched = Watched(job.engine)
     job = with_engine(job, watched)
     place = Place("prompt", "mlp")
 
-    def fitted(pairs: Sequence[PreferencePair], indices: NDArray[np.int64]) -> Fit:
-        return fit_directions(Embeddings(job, pairs, [place]), indices, "mean", place, 1)
+    def fitted(pairs: Sequence[PreferencePair]) -> Fit:
+        return fit_directions(Embeddings(job, pairs, [place]), "mean", place, 1)
 
-    plain = fitted(pairs, every)
+    plain = fitted(pairs)
     usable_pairs(job, pairs, [])
     watched.counts.clear()
-    weighted = fitted(heavy, every)
+    weighted = fitted(heavy)
     usable_pairs(job, heavy, [])
     assert watched.counts == {}
-    expected = fitted(pairs, np.array(repeated))
+    expected = fitted([pairs[index] for index in repeated])
     np.testing.assert_allclose(weighted.class_gap, expected.class_gap, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(weighted.directions.vectors, expected.directions.vectors, atol=1e-4)
     assert not np.allclose(weighted.class_gap, plain.class_gap, rtol=1e-3)
@@ -177,9 +200,7 @@ def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) ->
 def test_fit_comes_back_from_the_work_directory_as_it_was(job: Job) -> None:
     pairs = self_generated_pairs(job, QUERIES[:8])
     place = Place("response", "mlp")
-    first, again = (
-        fit_directions(Embeddings(job, pairs, [place]), np.arange(8), "ccs", place, 1) for _ in range(2)
-    )
+    first, again = (fit_directions(Embeddings(job, pairs, [place]), "ccs", place, 1) for _ in range(2))
     assert first is not again
     np.testing.assert_array_equal(first.class_gap, again.class_gap)
     for name in ("vectors", "p_helpful", "p_harmful", "accuracy", "loss", "spread"):

@@ -195,8 +195,10 @@ class Battery:
             damaged = self._random.choice(parts)
             what = _damage(damaged, self._random)
             spoiled.add(damaged.name.removesuffix(".sha256"))  # for as long as nobody looks at it
-            if damaged.parent != work:  # nobody looks at the embeddings while there is a fit of them
+            refitted = set[str]()
+            if damaged.name.startswith("activations-"):  # nobody looks at them while there is a fit
                 for fit in work.glob("directions-*"):
+                    refitted.add(fit.name)
                     fit.unlink()
             for output in resumed.files:
                 (place / output).unlink()
@@ -208,7 +210,8 @@ class Battery:
                 break
             redone = {path for path, stamp in before.items() if path.exists() and _stamp(path) != stamp}
             beside = {path for path in redone if path.name.removesuffix(".sha256") not in spoiled}
-            if damaged.parent == work and beside:
+            beside -= {work / name for name in refitted}
+            if beside:
                 findings.append(f"{said}: {', '.join(sorted(path.name for path in beside))} was redone too")
             if {name: (place / name).read_bytes() for name in resumed.files} != resumed.files:
                 findings.append(f"{said}: other bytes than an undisturbed run")
