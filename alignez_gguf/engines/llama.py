@@ -43,6 +43,9 @@ _LEAST_CACHE_BYTES = 256 << 20
 """or so much where that is more; fewer texts grow at once where it is tight."""
 
 
+_MANY = 16
+"""Texts that may grow at once, from which on the weights are arranged for that."""
+
 _ANY_TEXT = "a b c"
 """To see the graph; of a few tokens, which are computed in one piece."""
 
@@ -76,7 +79,7 @@ class LlamaEngine:
         n_gpu_layers: int = -1,
         exact: bool = True,
     ) -> None:
-        self.model = Model(model_path, n_gpu_layers=n_gpu_layers)
+        self.model = Model(model_path, n_gpu_layers=n_gpu_layers, many_at_once=n_parallel >= _MANY)
         self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
         self.n_parallel = max(1, n_parallel)
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -90,6 +91,13 @@ def has_gpu() -> bool:
     by_type = ggml().ggml_backend_dev_by_type
     by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
     return any(by_type(kind) for kind in _GPUS)
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """What ggml's CPU code was built with and finds, by its own names, such as AVX2."""
+    said = _library().llama_print_system_info().decode(errors="replace")
+    return frozenset(re.findall(r"(\w+) = 1", said))
 
 
 def is_patched() -> bool:

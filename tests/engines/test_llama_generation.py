@@ -4,11 +4,13 @@ import codecs
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_cpp import Llama
 
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
+from alignez_gguf.engines import llama as llama_engine
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.runtime.model import Model
@@ -209,3 +211,18 @@ def test_quantized_models_generate(file_type: str) -> None:
         found = completed(engine, DRAWN)
     assert len(found) == len(PROMPTS)
     assert all(completion.n_tokens for completion in found)
+
+
+@pytest.mark.parametrize(("n_parallel", "many"), [(2, False), (15, False), (16, True), (32, True)])
+def test_engine_of_many_texts_computes_many_tokens_at_once(
+    n_parallel: int, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(*arguments: Any, many_at_once: bool, **options: Any) -> Model:
+        asked.append(many_at_once)
+        return Model(*arguments, **options)
+
+    monkeypatch.setattr(llama_engine, "Model", watched)
+    LlamaEngine(tiny_model("llama").gguf, n_parallel=n_parallel).close()
+    assert asked == [many]

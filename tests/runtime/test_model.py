@@ -3,15 +3,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 
 from alignez_gguf.errors import AlignezError, ModelFileError
+from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.quantize_file import quantize_file
-from tests.models import tiny_model, tokenizer
+from tests.models import quantized, tiny_model, tokenizer
 
 TEXT = "Question: wie spät ist es?\nAnswer: 🦙 o'clock"
 
@@ -52,6 +55,66 @@ def test_file_that_llama_cpp_refuses_is_an_error_with_its_reason(
     with pytest.raises(ModelFileError, match=r"blk\.1\.ffn_down\.weight"):
         Model(path)
     assert capfd.readouterr().err == ""
+
+
+VNNI = frozenset({"AVX2", "AVX512", "AVX512_VNNI", "REPACK"})
+
+
+@pytest.mark.parametrize(
+    ("file_type", "many_at_once", "features", "rearranged"),
+    [
+        ("Q4_K_M", True, VNNI, False),
+        ("Q4_K_M", False, VNNI, True),
+        ("Q4_0", True, VNNI, True),
+        ("Q4_K_M", True, VNNI | {"AMX_INT8"}, True),
+        ("Q4_K_M", True, frozenset({"AVX2", "REPACK"}), True),
+        ("Q4_K_M", True, frozenset({"NEON", "DOTPROD", "REPACK"}), True),
+    ],
+)
+def test_k_quants_are_rearranged_unless_many_tokens_are_faster_without(
+    file_type: str,
+    many_at_once: bool,
+    features: frozenset[str],
+    rearranged: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    load = llama.llama_model_load_from_file
+
+    def watched(path: bytes, parameters: Any) -> Any:
+        asked.append(parameters.use_extra_bufts)
+        return load(path, parameters)
+
+    monkeypatch.setattr(llama, "llama_model_load_from_file", watched)
+    monkeypatch.setattr(library, "cpu_features", lambda: features)
+    path = quantized(tiny_model("llama", n_embd=256).gguf, file_type)
+    Model(path, n_gpu_layers=0, many_at_once=many_at_once).close()
+    assert asked == [rearranged]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5, 40, 200])
+def test_weights_as_they_are_compute_what_stock_llama_cpp_does(
+    n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "cpu_features", lambda: VNNI)
+    path = quantized(tiny_model("llama", n_embd=256).gguf, "Q4_K_M")
+    tokens = np.random.default_rng(0).integers(5, 300, n_tokens)
+    found = []
+    for many_at_once in (False, True):
+        with (
+            Model(path, n_gpu_layers=0, many_at_once=many_at_once) as model,
+            Context(model, n_ctx=256, n_batch=256, n_threads=1) as context,
+        ):
+            context.decode(tokens, np.arange(n_tokens), np.zeros(n_tokens), np.ones(n_tokens))
+            found.append(np.stack([context.logits(index) for index in range(n_tokens)]))
+    np.testing.assert_allclose(found[1], found[0], atol=0.03 * np.abs(found[0]).max())
+
+
+def test_cpu_features_are_those_that_llama_cpp_names() -> None:
+    named = llama.llama_print_system_info().decode()
+    found = library.cpu_features()
+    assert all(f"{feature} = 1" in named for feature in found)
+    assert len(found) == named.count(" = 1")
 
 
 def test_tokens_are_those_of_the_tokenizer(model: Model) -> None:
