@@ -145,7 +145,7 @@ def test_steering_has_a_figure_for_every_form(setting: Setting) -> None:
     for form in ("lora", "control_vector", "merged"):
         assert {f"{form}_decode_ratio", f"{form}_prefill_ratio"} <= found.keys()
     others = {"generation_prefill_ratio", "changing_strength_ratio", "prefill_noise"}
-    others |= {"side_by_side_ratio", "side_by_side_steering_ratio"}
+    others |= {"side_by_side_ratio", "side_by_side_steering_ratio", "loaded_for_many_prefill_ratio"}
     assert others <= found.keys()
     assert all(figure.value is not None and figure.value > 0 for figure in found.values())
 

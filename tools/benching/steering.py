@@ -49,6 +49,7 @@ def measure(setting: Setting, sizes: Sizes | None = None) -> Measured:
         found |= _stock(pair, rank_1, setting.model, folder)
         found |= _merged(base, rank_1, setting, folder)
         found |= _side_by_side(base, base_two, two, rank_1, setting)
+        found |= _loaded_for_many(setting, sizes, rank_1)
     return Measured(found, {"llama-cpp-python": llama_cpp.__version__})
 
 
@@ -114,6 +115,20 @@ def _side_by_side(base: Bed, base_two: Bed, two: Bed, rank_1: Edits, setting: Se
         ),
         "side_by_side_steering_ratio": _ratio("decode, the same over base twice in one batch", over_two),
     }
+
+
+def _loaded_for_many(setting: Setting, sizes: Sizes, rank_1: Edits) -> dict[str, Figure]:
+    """The prefill of a model that is loaded as an engine of many texts loads it, perhaps a faster one."""
+    from alignez_gguf.runtime.model import Model
+
+    with (
+        Model(setting.model, n_gpu_layers=setting.n_gpu_layers, many_at_once=True) as model,
+        Bed(model, setting, sizes) as base,
+        Bed(model, setting, sizes) as other,
+    ):
+        taken = Pair(base, other, setting.pairs).prefill(Patch(other.context, rank_1))
+        what = "prefill, the patch, rank 1, weights loaded for many tokens at once"
+        return {"loaded_for_many_prefill_ratio": _ratio(what, taken)}
 
 
 def _both(
