@@ -73,7 +73,7 @@ class Made:
 def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer."""
     settings = job.settings
-    method, place = settings.method or "ccs", _paper_place(settings)
+    method, place = settings.method or "ccs", paper_place(settings)
     fit = fit_directions(Embeddings(job, pairs, places(job)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
     if not edits:
@@ -220,7 +220,8 @@ def _place(source: Source) -> Place:
     return Place(source.reading, source.hook)
 
 
-def _paper_place(settings: Settings) -> Place:
+def paper_place(settings: Settings) -> Place:
+    """Where the paper embeds pairs, unless another place is asked for."""
     return Place(settings.reading or "response", settings.hook or "mlp")
 
 
@@ -246,7 +247,7 @@ def places(job: Job) -> list[Place]:
     The paper's recipe also reads what the search would: of texts that are read anyway, this costs little.
     """
     searched = list(map(_place, sources(job.settings, job.engine.hooks)))
-    return [_paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
+    return [paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
 
 
 def sources(settings: Settings, hooks: Collection[Hook] = HOOKS) -> list[Source]:

@@ -17,7 +17,7 @@ from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.recipes import auto, places
+from alignez_gguf.pipeline.recipes import auto, paper_place, places
 from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
 from alignez_gguf.predict.separability import (
     MIN_QUERIES,
@@ -111,9 +111,9 @@ def predict(
         raise QueryError(
             f"{len(queries)} queries are too few to predict anything; give at least {MIN_QUERIES}"
         )
-    place = Place(job.settings.reading or "response", job.settings.hook or "mlp")
-    searched = () if quick else places(_quick(job))
+    place = paper_place(job.settings)
     generated = self_generated_pairs(job, queries)
+    searched = () if quick else places(_quick(job))
     usable, report = usable_pairs(job, generated, (), [place, *searched])
     kept = set(usable)
     left_out = [pair for pair in generated if pair.helpful and pair.harmful and pair not in kept]

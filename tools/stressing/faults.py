@@ -195,10 +195,8 @@ class Battery:
             damaged = self._random.choice(parts)
             what = _damage(damaged, self._random)
             spoiled.add(damaged.name.removesuffix(".sha256"))  # for as long as nobody looks at it
-            refitted = set[str]()
             if damaged.name.startswith("activations-"):  # nobody looks at them while there is a fit
                 for fit in work.glob("directions-*"):
-                    refitted.add(fit.name)
                     fit.unlink()
             for output in resumed.files:
                 (place / output).unlink()
@@ -210,7 +208,6 @@ class Battery:
                 break
             redone = {path for path, stamp in before.items() if path.exists() and _stamp(path) != stamp}
             beside = {path for path in redone if path.name.removesuffix(".sha256") not in spoiled}
-            beside -= {work / name for name in refitted}
             if beside:
                 findings.append(f"{said}: {', '.join(sorted(path.name for path in beside))} was redone too")
             if {name: (place / name).read_bytes() for name in resumed.files} != resumed.files:
