@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ from alignez_gguf.scoring import (
 _PIECE = 60
 """Tokens that are computed together: on a CPU, 64 tokens or more attend to the cells of all prompts at once
 (GGML_FA_TILE_Q in ggml-cpu/common.h)."""
+_ANSWERS = (16, 32, 64, 128)
+"""Tokens of answers that are computed together, at first, then, and so on: many at once take less time each,
+but a divergence that is too much ends after a few."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 _STRENGTHS = 6
 """Strengths that are computed together at most."""
@@ -94,11 +98,10 @@ class SteeredPrompts:
         shared = _common_prefix(bodies)
         n_sequences = (1 + self._strengths) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
-        n_batch = max(_PIECE, n_sequences, longest)  # llama.cpp wants room for a token of every sequence
+        # llama.cpp wants room for a token of every sequence
+        n_batch = max(_PIECE, *_ANSWERS, n_sequences, longest)
         self._together = n_batch if model.uses_gpu else _PIECE
-        """Tokens at the ends of prompts that are computed together,"""
-        self._answers_together = _PIECE if model.uses_gpu else 1
-        """and of answers; one answer at least. A divergence that is too much ends after a few of them."""
+        """Tokens at the ends of prompts that are computed together."""
         with ExitStack() as opened:
             self._context = opened.enter_context(
                 Context(
@@ -140,7 +143,8 @@ class SteeredPrompts:
                     self._set_strength(edits, query, copy, strength, scope)
                     runs.append(self._steered_run(query, copy, [], scope))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
-            for row, (logprobs,) in zip(rows, self._logprobs(runs, self._together), strict=True):
+            chunks = self._even_chunks(runs, self._together)
+            for row, (logprobs,) in zip(rows, self._logprobs(chunks), strict=True):
                 row[:] = logprobs
         return found
 
@@ -179,13 +183,13 @@ class SteeredPrompts:
             _Run(number, number, answer, len(query.prompt) - 1)
             for number, (query, answer) in enumerate(zip(self._queries, answers, strict=False))
         ]
-        return _Unsteered(answers, self._logprobs(runs, self._answers_together))
+        return _Unsteered(answers, self._logprobs(self._growing_chunks(runs)))
 
     def _divergences(self, unsteered: _Unsteered, scope: Scope) -> Iterator[list[float]]:
         """The divergence at each token of each answer, and at what follows it."""
         runs = [self._steered_run(query, 0, answer, scope) for query, answer in enumerate(unsteered.answers)]
         base = unsteered.logprobs()
-        for chunk in self._chunks(runs, self._answers_together):
+        for chunk in self._growing_chunks(runs):
             # All of them now: others may be computed before the next one is asked for.
             yield from [
                 [
@@ -214,13 +218,12 @@ class SteeredPrompts:
             sequence = self._steered(query, copy)
             library.set_strength(self._context.pointer, strength, sequence=sequence, first=first, end=end)
 
-    def _logprobs(self, runs: Sequence[_Run], most: int) -> Iterator[NDArray[np.float32]]:
+    def _logprobs(self, chunks: Iterable[Sequence[_Run]]) -> Iterator[NDArray[np.float32]]:
         """Of each run, the log-probabilities after the prompt and after each token of the answer.
 
-        [1 + len(answer), n_vocab]; computed `most` tokens at a time, or one run where that has more. At each
-        of them the cache is as it was.
+        [1 + len(answer), n_vocab]; a chunk is computed together. At each of them the cache is as it was.
         """
-        for chunk in self._chunks(runs, most):
+        for chunk in chunks:
             yield from self._computed(chunk)
 
     def _computed(self, chunk: Sequence[_Run]) -> Iterator[NDArray[np.float32]]:
@@ -259,20 +262,31 @@ class SteeredPrompts:
                 "use --recipe paper"
             )
 
-    def _chunks(self, runs: Sequence[_Run], most: int) -> Iterator[list[_Run]]:
-        """Runs of at most so many tokens together, or one that has more; about as many in each chunk."""
-        needed = [len(self._queries[run.query].prompt) - run.start + len(run.answer) for run in runs]
-        total = sum(needed)
-        even = -(-total // -(-total // most))
+    def _even_chunks(self, runs: Sequence[_Run], most: int) -> Iterator[list[_Run]]:
+        """Runs of at most so many tokens together; about as many in each chunk."""
+        total = sum(map(self._n_computed, runs))
+        return self._chunks(runs, repeat(-(-total // -(-total // most))))
+
+    def _growing_chunks(self, runs: Sequence[_Run]) -> Iterator[list[_Run]]:
+        """Runs along answers, more together as it goes on."""
+        return self._chunks(runs, chain(_ANSWERS, repeat(_ANSWERS[-1])))
+
+    def _chunks(self, runs: Sequence[_Run], sizes: Iterator[int]) -> Iterator[list[_Run]]:
+        """Runs of at most so many tokens together, or one that has more."""
         chunk: list[_Run] = []
-        used = 0
-        for run, count in zip(runs, needed, strict=True):
-            if chunk and used + count > even:
+        used, size = 0, next(sizes)
+        for run in runs:
+            count = self._n_computed(run)
+            if chunk and used + count > size:
                 yield chunk
-                chunk, used = [], 0
+                chunk, used, size = [], 0, next(sizes)
             chunk.append(run)
             used += count
         yield chunk
+
+    def _n_computed(self, run: _Run) -> int:
+        """Tokens of a run that are not in the cache."""
+        return len(self._queries[run.query].prompt) - run.start + len(run.answer)
 
     def _read_prompts(self, bodies: Sequence[list[int]], shared: int) -> None:
         """Compute all prompts but their last tokens; the first `shared` tokens, which all have, only once."""

@@ -212,7 +212,7 @@ def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
 
 def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> None:
     many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(DIVERGENCE_QUERIES)]
-    answers = [" make a plan and mind the oven" * 3] * len(many)
+    answers = [" make a plan and mind the oven" * 4] * len(many)
     computed: list[int] = []
 
     class Counting(Context):
@@ -225,14 +225,14 @@ def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> Non
         with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
             whole = prompts.divergence(EDITS)
             computed.clear()
-            for limits, n_batches in [
-                (Limits(after_first=whole.after_first / 30), 1),
-                (Limits(per_token=whole.per_token / 30), 2),
-                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), 2 * DIVERGENCE_QUERIES),
+            for limits, answers_together in [
+                (Limits(after_first=whole.after_first / 30), [1]),
+                (Limits(per_token=whole.per_token / 30), [1, 1]),
+                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), [1, 1, 2, 5, 5, 5, 5] * 2),
             ]:
                 computed.clear()
                 assert prompts.divergence(EDITS, limits) == whole.within(limits)
-                assert len(computed) == n_batches
+                assert sorted(computed) == sorted((1 + ANSWER_TOKENS) * n for n in answers_together)
                 assert prompts.divergence(EDITS) == whole
 
 
@@ -275,12 +275,11 @@ def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPromp
 
 
 @pytest.mark.usefixtures("_full_precision")
-def test_answers_that_are_computed_together_as_for_a_gpu(
+def test_answers_that_are_computed_together(
     model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     longest = max(len(model.tokenize(answer)) for answer in (*BASE, *HELPFUL))
-    monkeypatch.setattr(model, "uses_gpu", True)
-    monkeypatch.setattr(steered, "_PIECE", 2 * (longest + 1))
+    monkeypatch.setattr(steered, "_ANSWERS", (2 * (longest + 1),))
     with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         divergence = prompts.divergence(EDITS)
     expected = expected_divergence(torch_model, model, EDITS, PROMPTS, BASE, HELPFUL)
