@@ -90,7 +90,8 @@ class LlamaEngine:
         self._generating = False
         # One of both at a time, unless a text is read while others grow: each takes memory.
         self._reading: Slots | None = None
-        """One sequence, which goes from prompt to prompt and keeps what they have in common."""
+        """A sequence that goes from prompt to prompt and keeps what they have in common, and a second one for
+        another response."""
         self._writing: Slots | None = None
         """The sequences in which completions grow."""
 
@@ -160,12 +161,13 @@ class LlamaEngine:
     ) -> Iterator[float]:
         """log P(response | prompt) of each passage; see `Engine`. Never steered.
 
-        What passages have in common with the one before is computed once.
+        What passages have in common with the one before is computed once; two responses to one prompt, of
+        as many tokens, are computed together where the prompt has just been read.
         """
         split = [
             response_tokens(self.model.tokenize, passage, self.n_ctx, max_tokens) for passage in passages
         ]
-        return (self._response_logprob(tokens, first) for tokens, first in split)
+        return self._response_logprobs(split)
 
     def next_token_logprobs(
         self, prompts: Sequence[str], strength: float = 0.0
@@ -196,10 +198,11 @@ class LlamaEngine:
         return LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
 
     def _ready_to_read(self) -> Slots:
-        """The sequence to read in."""
+        """The sequences to read in."""
         self._stop_writing()
         if self._reading is None:
-            self._reading = self._slots(1, self.n_ctx, on_node=self._reader.on_node)
+            affordable = 2 * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
+            self._reading = self._slots(2 if affordable else 1, self.n_ctx, on_node=self._reader.on_node)
         return self._reading
 
     def _knowing_reader(self) -> LayerReader:
@@ -245,7 +248,7 @@ class LlamaEngine:
             self._writing = None
 
     def _stop_reading(self) -> None:
-        """Free the sequence to read in."""
+        """Free the sequences to read in."""
         if self._reading is not None:
             self._reading.context.close()
             self._reading = None
@@ -314,15 +317,44 @@ class LlamaEngine:
                 slots.compute(0, piece)
             return reader.take()
 
-    def _response_logprob(self, tokens: Sequence[int], first: int) -> float:
-        slots, total = self._ready_to_read(), 0.0
-        # The tokens to be predicted are those behind the wanted ones.
-        expected = iter(tokens[first:])
-        for piece in slots.plan(0, tokens[:-1], first - 1):
-            slots.compute(0, piece)
-            for index in piece.wanted:
-                total += float(log_softmax(slots.context.logits(index))[next(expected)])
-        return total
+    def _response_logprobs(self, texts: Sequence[tuple[Sequence[int], int]]) -> Iterator[float]:
+        """Of each text and the index of its first token of the response."""
+        start = 0
+        while start < len(texts):
+            _, first = texts[start]
+            together = [
+                tokens for tokens, _ in texts[start : start + self._n_together(texts[start : start + 2])]
+            ]
+            yield from self._sums(together, first)
+            start += len(together)
+
+    def _n_together(self, texts: Sequence[tuple[Sequence[int], int]]) -> int:
+        """Two where the prompt is computed, so that both responses would be computed after it alone.
+
+        Not those of a single token, which is computed alone in the last layer, by another kernel than two.
+        """
+        slots = self._ready_to_read()
+        if len(texts) == 1 or slots.context.n_sequences == 1:
+            return 1
+        (tokens, first), (others, others_first) = texts
+        alike = len(tokens) == len(others) and first == others_first and tokens[:first] == others[:first]
+        fitting = 1 < len(tokens) - first <= slots.context.n_batch // 2
+        return 2 if alike and fitting and slots.holds(0, tokens[: first - 1]) else 1
+
+    def _sums(self, texts: Sequence[Sequence[int]], first: int) -> list[float]:
+        """Of the log-probabilities of the tokens from `first` on, of texts that are equally long."""
+        slots, sums = self._ready_to_read(), [0.0] * len(texts)
+        for slot in range(1, len(texts)):
+            slots.move(0, slot)  # or it would go on from where its own former text differs
+        plans = [slots.plan(slot, tokens[:-1], first - 1) for slot, tokens in enumerate(texts)]
+        for pieces in zip(*plans, strict=True):
+            slots.compute_together(pieces)
+            for number, (piece, tokens) in enumerate(zip(pieces, texts, strict=True)):
+                before = number * len(piece.tokens)
+                for index in piece.wanted:
+                    following = tokens[piece.begin + index + 1]
+                    sums[number] += float(log_softmax(slots.context.logits(before + index))[following])
+        return sums
 
     def _logprobs(self, tokens: Sequence[int], treatment: Treatment) -> NDArray[np.float32]:
         slots = self._ready_to_read()

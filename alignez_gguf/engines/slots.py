@@ -16,7 +16,7 @@ Of other weights the kernels take four tokens at once, and round those that are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -176,10 +176,21 @@ class Slots:
 
     def compute(self, slot: int, piece: Piece) -> None:
         """Compute the next piece of what was planned for a slot."""
-        count, end = len(piece.tokens), piece.begin + len(piece.tokens)
-        outputs = [False] * (count - piece.n_outputs) + [True] * piece.n_outputs
-        self.context.decode(piece.tokens, range(piece.begin, end), [slot] * count, outputs)
-        self._held[slot].tokens += piece.tokens
+        self._compute({slot: piece})
+
+    def compute_together(self, pieces: Sequence[Piece]) -> None:
+        """Compute the next piece of each of the first slots; they have to be equally long.
+
+        Otherwise llama.cpp would compute what some have more than others in a batch of its own
+        (`llama_batch_allocr::split_equal` in src/llama-batch.cpp), which may be a lone token.
+        """
+        if len({len(piece.tokens) for piece in pieces}) != 1:
+            raise ValueError("pieces that are computed together must have as many tokens each")
+        self._compute(dict(enumerate(pieces)))
+
+    def holds(self, slot: int, tokens: Sequence[int]) -> bool:
+        """Whether a slot has computed these tokens, and maybe more, unsteered."""
+        return self._held[slot].shared_with(tokens, UNSTEERED) == len(tokens)
 
     def step(self, tokens: Sequence[int]) -> None:
         """Add `tokens[i]` to slot i for each of the first slots; its logits have index i."""
@@ -205,6 +216,22 @@ class Slots:
         """Forget everything, as a new edit requires."""
         self.context.clear()
         self._held = [_Held([], UNSTEERED) for _ in self._held]
+
+    def _compute(self, pieces: Mapping[int, Piece]) -> None:
+        """A piece for each of some slots, one after the other in one batch."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        outputs: list[bool] = []
+        for slot, piece in pieces.items():
+            count = len(piece.tokens)
+            tokens += piece.tokens
+            positions += range(piece.begin, piece.begin + count)
+            sequences += [slot] * count
+            outputs += [index >= count - piece.n_outputs for index in range(count)]
+        self.context.decode(tokens, positions, sequences, outputs)
+        for slot, piece in pieces.items():
+            self._held[slot].tokens += piece.tokens
 
     def _take_over(self, slot: int, tokens: Sequence[int], treatment: Treatment, limit: int) -> int:
         """Leave in the cache of a slot only what the new prompt begins with; the number of positions."""

@@ -150,6 +150,68 @@ def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
     assert computed <= n_tokens(prompts[0]) + n_tokens(prompts[1]) - shared + responses + 2 * len(answers)
 
 
+@pytest.mark.parametrize("file_type", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize(
+    ("max_tokens", "batches"),
+    [
+        (1, [2, 2]),  # one by one: of a single token, the last layer would take another kernel
+        (2, [4]),
+        (EXACT_PIECE // 2, [EXACT_PIECE]),
+        (EXACT_PIECE // 2 + 1, [EXACT_PIECE // 2 + 1] * 2),  # one by one: too many for one batch
+    ],
+)
+def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_same_bits(
+    file_type: str, max_tokens: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = tiny_model("llama").gguf
+    prompts = [f"Question: how do I bake a cake, {word}?\nAnswer:" for word in ("why", "how", "why")]
+    answers = [
+        [Passage(prompt, text * 30) for text in (" make a plan", " mind the oven")] for prompt in prompts
+    ]
+    computed: list[int] = []
+    decode = Context.decode
+
+    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
+        computed.append(len(tokens))
+        decode(self, tokens, *rest)
+
+    monkeypatch.setattr(Context, "decode", counted)
+    path = gguf if file_type == "F32" else quantized(gguf, file_type)
+    with LlamaEngine(path, n_ctx=256, n_threads=1) as engine:
+        alone = [
+            [
+                value
+                for passage in both
+                for value in engine.response_logprobs([passage], max_tokens=max_tokens)
+            ]
+            for both in answers
+        ]
+        for prompt, both, expected in zip(prompts, answers, alone, strict=True):
+            list(engine.activations([Passage(prompt)], LAST))
+            computed.clear()
+            assert list(engine.response_logprobs(both, max_tokens=max_tokens)) == expected
+            assert computed == batches
+    assert len({value for both in alone for value in both}) == 4
+
+
+@pytest.mark.parametrize(
+    ("context", "responses"),
+    [
+        (64, (" make a plan and", " mind the oven")),  # of which one is longer
+        (1 << 16, (" make a plan", " mind the oven")),  # a second cache of this length takes too much
+    ],
+)
+def test_responses_that_cannot_be_computed_together_are_computed_one_by_one(
+    context: int, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_engine, "_LEAST_CACHE_BYTES", 1 << 16)
+    answers = [Passage("Question: why?\nAnswer:", response) for response in responses]
+    with LlamaEngine(tiny_model("llama").gguf, n_ctx=context, n_threads=1) as engine:
+        alone = [value for passage in answers for value in engine.response_logprobs([passage])]
+        list(engine.activations([Passage(answers[0].prompt)], LAST))
+        assert list(engine.response_logprobs(answers)) == alone
+
+
 def test_next_token_logprobs_are_those_of_the_model(engine: LlamaEngine) -> None:
     tiny = tiny_model("llama")
     for text, found in zip(TEXTS, engine.next_token_logprobs(TEXTS), strict=True):

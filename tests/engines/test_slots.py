@@ -107,5 +107,12 @@ def test_pieces_are_few_even_and_of_four_tokens_each_but_for_the_last(context: C
         assert not any(count % 4 for count in lengths[:-1])
 
 
+def test_pieces_of_unequal_length_are_not_computed_together(context: Context) -> None:
+    slots = Slots(context)
+    pieces = [slots.plan(slot, [1] * (5 + slot), 4)[0] for slot in range(2)]
+    with pytest.raises(ValueError, match="as many tokens each"):
+        slots.compute_together(pieces)
+
+
 def test_tokens_in_whole_rows() -> None:
     assert [in_whole_rows(count) for count in range(10)] == [0, 1, 2, 3, 4, 4, 4, 4, 8, 8]
