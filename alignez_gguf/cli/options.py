@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from alignez_gguf.engines import TEXTS_AT_ONCE
+
 if TYPE_CHECKING:
     from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.prompts import Templates
@@ -92,7 +94,11 @@ def engine(command: Command) -> Command:
             "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all."
         ),
         click.option(
-            "--parallel", type=click.IntRange(1, 256), default=32, show_default=True, help="Texts at once."
+            "--parallel",
+            type=click.IntRange(1, 256),
+            default=TEXTS_AT_ONCE,
+            show_default=True,
+            help="Texts at once; fewer where they are long.",
         ),
         click.option(
             "--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens."

@@ -1,4 +1,4 @@
-"""What every engine that runs a model takes and gives; types only, so that it can be imported anywhere."""
+"""What every engine that runs a model takes and gives; no more, so that it can be imported anywhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from alignez_gguf.model_info import ModelInfo
+
+TEXTS_AT_ONCE = 64
+"""That llama.cpp lets grow unless told otherwise, where the KV cache has room for them."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
-from alignez_gguf.engines import Completion, GenerationRequest, Hook, Passage, Readout, Sampling
+from alignez_gguf.engines import (
+    TEXTS_AT_ONCE,
+    Completion,
+    GenerationRequest,
+    Hook,
+    Passage,
+    Readout,
+    Sampling,
+)
 from alignez_gguf.engines.batching import Job, generate
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.slots import (
@@ -60,7 +68,7 @@ class LlamaEngine:
         model_path: the GGUF file.
         n_ctx: the longest prompt and completion together, in tokens. Default: 1024, or what the model was
             trained for if that is less.
-        n_parallel: the most texts that grow at once.
+        n_parallel: the most texts that grow at once; fewer do where their KV cache would take too much.
         n_threads: default: the number of physical cores.
         n_gpu_layers: how many layers a GPU holds; -1 for all, if there is one.
         exact: keep completions independent of each other to the bit; slows a long text that grows alone.
@@ -74,7 +82,7 @@ class LlamaEngine:
         model_path: str | PathLike[str],
         *,
         n_ctx: int | None = None,
-        n_parallel: int = 32,
+        n_parallel: int = TEXTS_AT_ONCE,
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
         exact: bool = True,

@@ -25,7 +25,7 @@ _VS_PROGRAM = f"tokens/s over {_PROGRAM}, as many tokens of prompts and answers"
 class Sizes:
     """Answers at once; tokens that all prompts begin with, of a prompt, of an answer; answers of the loop."""
 
-    n_parallel: int = 32
+    n_parallel: int = 64
     n_shared: int = 64
     n_prompt: int = 96
     n_answer: int = 128
