@@ -108,14 +108,16 @@ def generate(
         require_writable(output)
     check_strength(strength)
     chosen_scope = None if scope is None else Scope.parse(scope)
+    strengths = {"base": 0.0} if compare else {}
+    strengths["completion"] = strength if control else 0.0
+    # Weights are laid out for as many texts as may grow at once, and a single one is slower for it.
+    parallel = min(parallel, len(rows) * len(strengths))
     with ExitStack() as opened:
         place = None if output is None else opened.enter_context(options.resumable(output, work_dir))
         engine = opened.enter_context(options.open_engine(model, threads, gpu_layers, parallel, context))
         steer_engine(engine, control, chosen_scope)
         framing = Framing.of(engine.model, templates) if chat else None
         sampling = Sampling(max_tokens, temperature, top_p, (*stop, *(framing.stop if framing else ())))
-        strengths = {"base": 0.0} if compare else {}
-        strengths["completion"] = strength if control else 0.0
         requests = [
             GenerationRequest(
                 framing.prompt([], row["prompt"]) if framing else row["prompt"], seed + index, one_strength

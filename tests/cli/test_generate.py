@@ -53,6 +53,27 @@ def test_greedy_completions_do_not_depend_on_how_many_grow_at_once(
         assert len(outputs) == 1
 
 
+@pytest.mark.parametrize(("options", "n_parallel"), [((), 6), (("--compare",), 12), (("--parallel", "4"), 4)])
+def test_engine_is_made_for_no_more_texts_than_there_are(
+    run: Run,
+    model: str,
+    control: str,
+    options: tuple[str, ...],
+    n_parallel: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    class Watched(LlamaEngine):
+        def __init__(self, *args: Any, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            made.append(self.n_parallel)
+
+    monkeypatch.setattr("alignez_gguf.engines.llama.LlamaEngine", Watched)
+    rows(run("generate", model, "-c", control, *SHORT, *prompt_options(PROMPTS), *options))
+    assert made == [n_parallel]
+
+
 @pytest.mark.parametrize("name", ["prompts.txt", "-"])
 def test_text_has_a_prompt_a_line(run: Run, model: str, tmp_path: Path, base: list[str], name: str) -> None:
     one_line = [prompt.replace("\n", " ") for prompt in PROMPTS]
