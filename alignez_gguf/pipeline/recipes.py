@@ -20,7 +20,7 @@ from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
-from alignez_gguf.pipeline.kept import kept_figures, known_figures
+from alignez_gguf.pipeline.kept import kept_figures, kept_json, known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorers
 from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures, Scorer
@@ -96,7 +96,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """Fit on a part of the pairs, choose on the queries of the others."""
     settings = job.settings
     fit_pairs, held_out = split(pairs, settings.seed)
-    hooks = job.engine.hooks
+    hooks = _readable(job)
     candidates = sources(settings, hooks)
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
@@ -246,8 +246,15 @@ def places(job: Job) -> list[Place]:
 
     The paper's recipe also reads what the search would: of texts that are read anyway, this costs little.
     """
-    searched = list(map(_place, sources(job.settings, job.engine.hooks)))
+    searched = list(map(_place, sources(job.settings, _readable(job))))
     return [paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
+
+
+def _readable(job: Job) -> list[Hook]:
+    """What the engine can read of its model. Kept, since it has to compute something to tell."""
+    path = job.work.part("hooks", model=job.engine.info).with_suffix(".json")
+    hooks: list[Hook] = kept_json(path, lambda: sorted(job.engine.hooks))
+    return hooks
 
 
 def sources(settings: Settings, hooks: Collection[Hook] = HOOKS) -> list[Source]:

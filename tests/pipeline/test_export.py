@@ -118,6 +118,20 @@ def test_hook_that_an_architecture_lacks_is_left_out_unless_it_is_asked_for(
         run(replace(settings, hook="residual"), tmp_path, target=lacking)
 
 
+def test_finished_run_computes_nothing_to_tell_what_could_be_read(
+    run: Run, engine: LlamaEngine, tmp_path: Path
+) -> None:
+    class Asked(WithoutResidual):
+        @property
+        def hooks(self) -> Any:  # type: ignore[override]
+            raise AssertionError("the engine makes a context to tell")
+
+    first = run(QUICK, tmp_path, target=engine)
+    asked: Any = Asked(engine)
+    again = run(QUICK, tmp_path, target=asked)
+    assert saved(again, tmp_path) == saved(first, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "computed"),
     [
