@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignez_gguf.atomic import write_all
 from alignez_gguf.errors import ModelFileError, WorkDirectoryError
 
 ReadingPosition = Literal["prompt", "response", "response-mean"]
@@ -53,7 +54,7 @@ class Activations:
             if path.exists():
                 self._load()
         except OSError as error:
-            raise _unusable("read", path, error) from error
+            raise WorkDirectoryError.of("read", path, error) from error
 
     def __contains__(self, text: str) -> bool:
         return _digest(_encoded(text)) in self._numbers
@@ -79,7 +80,7 @@ class Activations:
         try:
             self._write(number, name + _digest(name + content) + content)
         except OSError as error:
-            raise _unusable("write", self._path, error) from error
+            raise WorkDirectoryError.of("write", self._path, error) from error
         self._n_records = max(self._n_records, number + 1)
         self._numbers[name] = number
 
@@ -107,9 +108,7 @@ class Activations:
         """Write a record; the part of one that an interruption leaves at the end is overwritten next time."""
         with self._path.open("r+b" if self._path.exists() else "xb", buffering=0) as file:
             file.seek(self._record_bytes * number)
-            rest = memoryview(record)
-            while rest:
-                rest = rest[file.write(rest) :]
+            write_all(file, record)
 
 
 class Layers(Sequence[NDArray[np.float16]]):
@@ -142,7 +141,7 @@ class Layers(Sequence[NDArray[np.float16]]):
                     if file.readinto(row.data) != row.nbytes:
                         raise OSError("it is shorter than it was")
         except OSError as error:
-            raise _unusable("read", self._path, error) from error
+            raise WorkDirectoryError.of("read", self._path, error) from error
         return rows
 
 
@@ -171,9 +170,3 @@ def _encoded(text: str) -> bytes:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:_DIGEST_BYTES]
-
-
-def _unusable(verb: str, path: Path, error: OSError) -> WorkDirectoryError:
-    return WorkDirectoryError(
-        f"cannot {verb} {path}: {error.strerror or error}; make room for it, or choose another work directory"
-    )

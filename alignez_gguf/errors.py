@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class AlignezError(Exception):
     """Base of every error that a user can meet; the command line prints it and exits 1."""
@@ -36,7 +41,14 @@ class NoGainError(AlignezError):
 
 
 class WorkDirectoryError(AlignezError):
-    """A work directory is locked by another process or belongs to another job."""
+    """A work directory is locked by another process, belongs to another job, or cannot be used."""
+
+    @classmethod
+    def of(cls, verb: str, path: Path, error: OSError) -> WorkDirectoryError:
+        """What the system said when a file in it was to be opened, read or written."""
+        return cls(
+            f"cannot {verb} {path}: {error.strerror or error}; make room for it, or choose another --work-dir"
+        )
 
 
 class OutputError(AlignezError):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignez_gguf.atomic import replacing
+from alignez_gguf.atomic import replacing, write_all
 from alignez_gguf.errors import WorkDirectoryError
 
 _DIGITS = 16
@@ -41,7 +41,7 @@ class Journal:
             # Unbuffered: no half of a row that could not be written is tried again when the file closes.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise _unusable("open", path, error) from error
+            raise WorkDirectoryError.of("open", path, error) from error
 
     def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Add a row, and return it as it will be read again; it is on the disk when this returns.
@@ -53,12 +53,10 @@ class Journal:
         """
         line = _sealed(row)
         try:
-            rest = memoryview(line + b"\n")
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_all(self._file, line + b"\n")
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _unusable("write", self.path, error) from error
+            raise WorkDirectoryError.of("write", self.path, error) from error
         stored = _opened(line)
         assert stored is not None
         self.rows.append(stored)
@@ -108,9 +106,3 @@ def _opened(line: bytes) -> dict[str, Any] | None:
 
 def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).hexdigest()[:_DIGITS].encode()
-
-
-def _unusable(verb: str, path: Path, error: OSError) -> WorkDirectoryError:
-    return WorkDirectoryError(
-        f"cannot {verb} {path}: {error.strerror or error}; make room for it, or choose another --work-dir"
-    )

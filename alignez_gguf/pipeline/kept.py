@@ -151,7 +151,7 @@ def _intact(path: Path) -> bytes | None:
         if seal.exists() and seal.read_bytes() == _sealed(path, content):
             return content
     except OSError as error:
-        raise _unusable(path, error) from error
+        raise WorkDirectoryError.of("keep", path, error) from error
     warnings.warn(f"{path} is damaged and is made again; check the disk", stacklevel=4)
     return None
 
@@ -161,7 +161,7 @@ def _write(path: Path, content: bytes) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     except OSError as error:
-        raise _unusable(path, error) from error
+        raise WorkDirectoryError.of("keep", path, error) from error
 
 
 def _seal_of(path: Path) -> Path:
@@ -170,12 +170,6 @@ def _seal_of(path: Path) -> Path:
 
 def _sealed(path: Path, content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
-
-
-def _unusable(path: Path, error: OSError) -> WorkDirectoryError:
-    return WorkDirectoryError(
-        f"cannot keep {path}: {error.strerror or error}; make room for it, or choose another --work-dir"
-    )
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
