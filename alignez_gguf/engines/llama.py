@@ -209,8 +209,8 @@ class LlamaEngine:
         """The sequences to read in."""
         self._stop_writing()
         if self._reading is None:
-            affordable = 2 * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
-            self._reading = self._slots(2 if affordable else 1, self.n_ctx, on_node=self._reader.on_node)
+            two = self.model.can_forget and 2 * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
+            self._reading = self._slots(2 if two else 1, self.n_ctx, on_node=self._reader.on_node)
         return self._reading
 
     def _knowing_reader(self) -> LayerReader:

@@ -83,6 +83,12 @@ class Model:
         )
         return int(2 * self.info.n_layer * n_head_kv * sum(map(int, widths)))
 
+    @property
+    def can_forget(self) -> bool:
+        """Whether the end of a text can be dropped from a cache; what a recurrent layer keeps has no end."""
+        pointer = self.pointer
+        return not (llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer))
+
     def metadata(self, key: str) -> str | None:
         """The value of a metadata key as text, or None where the file has no such key."""
         length = llama.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)

@@ -195,16 +195,19 @@ def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_sa
 
 
 @pytest.mark.parametrize(
-    ("context", "responses"),
+    ("context", "can_forget", "responses"),
     [
-        (64, (" make a plan and", " mind the oven")),  # of which one is longer
-        (1 << 16, (" make a plan", " mind the oven")),  # a second cache of this length takes too much
+        (64, True, (" make a plan and", " mind the oven")),  # of which one is longer
+        (1 << 16, True, (" make a plan", " mind the oven")),  # a second cache of this length takes too much
+        (64, False, (" make a plan", " mind the oven")),  # the prompt would be computed with each
     ],
 )
 def test_responses_that_cannot_be_computed_together_are_computed_one_by_one(
-    context: int, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    context: int, can_forget: bool, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama_engine, "_LEAST_CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr(Model, "can_forget", can_forget)
+    monkeypatch.setattr(Slots, "move", None)
     answers = [Passage("Question: why?\nAnswer:", response) for response in responses]
     with LlamaEngine(tiny_model("llama").gguf, n_ctx=context, n_threads=1) as engine:
         alone = [value for passage in answers for value in engine.response_logprobs([passage])]
