@@ -32,11 +32,11 @@ from alignez_gguf.scoring import (
 )
 
 _PIECE = 60
-"""Tokens that are computed together: on a CPU, 64 tokens or more attend to the cells of all prompts at once
-(GGML_FA_TILE_Q in ggml-cpu/common.h)."""
+"""Tokens at the ends of prompts that are computed together: on a CPU, 64 tokens or more attend to the cells
+of all prompts at once (GGML_FA_TILE_Q in ggml-cpu/common.h)."""
 _ANSWERS = (16, 32, 64, 128)
 """Tokens of answers that are computed together, at first, then, and so on: many at once take less time each,
-but a divergence that is too much ends after a few."""
+whatever they attend to, but a divergence that is too much ends after a few."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 _STRENGTHS = 6
 """Strengths that are computed together at most."""
