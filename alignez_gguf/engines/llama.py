@@ -329,25 +329,24 @@ class LlamaEngine:
         """Of each text and the index of its first token of the response."""
         start = 0
         while start < len(texts):
-            _, first = texts[start]
-            together = [
-                tokens for tokens, _ in texts[start : start + self._n_together(texts[start : start + 2])]
-            ]
-            yield from self._sums(together, first)
-            start += len(together)
+            group = texts[start : start + 2]
+            if not self._can_be_together(group):
+                group = group[:1]
+            yield from self._sums([tokens for tokens, _ in group], group[0][1])
+            start += len(group)
 
-    def _n_together(self, texts: Sequence[tuple[Sequence[int], int]]) -> int:
-        """Two where the prompt is computed, so that both responses would be computed after it alone.
+    def _can_be_together(self, texts: Sequence[tuple[Sequence[int], int]]) -> bool:
+        """Whether these are two equally long responses to a prompt that is computed.
 
         Not those of a single token, which is computed alone in the last layer, by another kernel than two.
         """
         slots = self._ready_to_read()
         if len(texts) == 1 or slots.context.n_sequences == 1:
-            return 1
+            return False
         (tokens, first), (others, others_first) = texts
         alike = len(tokens) == len(others) and first == others_first and tokens[:first] == others[:first]
         fitting = 1 < len(tokens) - first <= slots.context.n_batch // 2
-        return 2 if alike and fitting and slots.holds(0, tokens[: first - 1]) else 1
+        return alike and fitting and slots.holds(0, tokens[: first - 1])
 
     def _sums(self, texts: Sequence[Sequence[int]], first: int) -> list[float]:
         """Of the log-probabilities of the tokens from `first` on, of texts that are equally long."""

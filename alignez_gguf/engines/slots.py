@@ -181,8 +181,9 @@ class Slots:
     def compute_together(self, pieces: Sequence[Piece]) -> None:
         """Compute the next piece of each of the first slots; they have to be equally long.
 
-        Otherwise llama.cpp would compute what some have more than others in a batch of its own
-        (`llama_batch_allocr::split_equal` in src/llama-batch.cpp), which may be a lone token.
+        Their logits are numbered on from piece to piece. Of unequal ones llama.cpp would compute what some
+        have more than others in a batch of its own, which may be a lone token
+        (`llama_batch_allocr::split_equal` in src/llama-batch.cpp).
         """
         if len({len(piece.tokens) for piece in pieces}) != 1:
             raise ValueError("pieces that are computed together must have as many tokens each")

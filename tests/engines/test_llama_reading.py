@@ -72,6 +72,20 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_engine, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each decode has computed, as they go on."""
+    sizes: list[int] = []
+    decode = Context.decode
+
+    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
+        sizes.append(len(tokens))
+        decode(self, tokens, *rest)
+
+    monkeypatch.setattr(Context, "decode", counted)
+    return sizes
+
+
 @pytest.mark.usefixtures("_full_precision")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, OUT_OF_REACH])
 def test_activations_are_what_hooks_on_the_modules_see(architecture: str) -> None:
@@ -123,22 +137,14 @@ def test_readouts_may_take_turns(engine: LlamaEngine) -> None:
 
 
 def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
-    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+    engine: LlamaEngine, batches: list[int]
 ) -> None:
     prompts = [f"{SHARED}Question: {word}?\nAnswer:" for word in ("why", "how")]
     answers = [Passage(prompt, f" {answer}") for prompt in prompts for answer in ("sorry", "make a plan")]
     read = list(engine.activations(list(map(Passage, prompts)), LAST))
     fits = list(engine.response_logprobs(answers))
-    computed = 0
-    decode = Context.decode
-
-    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
-        nonlocal computed
-        computed += len(tokens)
-        decode(self, tokens, *rest)
-
     list(engine.activations([Passage("x")], LAST))
-    monkeypatch.setattr(Context, "decode", counted)
+    batches.clear()
     reading = engine.activations(list(map(Passage, prompts)), LAST)
     fitting = engine.response_logprobs(answers)
     for row in range(2):
@@ -147,12 +153,12 @@ def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
     # Of each answer, the last token of the prompt again, and all that is answered but its last token.
     responses = sum(n_tokens(answer.text) - n_tokens(answer.prompt) for answer in answers)
     shared = n_tokens(f"{SHARED}Question:")
-    assert computed <= n_tokens(prompts[0]) + n_tokens(prompts[1]) - shared + responses + 2 * len(answers)
+    assert sum(batches) <= n_tokens(prompts[0]) + n_tokens(prompts[1]) - shared + responses + 2 * len(answers)
 
 
 @pytest.mark.parametrize("file_type", ["F32", "F16", "Q8_0"])
 @pytest.mark.parametrize(
-    ("max_tokens", "batches"),
+    ("max_tokens", "expected_batches"),
     [
         (1, [2, 2]),  # one by one: of a single token, the last layer would take another kernel
         (2, [4]),
@@ -161,21 +167,13 @@ def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
     ],
 )
 def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_same_bits(
-    file_type: str, max_tokens: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+    file_type: str, max_tokens: int, expected_batches: list[int], batches: list[int]
 ) -> None:
     gguf = tiny_model("llama").gguf
     prompts = [f"Question: how do I bake a cake, {word}?\nAnswer:" for word in ("why", "how", "why")]
     answers = [
         [Passage(prompt, text * 30) for text in (" make a plan", " mind the oven")] for prompt in prompts
     ]
-    computed: list[int] = []
-    decode = Context.decode
-
-    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
-        computed.append(len(tokens))
-        decode(self, tokens, *rest)
-
-    monkeypatch.setattr(Context, "decode", counted)
     path = gguf if file_type == "F32" else quantized(gguf, file_type)
     with LlamaEngine(path, n_ctx=256, n_threads=1) as engine:
         alone = [
@@ -188,9 +186,9 @@ def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_sa
         ]
         for prompt, both, expected in zip(prompts, answers, alone, strict=True):
             list(engine.activations([Passage(prompt)], LAST))
-            computed.clear()
+            batches.clear()
             assert list(engine.response_logprobs(both, max_tokens=max_tokens)) == expected
-            assert computed == batches
+            assert batches == expected_batches
     assert len({value for both in alone for value in both}) == 4
 
 
