@@ -103,7 +103,10 @@ def _pairs(
     ]
     seeds = _seeds(keys, seed, "answer")
     answers: dict[int, tuple[str, bool]] = {}
-    for index, answer in _answers(engine, list(map(GenerationRequest, prompts, seeds)), sampling):
+    requests = [
+        GenerationRequest(prompt, one, keep_prompt=True) for prompt, one in zip(prompts, seeds, strict=True)
+    ]
+    for index, answer in _answers(engine, requests, sampling):
         answers[index] = answer
         number = index // 2
         if not answers.keys() >= {2 * number, 2 * number + 1}:

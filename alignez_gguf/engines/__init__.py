@@ -51,11 +51,13 @@ class GenerationRequest:
         prompt: taken as it is, special tokens included.
         seed: of the draws.
         strength: of the engine's edit, if it has one.
+        keep_prompt: the prompt will come again, so that an engine may keep what it computes of it.
     """
 
     prompt: str
     seed: int = 0
     strength: float = 0.0
+    keep_prompt: bool = False
 
 
 @dataclass(frozen=True)

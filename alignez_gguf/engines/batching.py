@@ -21,6 +21,7 @@ class Job:
     tokens: Sequence[int]
     seed: int
     treatment: Treatment
+    keep_prompt: bool
 
 
 def generate(
@@ -43,6 +44,8 @@ def generate(
         for job in waiting:
             text = opened.enter_context(_Growing(job, sampling, on_text))
             logits = slots.prefill(slot, job.tokens, job.treatment)
+            if job.keep_prompt:
+                slots.keep(slot)
             text.take(slots.context.model, text.sampler.sample(slots.context, logits))
             if text.completion is None:
                 growing[slot : slot + 1] = [text]

@@ -25,6 +25,7 @@ from alignez_gguf.engines import (
 )
 from alignez_gguf.engines.batching import Job, generate
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
+from alignez_gguf.engines.prompt_cache import PromptCache
 from alignez_gguf.engines.slots import (
     EXACT_PIECE,
     FAST_PIECE,
@@ -93,6 +94,8 @@ class LlamaEngine:
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
         self._n_threads = n_threads
         self._exact = exact and not self.model.uses_gpu and can_be_exact(self.info.quantization)
+        # A GPU computes a prompt about as fast as it is copied.
+        self._prompts = None if self.model.uses_gpu else PromptCache()
         self._edits: Edits = {}
         self._scope = Scope()
         self._generating = False
@@ -134,7 +137,7 @@ class LlamaEngine:
         The iterator has to be finished or closed before the next call computes anything.
         """
         jobs = [
-            Job(index, tokens, request.seed, self._treatment(request.strength, tokens))
+            Job(index, tokens, request.seed, self._treatment(request.strength, tokens), request.keep_prompt)
             for index, request in enumerate(requests)
             for tokens in [self._tokens(request.prompt, sampling.max_tokens)]
         ]
@@ -193,6 +196,8 @@ class LlamaEngine:
         self._generating = False
         self._stop_writing()
         self._stop_reading()
+        if self._prompts is not None:
+            self._prompts.close()
         self.model.close()
 
     def __enter__(self) -> LlamaEngine:
@@ -274,7 +279,9 @@ class LlamaEngine:
             on_node=on_node,
             edits=self._edits,
         )
-        return Slots(context, piece=piece, company_from=company_from, steer=self._steer)
+        return Slots(
+            context, piece=piece, company_from=company_from, steer=self._steer, prompts=self._prompts
+        )
 
     def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:
         if self._edits:
@@ -336,7 +343,7 @@ class LlamaEngine:
             start += len(group)
 
     def _can_be_together(self, texts: Sequence[tuple[Sequence[int], int]]) -> bool:
-        """Whether these are two equally long responses to a prompt that is computed.
+        """Whether these are two equally long responses to a prompt that is computed, or loaded now.
 
         Not those of a single token, which is computed alone in the last layer, by another kernel than two.
         """
@@ -346,7 +353,7 @@ class LlamaEngine:
         (tokens, first), (others, others_first) = texts
         alike = len(tokens) == len(others) and first == others_first and tokens[:first] == others[:first]
         fitting = 1 < len(tokens) - first <= slots.context.n_batch // 2
-        return alike and fitting and slots.holds(0, tokens[: first - 1])
+        return alike and fitting and slots.recall(0, tokens[: first - 1])
 
     def _sums(self, texts: Sequence[Sequence[int]], first: int) -> list[float]:
         """Of the log-probabilities of the tokens from `first` on, of texts that are equally long."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from alignez_gguf.engines.prompt_cache import PromptCache
 from alignez_gguf.model_info import FLOAT_WEIGHTS
 from alignez_gguf.runtime.context import Context
 
@@ -135,6 +136,7 @@ class Slots:
         company_from: from this position on, a token that would be computed alone is computed twice. The
             context must have a second sequence then.
         steer: tells the context that a sequence is steered; called before its tokens are computed.
+        prompts: what other contexts of the model have computed, and where `keep` keeps what these do.
     """
 
     def __init__(
@@ -144,11 +146,13 @@ class Slots:
         piece: int = EXACT_PIECE,
         company_from: int | None = None,
         steer: Callable[[Context, int, Treatment], None] | None = None,
+        prompts: PromptCache | None = None,
     ) -> None:
         self.context = context
         self._piece = piece
         self._company_from = company_from
         self._steer = steer
+        self._prompts = prompts
         self._held = [_Held([], UNSTEERED) for _ in range(context.n_sequences)]
 
     def prefill(self, slot: int, tokens: Sequence[int], treatment: Treatment = UNSTEERED) -> int:
@@ -164,7 +168,7 @@ class Slots:
         """Prepare a slot to hold a text; the pieces that it has to `compute`, in order.
 
         Parts of the text that any slot has computed under the same treatment are taken over, but only before
-        the position `first_wanted`.
+        the position `first_wanted`; so is what was kept of all that comes before it.
         """
         start = self._take_over(slot, tokens, treatment, first_wanted)
         if self._steer is not None:
@@ -189,8 +193,18 @@ class Slots:
             raise ValueError("pieces that are computed together must have as many tokens each")
         self._compute(dict(enumerate(pieces)))
 
-    def holds(self, slot: int, tokens: Sequence[int]) -> bool:
-        """Whether a slot has computed these tokens, and maybe more, unsteered."""
+    def keep(self, slot: int) -> None:
+        """Keep what a slot holds, for the time when its tokens come again before what is wanted."""
+        held = self._held[slot]
+        if self._prompts is None or held.treatment.agrees_until(UNSTEERED) < len(held.tokens):
+            return
+        state = self.context.save_sequence(slot)
+        if state is not None:
+            self._prompts.keep(held.tokens[:-1], state)
+
+    def recall(self, slot: int, tokens: Sequence[int]) -> bool:
+        """Whether a slot holds these tokens unsteered, and maybe more, loading them where they were kept."""
+        self._load(slot, tokens)
         return self._held[slot].shared_with(tokens, UNSTEERED) == len(tokens)
 
     def step(self, tokens: Sequence[int]) -> None:
@@ -236,6 +250,7 @@ class Slots:
 
     def _take_over(self, slot: int, tokens: Sequence[int], treatment: Treatment, limit: int) -> int:
         """Leave in the cache of a slot only what the new prompt begins with; the number of positions."""
+        self._load(slot, tokens[:limit])
         shared = [held.shared_with(tokens, treatment) for held in self._held]
         donor = max(range(len(shared)), key=shared.__getitem__)
         if shared[donor] < shared[slot] + _WORTH_COPYING:
@@ -249,6 +264,16 @@ class Slots:
             keep = 0
         self._held[slot] = _Held(list(tokens[:keep]), treatment)
         return keep
+
+    def _load(self, slot: int, prompt: Sequence[int]) -> None:
+        """Make a slot hold a prompt that was kept, unless slots hold nearly all of it."""
+        if self._prompts is None:
+            return
+        computed = max(held.shared_with(prompt, UNSTEERED) for held in self._held)
+        state = self._prompts.find(prompt) if computed + _WORTH_COPYING < len(prompt) else None
+        if state is not None:
+            loaded = self.context.load_sequence(slot, state)
+            self._held[slot] = _Held(list(prompt) if loaded else [], UNSTEERED)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self.context.copy_sequence(source, target)

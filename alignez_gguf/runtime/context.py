@@ -19,6 +19,10 @@ from alignez_gguf.runtime.threads import physical_cores
 CELLS = 256
 """llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)."""
 
+_STATE_HEADER_BYTES = 12
+"""Of the state of a sequence: a magic number, the sequence, and the number of streams of cells."""
+_CELL_COUNT_BYTES = 4
+"""Before the cells of each stream."""
 _REASONS = {1: "the KV cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 
@@ -89,6 +93,7 @@ class Context:
                 self.close()  # the model must not be freed before it
                 raise
         self._memory: Any = llama.llama_get_memory(self._pointer)
+        self._empty_state = self._state(0)
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells
         self._batch = _Batch(self.n_batch)
 
@@ -139,6 +144,42 @@ class Context:
         Returns False, having forgotten nothing, where the model cannot forget a part (recurrent ones).
         """
         return bool(llama.llama_memory_seq_rm(self._open_memory, sequence, length, -1))
+
+    def save_sequence(self, sequence: int) -> bytes | None:
+        """What the cache holds of a sequence, for `load_sequence` of a context of the same model.
+
+        None where that is not all in the cells of one cache, as the size of the state of an empty sequence
+        tells: of recurrent layers there is more, and of a second cache, for layers that attend only to the
+        last tokens, llama.cpp saves no more than the very last token sees (`llama_kv_cache::state_write` in
+        src/llama-kv-cache.cpp).
+        """
+        if len(self._empty_state) != _STATE_HEADER_BYTES + _CELL_COUNT_BYTES * self.n_sequences:
+            return None
+        state = self._state(sequence)
+        begin = _STATE_HEADER_BYTES + _CELL_COUNT_BYTES * sequence
+        return state[begin : len(state) - _CELL_COUNT_BYTES * (self.n_sequences - 1 - sequence)]
+
+    def load_sequence(self, sequence: int, saved: bytes) -> bool:
+        """Make a sequence what was saved; where that fails, it is empty.
+
+        llama.cpp itself refuses what was saved by a context of more or fewer streams, though all but one of
+        them are empty there (`llama_kv_cache::state_read_sinfo` in src/llama-kv-cache.cpp).
+        """
+        header, counts = self._empty_state[:_STATE_HEADER_BYTES], self._empty_state[_STATE_HEADER_BYTES:]
+        state = header + saved + counts[_CELL_COUNT_BYTES:]
+        with captured_log():
+            read = llama.llama_state_seq_set_data(
+                self.pointer, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state), sequence
+            )
+        if read == len(state):
+            return True
+        self.truncate_sequence(sequence, 0)
+        return False
+
+    def _state(self, sequence: int) -> bytes:
+        size = llama.llama_state_seq_get_size(self.pointer, sequence)
+        state = (ctypes.c_uint8 * size)()
+        return ctypes.string_at(state, llama.llama_state_seq_get_data(self.pointer, state, size, sequence))
 
     def clear(self) -> None:
         """Forget all sequences."""

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -70,20 +69,6 @@ def logprobs(tiny: TinyModel, text: str) -> NDArray[np.float32]:
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values in F32."""
     monkeypatch.setattr(llama_engine, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each decode has computed, as they go on."""
-    sizes: list[int] = []
-    decode = Context.decode
-
-    def counted(self: Context, tokens: Sequence[int], *rest: Any) -> None:
-        sizes.append(len(tokens))
-        decode(self, tokens, *rest)
-
-    monkeypatch.setattr(Context, "decode", counted)
-    return sizes
 
 
 @pytest.mark.usefixtures("_full_precision")
