@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ ANSWER_TOKENS = 24
 
 DIVERGENCE_QUERIES = 24
 """Queries over which the divergence is measured."""
+
+STEERINGS_TOGETHER = 6
+"""That a model is asked for at once, where there are so many."""
 
 _PLAUSIBLE = 0.05
 """A token is one that a distribution would say if it is at least so probable, relative to the likeliest."""
@@ -153,13 +156,21 @@ def token_divergence(
     )
 
 
+class Steering(NamedTuple):
+    """Edits, and the strength at which they act."""
+
+    edits: Edits
+    strength: float = 1.0
+
+
 class SteeredModel(Protocol):
     """What a score asks of a model, over its queries, where the tokens of a scope are steered."""
 
-    def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
-    ) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab]."""
+    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
+        """Log-probabilities of the first token of the answer, [n_steerings, n_queries, n_vocab].
+
+        Neighbours that are the same edits, at several strengths, may cost less.
+        """
         ...
 
     def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
@@ -244,9 +255,9 @@ class Scorer:
     def n_queries(self) -> int:
         return len(self.base)
 
-    def first_tokens(self, edits: Edits, strengths: Sequence[float] = (1.0,)) -> list[Figures]:
-        """Figures without the divergence, one for each strength: a token per query and strength."""
-        steered = self.model.first_token_logprobs(edits, strengths, scope=self.scope)
+    def first_tokens(self, steerings: Sequence[Steering]) -> list[Figures]:
+        """Figures without the divergence of each steering, which cost a token per query."""
+        steered = self.model.first_token_logprobs(steerings, scope=self.scope)
         return [self.figures(logprobs) for logprobs in steered]
 
     def divergence(self, edits: Edits, limits: Limits = NO_LIMITS) -> Divergence:
@@ -261,7 +272,7 @@ class Scorer:
 
     def score(self, edits: Edits) -> Figures:
         """All figures of `edits`."""
-        return replace(self.first_tokens(edits)[0], divergence=self.divergence(edits))
+        return replace(self.first_tokens([Steering(edits)])[0], divergence=self.divergence(edits))
 
 
 def gains(

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress, groupby
+from itertools import compress, groupby, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from alignez_gguf.candidates import AMOUNTS, FINER, PLACED, PROBES, Candidate, Source, layer_groups
 from alignez_gguf.edits import Decision, Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.scoring import Figures, Limits, Scorer
+from alignez_gguf.scoring import STEERINGS_TOGETHER, Figures, Limits, Scorer, Steering
 from alignez_gguf.significance import beyond_chance
 
 DEFAULT_BUDGET = 0.1
@@ -121,17 +121,15 @@ class Search:
 
         Nothing where nothing affordable gains beyond chance; `no_gain` says why.
         """
-        for source in sources:
-            self._try(_all_amounts(source, PROBES, layers))
-        for source in dict.fromkeys(scored.candidate.source for scored in self._finalists(_FINALISTS)):
-            self._try(_all_amounts(source, AMOUNTS, layers))
+        self._try(_all_amounts(sources, PROBES, layers))
+        finalists = [scored.candidate.source for scored in self._finalists(_FINALISTS)]
+        self._try(_all_amounts(dict.fromkeys(finalists), AMOUNTS, layers))
         for finalist in self._finalists(_GROWN):
             self._grow(finalist.candidate)
         for finalist in self._finalists(_GROWN):
             self._place(finalist.candidate)
-        for finalist in self._finalists(_FINALISTS):
-            candidate = finalist.candidate
-            self._try(replace(candidate, amount=factor * candidate.amount) for factor in FINER)
+        finest = [scored.candidate for scored in self._finalists(_FINALISTS)]
+        self._try(replace(one, amount=factor * one.amount) for one in finest for factor in FINER)
         chosen = self._climb(layer_groups(layers))
         if chosen is None:
             return None
@@ -147,22 +145,27 @@ class Search:
         )
 
     def _try(self, candidates: Iterable[Candidate]) -> None:
-        """Measure the first tokens of candidates; those that only add differ only in their strength."""
-        fresh = [candidate for candidate in candidates if candidate not in self._tried]
-        for unit, group in groupby(fresh, key=_at_strength_one):
-            members = list(group)
-            edits = self.edits_of(unit)
-            if not edits:
-                continue
-            if any(candidate not in self.shared and candidate not in self.known for candidate in members):
-                # All together even if some are known: rounding depends on what is computed together.
-                strengths = [candidate.amount if unit.operation == "add" else 1.0 for candidate in members]
-                found = self.scorer.first_tokens(edits, strengths)
-                for candidate, figures in zip(members, found, strict=True):
+        """Measure the first tokens of candidates, several together; rounding depends on which."""
+        steered = self._steered(candidate for candidate in candidates if candidate not in self._tried)
+        while together := list(islice(steered, STEERINGS_TOGETHER)):
+            # Not fewer of them where some are known, from a search that was interrupted.
+            asked = [
+                (candidate, steering) for candidate, steering in together if candidate not in self.shared
+            ]
+            if any(candidate not in self.known for candidate, _ in asked):
+                found = self.scorer.first_tokens([steering for _, steering in asked])
+                for (candidate, _), figures in zip(asked, found, strict=True):
                     self.known.setdefault(candidate, figures)
-            for candidate in members:
+            for candidate, _ in together:
                 self._tried[candidate] = _first_token(self.shared.get(candidate) or self.known[candidate])
                 self.advance(str(candidate))
+
+    def _steered(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Steering]]:
+        """What candidates do, but for those that do nothing; of ones that add, only the strength differs."""
+        for unit, group in groupby(candidates, key=_at_strength_one):
+            if edits := self.edits_of(unit):
+                for candidate in group:
+                    yield candidate, Steering(edits, candidate.amount if unit.operation == "add" else 1.0)
 
     def _grow(self, candidate: Candidate) -> None:
         """Take in the group of layers that raises the bound most, again and again while one does."""
@@ -342,10 +345,11 @@ def random_edits(like: Edits, seed: int) -> dict[int, LayerEdit]:
 
 
 def _all_amounts(
-    source: Source, amounts_of: dict[Decision, tuple[float, ...]], layers: tuple[int, ...]
+    sources: Iterable[Source], amounts_of: dict[Decision, tuple[float, ...]], layers: tuple[int, ...]
 ) -> list[Candidate]:
     return [
         Candidate(source, operation, amount, layers)
+        for source in sources
         for operation, amounts in amounts_of.items()
         for amount in amounts
     ]

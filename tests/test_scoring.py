@@ -18,6 +18,7 @@ from alignez_gguf.scoring import (
     Figures,
     Limits,
     Scorer,
+    Steering,
     divergence_along,
     gains,
     leaks,
@@ -51,10 +52,8 @@ def expected_gains() -> list[float]:
 class FakeModel:
     """Shows `STEERED`, the more of it the greater the strength."""
 
-    def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
-    ) -> NDArray[np.float32]:
-        return np.stack([BASE + strength * (np.log(STEERED) - BASE) for strength in strengths])
+    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
+        return np.stack([BASE + one.strength * (np.log(STEERED) - BASE) for one in steerings])
 
     def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         return Divergence(along_helpful=(0.3,), along_base=(0.05,), n_answers=1)
@@ -104,9 +103,9 @@ def test_single_query_has_no_finite_error() -> None:
     assert figures.standard_error == math.inf
 
 
-def test_every_strength_has_figures_of_its_own() -> None:
+def test_every_steering_has_figures_of_its_own() -> None:
     scorer = Scorer(FakeModel(), GENERATION, HELPFUL, HARMFUL, BASE)
-    none, half, whole = scorer.first_tokens(EDITS, [0.0, 0.5, 1.0])
+    none, half, whole = scorer.first_tokens([Steering(EDITS, strength) for strength in (0.0, 0.5, 1.0)])
     assert none.gain == 0
     assert half.gain == pytest.approx(whole.gain / 2, rel=1e-4)
     assert whole == scorer.figures(np.log(STEERED))
@@ -118,7 +117,7 @@ def test_score_is_the_first_tokens_with_the_divergence() -> None:
     score = scorer.score(EDITS)
     assert score.kl == 0.05
     assert score.net == score.bound - 0.3
-    assert replace(score, divergence=None) == scorer.first_tokens(EDITS)[0]
+    assert replace(score, divergence=None) == scorer.first_tokens([Steering(EDITS)])[0]
 
 
 ALONG_HELPFUL, ALONG_BASE = (0.5, 0.25, 1.0), (0.01, 0.03, 0.02)

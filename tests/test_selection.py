@@ -17,7 +17,16 @@ from alignez_gguf.candidates import AMOUNTS, FINER, PROBES, Candidate, Source
 from alignez_gguf.edits import Edits, LayerEdit, apply_addition, apply_removal, span_edits
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import NO_LIMITS, Divergence, Figures, Limits, Scorer, divergence_along
+from alignez_gguf.scoring import (
+    NO_LIMITS,
+    STEERINGS_TOGETHER,
+    Divergence,
+    Figures,
+    Limits,
+    Scorer,
+    Steering,
+    divergence_along,
+)
 from alignez_gguf.selection import Scored, Search, Selection, random_edits
 from alignez_gguf.significance import beyond_chance
 
@@ -54,18 +63,20 @@ class FakeModel:
     spread_of: Callable[[Candidate], float] = lambda _: 0.01
     asked: list[list[Candidate]] = field(default_factory=list)
     """What was computed together, in order."""
+    n_edits: list[int] = field(default_factory=list)
+    """How many edits these are, at one strength or several."""
     measured: list[Candidate] = field(default_factory=list)
     """The divergence of what was measured, in order."""
     limits: list[Limits] = field(default_factory=list)
     is_costly: list[bool] = field(default_factory=list)
 
-    def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
-    ) -> NDArray[np.float32]:
-        named = self._named(edits)
-        adds = named.operation == "add"
-        together = [replace(named, amount=strength) if adds else named for strength in strengths]
+    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
+        named = [(self._named(edits), strength) for edits, strength in steerings]
+        together = [
+            replace(one, amount=strength) if one.operation == "add" else one for one, strength in named
+        ]
         self.asked.append(together)
+        self.n_edits.append(len({id(edits) for edits, _ in steerings}))
         return np.stack([self._logprobs(candidate) for candidate in together])
 
     def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
@@ -189,16 +200,14 @@ def test_amounts_between_are_tried_for_the_finalists() -> None:
     assert (chosen.source, chosen.operation, chosen.amount) == (SOURCES[1], "add", pytest.approx(1.4))
 
 
-def test_strengths_of_one_addition_are_computed_together() -> None:
+def test_as_many_as_there_are_are_computed_together_and_amounts_of_an_addition_as_one_edit() -> None:
     model = FakeModel(table(0, 0.1, 2.0), cost(0))
     search(model)
-    for together in model.asked:
-        assert len(together) == 1 or together[0].operation == "add"
-        assert len({replace(candidate, amount=0.0) for candidate in together}) == 1
-    first = model.asked[: 4 * len(SOURCES)]
-    assert [len(together) for together in first if together[0].operation == "add"] == [
-        len(AMOUNTS["add"])
-    ] * 3
+    for together, n_edits in zip(model.asked, model.n_edits, strict=True):
+        assert n_edits == len({replace(one, amount=one.operation == "add" or one.amount) for one in together})
+    n_probes = len(SOURCES) * sum(map(len, PROBES.values()))
+    whole, rest = divmod(n_probes, STEERINGS_TOGETHER)
+    assert [len(together) for together in model.asked[: whole + 1]] == [STEERINGS_TOGETHER] * whole + [rest]
     asked = [candidate for together in model.asked for candidate in together]
     assert len(asked) == len(set(asked))
 
@@ -266,7 +275,7 @@ def test_search_that_was_stopped_anywhere_goes_on_to_the_same_end(seed: int) -> 
         again = replace(model, asked=[], measured=[])
         assert search(again, known=dict(recorder.events[:stopped])) == expected
         n_asked, n_measured = (sum(map(len, again.asked)), len(again.measured))
-        assert n_asked + n_measured <= len(recorder.events) - stopped + len(AMOUNTS["add"])
+        assert n_asked + n_measured < len(recorder.events) - stopped + STEERINGS_TOGETHER
 
 
 def test_search_that_is_known_measures_nothing() -> None:
@@ -469,15 +478,13 @@ class Network:
         logits = h @ self.head
         return np.stack(outputs), logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
-    def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
-    ) -> NDArray[np.float32]:
+    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
         scaled = [
             {
                 layer: LayerEdit(add=None if edit.add is None else strength * edit.add, remove=edit.remove)
                 for layer, edit in edits.items()
             }
-            for strength in strengths
+            for edits, strength in steerings
         ]
         return np.stack([self.states(self.plain, one)[1] for one in scaled]).astype(np.float32)
 
@@ -543,7 +550,7 @@ def planted(seed: int, common: float = 1.0, n_fitted: int = 0) -> Planted:
             GENERATION,
             np.exp(p_helpful[scored]).astype(np.float32),
             np.exp(p_harmful[scored]).astype(np.float32),
-            seen.first_token_logprobs({}, scope=GENERATION)[0],
+            seen.first_token_logprobs([Steering({})], scope=GENERATION)[0],
         ),
         edits,
         [Source("mean", "prompt", 1), Source("svd-diff", "prompt", 2), Source("ccs", "prompt", 1)],
@@ -566,7 +573,7 @@ def share_of_the_best(seed: int, budget: float) -> float:
 
     best = -np.inf
     for candidate in every_candidate(network.sources, len(network.layers)):
-        figures = scorer.first_tokens(edits(candidate))[0]
+        figures = scorer.first_tokens([Steering(edits(candidate))])[0]
         if figures.bound > best:
             figures = scorer.score(edits(candidate))
             if figures.kl is not None and figures.net is not None and figures.kl <= budget:
@@ -611,5 +618,5 @@ def test_first_tokens_of_another_scope_are_not_measured_again() -> None:
     alone = search(replace(narrow, asked=[], measured=[]))
     assert search(narrow, shared=wide.first_tokens) == alone
     asked = {candidate for together in narrow.asked for candidate in together}
-    assert asked.isdisjoint(candidate for candidate in wide.first_tokens if candidate.operation != "add")
+    assert asked.isdisjoint(wide.first_tokens)
     assert narrow.measured

@@ -36,7 +36,7 @@ class PromptCache:
             if self._file is None:
                 free = shutil.disk_usage(tempfile.gettempdir()).free
                 self._left = min(self._left, int(_FREE_SHARE * free))
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed by `close`)
+                self._file = tempfile.TemporaryFile(buffering=0, prefix="alignez-")  # noqa: SIM115 (closed by `close`)
             offset = self._file.seek(0, os.SEEK_END)
             whole = self._file.write(state) == len(state)
         except OSError:

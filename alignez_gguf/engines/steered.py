@@ -26,8 +26,10 @@ from alignez_gguf.scoring import (
     ANSWER_TOKENS,
     DIVERGENCE_QUERIES,
     NO_LIMITS,
+    STEERINGS_TOGETHER,
     Divergence,
     Limits,
+    Steering,
     token_divergence,
 )
 
@@ -38,8 +40,6 @@ _ANSWERS = (16, 32, 64, 128)
 """Tokens of answers that are computed together, at first, then, and so on: many at once take less time each,
 whatever they attend to, but a divergence that is too much ends after a few."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
-_STRENGTHS = 6
-"""Strengths that are computed together at most."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class SteeredPrompts:
             raise QueryError(
                 f"{count} queries are too many to score at once; give {_MAX_SEQUENCES // 2} at most"
             )
-        self._strengths = min(_STRENGTHS, _MAX_SEQUENCES // count - 1)
+        self._copies = min(STEERINGS_TOGETHER, _MAX_SEQUENCES // count - 1)
         bodies = [query.prompt[:-1] for query in self._queries]
         shared = _common_prefix(bodies)
-        n_sequences = (1 + self._strengths) * count
+        n_sequences = (1 + self._copies) * count
         longest = max(len(query.prompt) for query in self._queries) + ANSWER_TOKENS
         # llama.cpp wants room for a token of every sequence
         n_batch = max(_PIECE, *_ANSWERS, n_sequences, longest)
@@ -126,21 +126,20 @@ class SteeredPrompts:
             self._opened = opened.pop_all()
 
     def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope = GENERATION
+        self, steerings: Sequence[Steering], *, scope: Scope = GENERATION
     ) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab].
+        """Log-probabilities of the first token of the answer, [n_steerings, n_queries, n_vocab].
 
         The scope `all` computes the prompts anew.
         """
-        self._set(edits)
         queries = range(len(self._queries))
-        found = np.empty((len(strengths), len(queries), self._context.model.n_vocab), np.float32)
-        for first in range(0, len(strengths), self._strengths):
-            together = strengths[first : first + self._strengths]
+        found = np.empty((len(steerings), len(queries), self._context.model.n_vocab), np.float32)
+        for first in range(0, len(steerings), self._copies):
+            together = steerings[first : first + self._copies]
             runs = []
-            for copy, strength in enumerate(together):
+            for copy, control in enumerate(self._set_controls([one.edits for one in together])):
                 for query in queries:
-                    self._set_strength(edits, query, copy, strength, scope)
+                    self._set_strength(query, copy, control, together[copy].strength, scope)
                     runs.append(self._steered_run(query, copy, [], scope))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
             chunks = self._even_chunks(runs, self._together)
@@ -155,10 +154,10 @@ class SteeredPrompts:
 
         Ends once it exceeds a limit; see `SteeredModel`.
         """
-        self._set(edits)
+        (control,) = self._set_controls([edits])
         n_answers = len(self._along_base.answers)
         for query in range(n_answers):
-            self._set_strength(edits, query, 0, 1.0, scope)
+            self._set_strength(query, 0, control, 1.0, scope)
         n_tokens = sum(1 + len(answer) for answer in self._along_base.answers)
         return token_divergence(
             self._divergences(self._along_helpful, scope),
@@ -206,17 +205,36 @@ class SteeredPrompts:
     def _steered(self, query: int, copy: int) -> int:
         return (1 + copy) * len(self._queries) + query
 
-    def _set(self, edits: Edits) -> None:
-        pointer = self._context.pointer
-        library.set_edits(pointer, edits, self._context.model.info.n_embd)
-        if edits:
-            library.set_strength(pointer, 0.0)
+    def _set_controls(self, edits: Sequence[Edits]) -> list[int | None]:
+        """Let these edits act, at no strength yet; the number of the control that each is, if it is any.
 
-    def _set_strength(self, edits: Edits, query: int, copy: int, strength: float, scope: Scope) -> None:
-        if edits:
+        Each acts on nothing but the tokens that have a strength of it, so that several cost as much as one.
+        """
+        pointer = self._context.pointer
+        controls: list[Edits] = []
+        numbers: list[int | None] = []
+        for one in edits:
+            if one and not (controls and controls[-1] is one):
+                controls.append(one)
+            numbers.append(len(controls) - 1 if one else None)
+        library.set_controls(pointer, controls, self._context.model.info.n_embd)
+        for control in range(len(controls)):
+            library.set_strength(pointer, 0.0, control=control)
+        return numbers
+
+    def _set_strength(
+        self, query: int, copy: int, control: int | None, strength: float, scope: Scope
+    ) -> None:
+        if control is not None:
             first, end = scope.positions(len(self._queries[query].prompt))
-            sequence = self._steered(query, copy)
-            library.set_strength(self._context.pointer, strength, sequence=sequence, first=first, end=end)
+            library.set_strength(
+                self._context.pointer,
+                strength,
+                control=control,
+                sequence=self._steered(query, copy),
+                first=first,
+                end=end,
+            )
 
     def _logprobs(self, chunks: Iterable[Sequence[_Run]]) -> Iterator[NDArray[np.float32]]:
         """Of each run, the log-probabilities after the prompt and after each token of the answer.
@@ -297,7 +315,7 @@ class SteeredPrompts:
                 self._context.truncate_sequence(index, shared)
             self._read(index, body[shared:], shared)
         for index in range(len(bodies)):
-            for copy in range(self._strengths):
+            for copy in range(self._copies):
                 self._context.copy_sequence(index, self._steered(index, copy))
 
     def _read(self, sequence: int, tokens: Sequence[int], position: int) -> None:

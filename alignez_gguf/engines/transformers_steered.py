@@ -30,6 +30,7 @@ from alignez_gguf.scoring import (
     NO_LIMITS,
     Divergence,
     Limits,
+    Steering,
     token_divergence,
 )
 
@@ -92,20 +93,20 @@ class SteeredPrompts:
 
     @torch.inference_mode()
     def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope = GENERATION
+        self, steerings: Sequence[Steering], *, scope: Scope = GENERATION
     ) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_strengths, n_queries, n_vocab].
+        """Log-probabilities of the first token of the answer, [n_steerings, n_queries, n_vocab].
 
         The scope `all` computes the prompts anew.
         """
 
-        def logprobs(group: _Group, strength: float) -> NDArray[np.float32]:
+        def logprobs(group: _Group, steering: Steering) -> NDArray[np.float32]:
             no_answers: list[list[int]] = [[]] * len(group.queries)
-            found = self._logprobs(group, no_answers, edits, strength, scope)[:, 0]
+            found = self._logprobs(group, no_answers, *steering, scope)[:, 0]
             return np.asarray(found.cpu().numpy(), np.float32)
 
         return np.stack(
-            [np.concatenate([logprobs(group, strength) for group in self._groups]) for strength in strengths]
+            [np.concatenate([logprobs(group, steering) for group in self._groups]) for steering in steerings]
         )
 
     @torch.inference_mode()

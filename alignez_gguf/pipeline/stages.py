@@ -30,7 +30,7 @@ from alignez_gguf.pipeline.embeddings import Embeddings, Place, Readings
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json, known_margins
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, NO_LIMITS, Divergence, Limits, Scorer, SteeredModel
+from alignez_gguf.scoring import ANSWER_TOKENS, NO_LIMITS, Divergence, Limits, Scorer, SteeredModel, Steering
 
 
 def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePair]:
@@ -224,7 +224,9 @@ def scorers(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Callable[[Sco
             path = job.work.part(
                 "base", model=target.info, templates=job.templates, queries=plain, scope=scope
             ).with_suffix(".npy")
-            base_logprobs = kept_array(path, lambda: model.first_token_logprobs({}, scope=scope)[0])
+            base_logprobs = kept_array(
+                path, lambda: model.first_token_logprobs([Steering({})], scope=scope)[0]
+            )
             return Scorer(model, scope, p_helpful, p_harmful, base_logprobs)
 
         yield scorer
@@ -263,10 +265,8 @@ class _OnDemand:
             self._made = self._make()
         return self._made
 
-    def first_token_logprobs(
-        self, edits: Edits, strengths: Sequence[float] = (1.0,), *, scope: Scope
-    ) -> NDArray[np.float32]:
-        return self._model().first_token_logprobs(edits, strengths, scope=scope)
+    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
+        return self._model().first_token_logprobs(steerings, scope=scope)
 
     def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
         return self._model().divergence(edits, limits, scope=scope)

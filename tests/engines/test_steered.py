@@ -24,7 +24,7 @@ from alignez_gguf.errors import QueryError, WorkDirectoryError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits, Steering
 from tests.models import TinyModel, tiny_model
 from tests.runtime.oracle import hooked_logits
 
@@ -151,19 +151,23 @@ def figures(divergence: Divergence) -> tuple[float, float]:
 def test_first_token_is_that_of_pytorch_edited_at_the_last_prompt_token(
     prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
 ) -> None:
-    (found,) = prompts.first_token_logprobs(edits)
+    (found,) = prompts.first_token_logprobs([Steering(edits)])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected_first(torch_model, model, edits), atol=PARITY)
 
 
 def test_first_token_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
     with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs(EDITS)
+        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
     np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS), atol=PARITY_F16)
 
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 """More than are computed together."""
+
+
+def at(edits: Edits, strengths: Sequence[float]) -> list[Steering]:
+    return [Steering(edits, strength) for strength in strengths]
 
 
 @pytest.mark.usefixtures("_full_precision")
@@ -174,7 +178,7 @@ def test_strengths_and_time_steps_are_those_of_pytorch(
     steered = Scope.parse(scope)
     with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
         for edits in (EDITS, FEWER):
-            found = prompts.first_token_logprobs(edits, STRENGTHS, scope=steered)
+            found = prompts.first_token_logprobs(at(edits, STRENGTHS), scope=steered)
             expected = [expected_first(torch_model, model, edits, strength, scope) for strength in STRENGTHS]
             np.testing.assert_allclose(found, np.stack(expected), atol=PARITY)
             measured = figures(prompts.divergence(edits, scope=steered))
@@ -182,9 +186,27 @@ def test_strengths_and_time_steps_are_those_of_pytorch(
                 expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL, scope), rel=1e-3
             )
         np.testing.assert_array_equal(
-            prompts.first_token_logprobs(EDITS, (0.0,), scope=steered),
-            prompts.first_token_logprobs({}, scope=steered),
+            prompts.first_token_logprobs(at(EDITS, (0.0,)), scope=steered),
+            prompts.first_token_logprobs([Steering({})], scope=steered),
         )
+
+
+@pytest.mark.usefixtures("_full_precision")
+@pytest.mark.parametrize("scope", ["generation", "all", "first:1"])
+def test_several_edits_together_do_not_act_on_each_other(
+    model: Model, torch_model: TinyModel, scope: str
+) -> None:
+    edits = [EDITS, random_edits(5), {}, FEWER, FEWER, EDITS, random_edits(6), FEWER]
+    steerings = list(map(Steering, edits, (1.0, 0.5, 1.0, 2.0, 1.0, 0.25, 1.0, 0.0)))
+    steered = Scope.parse(scope)
+    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
+        found = prompts.first_token_logprobs(steerings, scope=steered)
+        again = prompts.first_token_logprobs(steerings, scope=steered)
+        alone = [prompts.first_token_logprobs([one], scope=steered)[0] for one in steerings]
+    expected = [expected_first(torch_model, model, edits, strength, scope) for edits, strength in steerings]
+    np.testing.assert_allclose(found, np.stack(expected), atol=PARITY)
+    np.testing.assert_allclose(found, np.stack(alone), atol=PARITY)
+    np.testing.assert_array_equal(again, found)
 
 
 @pytest.mark.parametrize("scope", ["generation", "all", "first:2"])
@@ -194,9 +216,9 @@ def test_strengths_computed_together_give_the_same_bits_again_whatever_was_steer
     def measured(*before: Edits) -> NDArray[np.float32]:
         with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
             for edits, other in itertools.product(before, map(Scope.parse, ("all", "generation"))):
-                prompts.first_token_logprobs(edits, (0.5, 1.0), scope=other)
+                prompts.first_token_logprobs(at(edits, (0.5, 1.0)), scope=other)
                 prompts.divergence(edits, scope=other)
-            return prompts.first_token_logprobs(EDITS, STRENGTHS, scope=Scope.parse(scope))
+            return prompts.first_token_logprobs(at(EDITS, STRENGTHS), scope=Scope.parse(scope))
 
     np.testing.assert_array_equal(measured(), measured(FEWER, random_edits(3)))
 
@@ -261,17 +283,17 @@ def test_full_disk_is_an_error_that_names_the_folder(model: Model, monkeypatch: 
 
 
 def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPrompts, model: Model) -> None:
-    first = prompts.first_token_logprobs(EDITS)
+    first = prompts.first_token_logprobs([Steering(EDITS)])
     divergence = prompts.divergence(EDITS)
-    base = prompts.first_token_logprobs({})
+    base = prompts.first_token_logprobs([Steering({})])
     prompts.divergence(FEWER)
-    prompts.first_token_logprobs(random_edits(7))
+    prompts.first_token_logprobs([Steering(random_edits(7))])
 
     with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as fresh:
-        np.testing.assert_array_equal(fresh.first_token_logprobs({}), base)
+        np.testing.assert_array_equal(fresh.first_token_logprobs([Steering({})]), base)
     assert prompts.divergence(EDITS) == divergence
-    np.testing.assert_array_equal(prompts.first_token_logprobs({}), base)
-    np.testing.assert_array_equal(prompts.first_token_logprobs(EDITS), first)
+    np.testing.assert_array_equal(prompts.first_token_logprobs([Steering({})]), base)
+    np.testing.assert_array_equal(prompts.first_token_logprobs([Steering(EDITS)]), first)
 
 
 @pytest.mark.usefixtures("_full_precision")
@@ -299,7 +321,7 @@ def test_long_answers_are_measured_at_their_beginning(model: Model, torch_model:
 @pytest.mark.usefixtures("_full_precision")
 def test_one_query_alone(model: Model, torch_model: TinyModel) -> None:
     with SteeredPrompts(model, PROMPTS[:1], BASE[:1], HELPFUL[:1], n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs(EDITS)
+        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
         divergence = prompts.divergence(EDITS)
     np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS)[:1], atol=PARITY)
     expected = expected_divergence(torch_model, model, EDITS, PROMPTS[:1], BASE[:1], HELPFUL[:1])
@@ -311,7 +333,7 @@ def test_as_many_queries_as_a_selection_has(model: Model, torch_model: TinyModel
     many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(64)]
     base, helpful = [" make a plan"] * len(many), [" and work slowly"] * len(many)
     with SteeredPrompts(model, many, base, helpful, n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs(EDITS)
+        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
         divergence = prompts.divergence(EDITS)
     tokens = model.tokenize(many[-1])
     expected = expected_logprobs(torch_model, tokens, len(tokens), EDITS)[0]

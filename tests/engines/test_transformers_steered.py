@@ -16,7 +16,7 @@ from alignez_gguf.engines.transformers import TransformersEngine
 from alignez_gguf.engines.transformers_steered import SteeredPrompts
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits
+from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits, Steering
 from tests.models import TinyModel, tiny_model, tokenizer
 from tests.runtime.oracle import hooked_logits
 
@@ -105,7 +105,9 @@ def test_first_tokens_and_divergence_are_those_of_pytorch_with_hooks(
     strengths = (0.0, 0.5, 1.0)
     with engine(architecture).steered_prompts(PROMPTS, BASE, HELPFUL) as model:
         for edits in (EDITS, FEWER):
-            found = model.first_token_logprobs(edits, strengths, scope=Scope.parse(scope))
+            found = model.first_token_logprobs(
+                [Steering(edits, strength) for strength in strengths], scope=Scope.parse(scope)
+            )
             assert found.dtype == np.float32
             expected = np.stack(
                 [
@@ -122,11 +124,14 @@ def test_first_tokens_and_divergence_are_those_of_pytorch_with_hooks(
 
 def test_edits_leave_no_trace(engine: Callable[[str], TransformersEngine]) -> None:
     with engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model:
-        base, first = model.first_token_logprobs({}), model.first_token_logprobs(EDITS)
+        base, first = (
+            model.first_token_logprobs([Steering({})]),
+            model.first_token_logprobs([Steering(EDITS)]),
+        )
         divergence = model.divergence(EDITS)
         model.divergence(FEWER)
-        np.testing.assert_array_equal(model.first_token_logprobs({}), base)
-        np.testing.assert_array_equal(model.first_token_logprobs(EDITS), first)
+        np.testing.assert_array_equal(model.first_token_logprobs([Steering({})]), base)
+        np.testing.assert_array_equal(model.first_token_logprobs([Steering(EDITS)]), first)
         assert model.divergence(EDITS) == divergence
         assert figures(model.divergence({})) == (0, 0)
 
@@ -146,7 +151,7 @@ def test_divergence_is_measured_over_the_first_queries(engine: Callable[[str], T
     answers = [" make a plan"] * len(many)
     with engine("llama").steered_prompts(many, answers, answers) as model:
         found = model.divergence(EDITS)
-        assert len(model.first_token_logprobs(EDITS)[0]) == len(many)
+        assert len(model.first_token_logprobs([Steering(EDITS)])[0]) == len(many)
     few = slice(DIVERGENCE_QUERIES)
     with engine("llama").steered_prompts(many[few], answers[few], answers[few]) as model:
         assert figures(model.divergence(EDITS)) == pytest.approx(figures(found), rel=1e-5)
@@ -160,7 +165,7 @@ def test_edits_for_another_model_are_refused(
         engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model,
         pytest.raises(SteeringError, match="does not fit llama with 3 layers of width 64"),
     ):
-        model.first_token_logprobs(edits)
+        model.first_token_logprobs([Steering(edits)])
 
 
 def test_prompt_of_one_token_is_refused_by_name(engine: Callable[[str], TransformersEngine]) -> None:

@@ -134,6 +134,8 @@ def _reading(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
 
 def _selection(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
     """Prompts into the cache, and the first token after each under a few edits and strengths."""
+    from alignez_gguf.scoring import Steering
+
     prompts = sizes.prompts(engine, count)
     answers = [""] * count
     candidates = [removal(engine.info, rank) for rank in range(1, 1 + _EDITS)]
@@ -141,7 +143,7 @@ def _selection(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
     def select() -> None:
         with engine.steered_prompts(prompts, answers, answers) as steered:
             for edits in candidates:
-                steered.first_token_logprobs(edits, _STRENGTHS)
+                steered.first_token_logprobs([Steering(edits, strength) for strength in _STRENGTHS])
 
     return select
 
