@@ -119,9 +119,10 @@ class LlamaEngine:
         """
         scope = Scope.parse(scope)
         self._require_idle()
-        reading = self._ready_to_read()
-        library.set_edits(reading.context.pointer, edits, self.info.n_embd)
-        reading.clear()
+        self._stop_writing()
+        self._stop_reading()
+        with Context(self.model, n_ctx=1, n_batch=1, edits=edits):
+            pass  # a small one, to see that llama.cpp takes them
         self._edits = {layer: edit for layer, edit in edits.items() if edit.decision != "none"}
         self._scope = scope
 

@@ -131,7 +131,7 @@ def test_activations_are_never_steered(engine: LlamaEngine) -> None:
     assert list(engine.response_logprobs(passages)) == predicted
 
 
-def test_reading_and_writing_take_turns_in_one_context_and_keep_the_edits(
+def test_one_context_at_a_time_is_open_and_all_of_them_have_the_edits(
     engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Context] = []
