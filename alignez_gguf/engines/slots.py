@@ -194,7 +194,10 @@ class Slots:
         self._compute(dict(enumerate(pieces)))
 
     def keep(self, slot: int) -> None:
-        """Keep what a slot holds, for the time when its tokens come again before what is wanted."""
+        """Keep what a slot holds of an unsteered prompt, to be found by all its tokens but the last.
+
+        That one is computed again in any case, for what is wanted of it.
+        """
         held = self._held[slot]
         if self._prompts is None or held.treatment.agrees_until(UNSTEERED) < len(held.tokens):
             return

@@ -137,9 +137,10 @@ class SteeredPrompts:
         for first in range(0, len(steerings), self._copies):
             together = steerings[first : first + self._copies]
             runs = []
-            for copy, control in enumerate(self._set_controls([one.edits for one in together])):
+            controls = self._set_controls([edits for edits, _ in together])
+            for copy, (control, (_, strength)) in enumerate(zip(controls, together, strict=True)):
                 for query in queries:
-                    self._set_strength(query, copy, control, together[copy].strength, scope)
+                    self._set_strength(query, copy, control, strength, scope)
                     runs.append(self._steered_run(query, copy, [], scope))
             rows = found[first : first + len(together)].reshape(len(runs), -1)
             chunks = self._even_chunks(runs, self._together)

@@ -93,7 +93,7 @@ class Context:
                 self.close()  # the model must not be freed before it
                 raise
         self._memory: Any = llama.llama_get_memory(self._pointer)
-        self._empty_state = self._state(0)
+        self._empty_state = self._state(0)  # nothing is computed yet
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells
         self._batch = _Batch(self.n_batch)
 
