@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -19,10 +20,10 @@ from alignez_gguf.runtime.threads import physical_cores
 CELLS = 256
 """llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)."""
 
-_STATE_HEADER_BYTES = 12
-"""Of the state of a sequence: a magic number, the sequence, and the number of streams of cells."""
-_CELL_COUNT_BYTES = 4
-"""Before the cells of each stream."""
+_STATE_HEADER = struct.Struct("=Ii")
+"""Of the state of a sequence: a magic number and the sequence."""
+_COUNT = struct.Struct("=I")
+"""Of the streams of cells, behind the header, and of the cells in each, before them."""
 _REASONS = {1: "the KV cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 
@@ -148,16 +149,17 @@ class Context:
     def save_sequence(self, sequence: int) -> bytes | None:
         """What the cache holds of a sequence, for `load_sequence` of a context of the same model.
 
-        None where that is not all in the cells of one cache, as the size of the state of an empty sequence
-        tells: of recurrent layers there is more, and of a second cache, for layers that attend only to the
-        last tokens, llama.cpp saves no more than the very last token sees (`llama_kv_cache::state_write` in
+        None where that is not all in the cells of one cache, as the state of an empty sequence tells: of
+        recurrent layers there is more, and of a second cache, for layers that attend only to the last tokens,
+        llama.cpp saves no more than the very last token sees (`llama_kv_cache::state_write` in
         src/llama-kv-cache.cpp).
         """
-        if len(self._empty_state) != _STATE_HEADER_BYTES + _CELL_COUNT_BYTES * self.n_sequences:
+        empty_streams = _COUNT.pack(self.n_sequences) + bytes(_COUNT.size * self.n_sequences)
+        if self._empty_state[_STATE_HEADER.size :] != empty_streams:
             return None
         state = self._state(sequence)
-        begin = _STATE_HEADER_BYTES + _CELL_COUNT_BYTES * sequence
-        return state[begin : len(state) - _CELL_COUNT_BYTES * (self.n_sequences - 1 - sequence)]
+        begin = _STATE_HEADER.size + _COUNT.size * (1 + sequence)
+        return state[begin : len(state) - _COUNT.size * (self.n_sequences - 1 - sequence)]
 
     def load_sequence(self, sequence: int, saved: bytes) -> bool:
         """Make a sequence what was saved; where that fails, it is empty.
@@ -165,8 +167,8 @@ class Context:
         llama.cpp itself refuses what was saved by a context of more or fewer streams, though all but one of
         them are empty there (`llama_kv_cache::state_read_sinfo` in src/llama-kv-cache.cpp).
         """
-        header, counts = self._empty_state[:_STATE_HEADER_BYTES], self._empty_state[_STATE_HEADER_BYTES:]
-        state = header + saved + counts[_CELL_COUNT_BYTES:]
+        begin = _STATE_HEADER.size + _COUNT.size
+        state = self._empty_state[:begin] + saved + self._empty_state[begin + _COUNT.size :]
         with captured_log():
             read = llama.llama_state_seq_set_data(
                 self.pointer, (ctypes.c_uint8 * len(state)).from_buffer_copy(state), len(state), sequence

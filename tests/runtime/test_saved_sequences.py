@@ -80,7 +80,16 @@ def test_what_cannot_be_loaded_leaves_the_sequence_empty(model: Model, wrong: st
         np.testing.assert_array_equal(compute(context, 0, TEXT), expected)
 
 
-def test_models_whose_last_layers_see_only_the_last_tokens_are_not_saved() -> None:
+def test_models_with_layers_that_see_only_the_last_tokens_are_not_saved() -> None:
     with Model(tiny_model("gemma3").gguf) as model, opened(model, 2) as context:
         compute(context, 0, TEXT)
+        assert context.save_sequence(0) is None
+
+
+def test_state_of_another_form_is_not_saved_even_if_it_is_as_long(model: Model) -> None:
+    with opened(model, 2) as context:
+        compute(context, 0, TEXT)
+        assert context.save_sequence(0) is not None
+        # As of recurrent layers, where the number of cells is in the place of that of the streams.
+        context._empty_state = context._empty_state[:8] + bytes(len(context._empty_state) - 8)
         assert context.save_sequence(0) is None
