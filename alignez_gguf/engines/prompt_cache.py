@@ -6,7 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from typing import IO
+from io import FileIO
+
+from alignez_gguf.atomic import write_all
 
 _MOST_BYTES = 4 << 30
 _FREE_SHARE = 0.25
@@ -24,13 +26,16 @@ class PromptCache:
 
     def __init__(self, limit: int = _MOST_BYTES) -> None:
         self._left = limit
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         """The offset and the size of what is kept of a prompt."""
 
+    def __contains__(self, prompt: Sequence[int]) -> bool:
+        return tuple(prompt) in self._places
+
     def keep(self, prompt: Sequence[int], state: bytes) -> None:
         """Keep what was computed of a prompt, if there is room."""
-        if tuple(prompt) in self._places or len(state) > self._left:
+        if prompt in self or len(state) > self._left:
             return
         try:
             if self._file is None:
@@ -38,10 +43,8 @@ class PromptCache:
                 self._left = min(self._left, int(_FREE_SHARE * free))
                 self._file = tempfile.TemporaryFile(buffering=0, prefix="alignez-")  # noqa: SIM115 (closed by `close`)
             offset = self._file.seek(0, os.SEEK_END)
-            whole = self._file.write(state) == len(state)
+            write_all(self._file, state)
         except OSError:
-            whole = False
-        if not whole:
             self._left = 0
             return
         self._left -= len(state)

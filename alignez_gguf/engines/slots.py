@@ -270,7 +270,7 @@ class Slots:
 
     def _load(self, slot: int, prompt: Sequence[int]) -> None:
         """Make a slot hold a prompt that was kept, unless slots hold nearly all of it."""
-        if self._prompts is None:
+        if self._prompts is None or prompt not in self._prompts:
             return
         computed = max(held.shared_with(prompt, UNSTEERED) for held in self._held)
         state = self._prompts.find(prompt) if computed + _WORTH_COPYING < len(prompt) else None

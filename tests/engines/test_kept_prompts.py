@@ -40,6 +40,11 @@ def measured(engine: LlamaEngine) -> list[Any]:
     return [np.stack(list(read)), fits(engine), np.stack(list(engine.next_token_logprobs(prompts)))]
 
 
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def opened(path: Path, **how: Any) -> LlamaEngine:
     return LlamaEngine(path, **{"n_ctx": 256, "n_parallel": 2, "n_threads": 1, **how})
 
@@ -57,8 +62,7 @@ def test_what_is_measured_of_kept_prompts_is_the_same_to_the_bit(gguf: Path, fil
     with opened(path) as engine:
         write(engine)
         found = measured(engine)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(found, expected)
 
 
 def test_kept_prompts_are_not_computed_again(gguf: Path, batches: list[int]) -> None:
@@ -69,9 +73,8 @@ def test_kept_prompts_are_not_computed_again(gguf: Path, batches: list[int]) -> 
         assert batches == [2] * len(PROMPTS)  # of each its last tokens, of which one alone is not computed
         batches.clear()
         fits(engine)
-        assert len(batches) == len(
-            PROMPTS
-        )  # both responses to a prompt together, though it was not just read
+        # Both responses to a prompt together, though it was not just read.
+        assert len(batches) == len(PROMPTS)
 
 
 def test_prompts_that_do_not_come_again_are_not_kept(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +92,7 @@ def test_steered_prompts_are_neither_kept_nor_taken_from_what_is_kept(gguf: Path
     with opened(gguf) as engine:
         engine.set_edits(random_edits(), scope)
         write(engine, strength=1.0)
-        for one, other in zip(measured(engine), expected, strict=True):
-            np.testing.assert_array_equal(one, other)
+        assert_same(measured(engine), expected)
         write(engine)
         np.testing.assert_array_equal(np.stack(list(engine.next_token_logprobs(PROMPTS, 1.0))), steered)
 
@@ -105,8 +107,7 @@ def test_models_with_a_second_cache_keep_nothing_and_say_the_same(batches: list[
         batches.clear()
         found = measured(engine)
     assert batches == alone
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("lost", ["file", "state"])
@@ -124,5 +125,4 @@ def test_prompt_that_is_lost_is_computed_again(
         batches.clear()
         found = measured(engine)
     assert sum(batches) >= sum(alone)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_same(found, expected)

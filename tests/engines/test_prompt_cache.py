@@ -57,9 +57,11 @@ class Disk:
         return self.fail if name == self.failing else getattr(self.file, name)
 
     def fail(self, asked: Any, *_: Any) -> Any:
-        if self.whole:
-            raise OSError(errno.ENOSPC, "no space left on device")
-        return len(asked) - 1 if self.failing == "write" else self.file.read(asked - 1)
+        if not self.whole and self.failing == "read":
+            return self.file.read(asked - 1)
+        if not self.whole and len(asked) > 1:
+            return len(asked) - 1  # the rest has no room
+        raise OSError(errno.ENOSPC, "no space left on device")
 
 
 @pytest.mark.parametrize(

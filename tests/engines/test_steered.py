@@ -232,30 +232,20 @@ def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
     assert figures(prompts.divergence(edits)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model) -> None:
+def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model, batches: list[int]) -> None:
     many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(DIVERGENCE_QUERIES)]
     answers = [" make a plan and mind the oven" * 4] * len(many)
-    computed: list[int] = []
-
-    class Counting(Context):
-        def decode(self, tokens: Sequence[int], *rest: Any) -> None:
-            computed.append(len(tokens))
-            super().decode(tokens, *rest)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(steered, "Context", Counting)
-        with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
-            whole = prompts.divergence(EDITS)
-            computed.clear()
-            for limits, answers_together in [
-                (Limits(after_first=whole.after_first / 30), [1]),
-                (Limits(per_token=whole.per_token / 30), [1, 1]),
-                (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), [1, 1, 2, 5, 5, 5, 5] * 2),
-            ]:
-                computed.clear()
-                assert prompts.divergence(EDITS, limits) == whole.within(limits)
-                assert sorted(computed) == sorted((1 + ANSWER_TOKENS) * n for n in answers_together)
-                assert prompts.divergence(EDITS) == whole
+    with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
+        whole = prompts.divergence(EDITS)
+        for limits, answers_together in [
+            (Limits(after_first=whole.after_first / 30), [1]),
+            (Limits(per_token=whole.per_token / 30), [1, 1]),
+            (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), [1, 1, 2, 5, 5, 5, 5] * 2),
+        ]:
+            batches.clear()
+            assert prompts.divergence(EDITS, limits) == whole.within(limits)
+            assert sorted(batches) == sorted((1 + ANSWER_TOKENS) * n for n in answers_together)
+            assert prompts.divergence(EDITS) == whole
 
 
 def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:
