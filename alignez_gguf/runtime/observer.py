@@ -20,7 +20,7 @@ from alignez_gguf.runtime.graph import F32, Tensor, copy_rows, name_of, operatio
 _DOWN_PROJECTION = re.compile(rb"blk\.(\d+)\.ffn_down(?:_exps|_shexp|_chexps)?\.(?:weight|bias)")
 _MODEL_WEIGHT = re.compile(rb"\.(?:weight|bias)$")
 _BLOCK_OUTPUT = re.compile(rb"l_out-(\d+)")
-_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
+_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID", b"OUT_PROD"})
 _SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
 _LINEAR = frozenset(
     {b"SCALE", b"VIEW", b"RESHAPE", b"CONT", b"PERMUTE", b"TRANSPOSE", b"SUM_ROWS", b"REPEAT"}

@@ -33,7 +33,7 @@ def is_open(context: Context) -> bool:
 def random_edits(seed: int = 0) -> Edits:
     normal = np.random.default_rng(seed).standard_normal
     return {
-        layer: LayerEdit(remove=normal((2, 64)).astype(np.float32), add=(0.3 * normal(64)).astype(np.float32))
+        layer: LayerEdit(remove=normal((4, 64)).astype(np.float32), add=(0.3 * normal(64)).astype(np.float32))
         for layer in range(3)
     }
 

@@ -55,6 +55,7 @@ ALL = EDITS["both, on all layers"]
 RANK_1 = {layer: LayerEdit(remove=vectors(1)) for layer in LAYERS}
 OTHER = {1: LayerEdit(remove=vectors(2), add=addition())}
 NESTED = [ALL, EDITS["rank 3 from some layers"], OTHER]
+OF_RANK = {rank: {layer: LayerEdit(remove=vectors(rank)) for layer in LAYERS} for rank in (1, 3, 4, 16)}
 
 
 @cache
@@ -252,12 +253,30 @@ def test_only_rows_with_logits_and_micro_batches_change_nothing(
     assert difference(in_parts, whole[list(wanted)]) < max(ROUNDING, floor)
 
 
-@pytest.mark.parametrize("n_together", [2, 8, 15, 16, 20])
-def test_a_single_vector_edits_alike_to_the_bit_however_many_tokens_are_computed_together(
-    llama: Context, n_together: int
+@pytest.mark.parametrize("edits", OF_RANK.values(), ids=OF_RANK)
+def test_a_token_is_edited_alike_to_the_bit_whether_others_are_edited_with_it_or_not(
+    llama: Context, edits: dict[int, LayerEdit]
 ) -> None:
-    """From 16 rows on it is padded to a product that CPUs compute by another kernel."""
-    llama.set_edits(RANK_1)
+    """CPUs multiply 4, 8, ... vectors with one token by another kernel than with several (`tinyBLAS::matmul`
+    in ggml/src/ggml-cpu/llamafile/sgemm.cpp)."""
+    both = rows(TOKENS) + rows(TOKENS, sequence=1)
+    llama.set_edits(edits)
+    llama.set_strength(0.7, first=len(TOKENS) - 1)
+    with_others = llama.logits(both)
+
+    llama.set_strength(0.0, sequence=1)
+    alone = llama.logits(both)
+
+    assert same_bits(alone[: len(TOKENS)], with_others[: len(TOKENS)])
+    assert not same_bits(alone[-1], with_others[-1])
+
+
+@pytest.mark.parametrize("edits", OF_RANK.values(), ids=OF_RANK)
+@pytest.mark.parametrize("n_together", [2, 15, 16, 20])
+def test_vectors_edit_alike_to_the_bit_however_many_tokens_are_computed_together(
+    llama: Context, edits: dict[int, LayerEdit], n_together: int
+) -> None:
+    llama.set_edits(edits)
     llama.set_strength(0.7)
     whole = llama.logits(rows(TOKENS))
 
@@ -445,13 +464,17 @@ def test_a_removal_out_of_reach_is_refused_and_the_former_edit_stays() -> None:
         assert same_bits(context.logits(rows(TOKENS)), former)
 
 
+TRANSPOSED = 0 if gpu.LAYERS == -1 else 1
+"""A node of each removal on a CPU, which computes nothing."""
+
+
 @pytest.mark.parametrize(
     ("edit", "at_one", "at_half", "of_some_rows"),
     [
-        (LayerEdit(remove=vectors(1)), 3 if gpu.LAYERS == -1 else 4, 4, 6),  # padded on a CPU
-        (LayerEdit(remove=vectors(3)), 3, 4, 6),
+        (LayerEdit(remove=vectors(1)), 3 + TRANSPOSED, 4 + TRANSPOSED, 6 + TRANSPOSED),
+        (LayerEdit(remove=vectors(3)), 3 + TRANSPOSED, 4 + TRANSPOSED, 6 + TRANSPOSED),
         (LayerEdit(add=addition()), 2, 2, 4),
-        (LayerEdit(remove=vectors(3), add=addition()), 5, 6, 10),
+        (LayerEdit(remove=vectors(3), add=addition()), 5 + TRANSPOSED, 6 + TRANSPOSED, 10 + TRANSPOSED),
     ],
     ids=["rank 1", "rank 3", "addition", "both"],
 )
