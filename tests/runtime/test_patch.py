@@ -52,10 +52,10 @@ EDITS = {
     "both, on all layers": {layer: LayerEdit(remove=vectors(3), add=addition()) for layer in LAYERS},
 }
 ALL = EDITS["both, on all layers"]
-RANK_1 = {layer: LayerEdit(remove=vectors(1)) for layer in LAYERS}
+OF_RANK = {rank: {layer: LayerEdit(remove=vectors(rank)) for layer in LAYERS} for rank in (1, 3, 4, 16)}
+RANK_1 = OF_RANK[1]
 OTHER = {1: LayerEdit(remove=vectors(2), add=addition())}
 NESTED = [ALL, EDITS["rank 3 from some layers"], OTHER]
-OF_RANK = {rank: {layer: LayerEdit(remove=vectors(rank)) for layer in LAYERS} for rank in (1, 3, 4, 16)}
 
 
 @cache
@@ -272,7 +272,7 @@ def test_a_token_is_edited_alike_to_the_bit_whether_others_are_edited_with_it_or
 
 
 @pytest.mark.parametrize("edits", OF_RANK.values(), ids=OF_RANK)
-@pytest.mark.parametrize("n_together", [2, 15, 16, 20])
+@pytest.mark.parametrize("n_together", [2, 8, 15, 16, 20])
 def test_vectors_edit_alike_to_the_bit_however_many_tokens_are_computed_together(
     llama: Context, edits: dict[int, LayerEdit], n_together: int
 ) -> None:
