@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import Edits, check_strength
 from alignez_gguf.errors import RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.source import VERSION
 
 SYMBOL = "llama_set_adapter_edits"
 """Exported by a libllama that carries the patch."""
+
+PATCH_VERSION = 1
+"""LLAMA_LAYER_EDIT_VERSION of the patched llama.h that this module is written for."""
 
 _GPUS = (1, 2)
 """GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU of ggml-backend.h."""
@@ -48,7 +52,24 @@ def _library() -> Any:
         raise RuntimeUnavailableError(
             f"llama-cpp-python cannot be loaded ({error}); run: alignez-gguf runtime build"
         ) from error
+    _check_version()
     return bindings._lib
+
+
+def _check_version() -> None:
+    """Refuse other versions: structs of ggml and the format of saved states are mirrored here and above."""
+    import llama_cpp
+
+    if llama_cpp.__version__ != VERSION:
+        raise RuntimeUnavailableError(
+            f"llama-cpp-python is {llama_cpp.__version__}, and alignez-gguf is made for {VERSION}; "
+            "run: alignez-gguf runtime build"
+        )
+
+
+def require_supported() -> None:
+    """Raise `RuntimeUnavailableError` where there is no llama-cpp-python, or one of another version."""
+    _library()
 
 
 def ggml() -> Any:
@@ -101,8 +122,32 @@ def cpu_features() -> frozenset[str]:
 
 
 def is_patched() -> bool:
-    """Whether the loaded llama.cpp has the patch. Raises `RuntimeUnavailableError` if there is none."""
-    return hasattr(_library(), SYMBOL)
+    """Whether the loaded llama.cpp has the patch.
+
+    Raises:
+        RuntimeUnavailableError: there is no llama.cpp, or it has another version of the patch.
+    """
+    version = patch_version(_library())
+    if version is None:
+        return False
+    if version != PATCH_VERSION:
+        raise RuntimeUnavailableError(other_patch(version))
+    return True
+
+
+def patch_version(library: Any) -> int | None:
+    """The version of the patch in a libllama, 0 for those before it had one; None where it is not patched."""
+    if not hasattr(library, SYMBOL):
+        return None
+    return int(library.llama_layer_edit_version()) if hasattr(library, "llama_layer_edit_version") else 0
+
+
+def other_patch(version: int) -> str:
+    """The error of a library with another version of the patch."""
+    return (
+        f"the installed llama-cpp-python has version {version} of the steering patch, and alignez-gguf is "
+        f"made for version {PATCH_VERSION}; run: alignez-gguf runtime build"
+    )
 
 
 def require_patched() -> None:

@@ -55,6 +55,13 @@ class Model:
                 f"llama.cpp cannot load {path}: {log.reason()}; convert the model for llama-cpp-python "
                 f"{llama_cpp.__version__}"
             )
+        try:
+            self._describe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe(self) -> None:
         self._vocab: Any = llama.llama_model_get_vocab(self._pointer)
         self._pieces: dict[int, bytes] = {}
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
@@ -177,6 +184,7 @@ def _better_as_they_are(quantization: str) -> bool:
 
 @cache
 def _initialise() -> None:
+    library.require_supported()
     llama.llama_backend_init()
     # llama-cpp-python prints all of llama.cpp's log to stderr unless it has been told otherwise.
     logger = logging.getLogger("llama-cpp-python")

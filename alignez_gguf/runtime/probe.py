@@ -42,23 +42,29 @@ class Probe:
 
 def run(site: Path | None = None) -> Probe:
     """Probe the llama-cpp-python in `site`, or the one that this interpreter would import."""
-    path = [*([] if site is None else [str(site)]), str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         model = Path(temporary) / "probe.gguf"
         write_model(model)
         try:
-            child = subprocess.run(
-                [sys.executable, "-m", probe_child.__name__, str(model)],
-                env=environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-            )
+            child = run_module(probe_child.__name__, str(model), site=site, timeout=_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return Probe({}, works=False, died=False, failure=f"no answer within {_TIMEOUT_S} s")
     return interpret(child.returncode, child.stdout, child.stderr)
+
+
+def run_module(
+    name: str, argument: str, *, site: Path | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module of this package as a program, with the llama-cpp-python in `site` if that is given."""
+    path = [*([] if site is None else [str(site)]), str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-m", name, argument],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+    )
 
 
 def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
@@ -66,19 +72,25 @@ def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
     lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     description = lines[0] if lines else {}
     finite = len(lines) > 1 and lines[1]["finite"]
-    died = returncode < 0 or returncode >= _WINDOWS_EXCEPTION
+    died = was_killed(returncode)
     if returncode == 0 and finite:
         failure = ""
     elif returncode == 0:
         failure = "a quantized matrix product gives no finite numbers"
     elif died:
-        failure = f"a quantized matrix product dies with {_signal_name(returncode)}"
+        failure = f"a quantized matrix product dies with {signal_name(returncode)}"
     else:
         failure = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
     return Probe(description, works=not failure, died=died, failure=failure)
 
 
-def _signal_name(returncode: int) -> str:
+def was_killed(returncode: int) -> bool:
+    """Whether a process was ended by the system: an illegal instruction, an assert or the like."""
+    return returncode < 0 or returncode >= _WINDOWS_EXCEPTION
+
+
+def signal_name(returncode: int) -> str:
+    """The signal that ended a process."""
     try:
         return signal.Signals(-returncode).name
     except ValueError:

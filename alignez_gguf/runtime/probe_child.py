@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alignez_gguf.runtime.library import SYMBOL
+from alignez_gguf.runtime.library import patch_version
 
 N_VOCAB = 320
 N_PROMPT = 48
@@ -31,7 +31,7 @@ def describe() -> dict[str, Any]:
         "version": llama_cpp.__version__,
         "location": str(Path(llama_cpp.__file__).parent),
         "library": bindings._lib._name,
-        "patched": hasattr(bindings._lib, SYMBOL),
+        "patch_version": patch_version(bindings._lib),
         "devices": _devices(bindings._lib),
         "system_info": bindings.llama_print_system_info().decode(errors="replace").strip(),
     }

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.errors import AlignezError, SteeringError
+from alignez_gguf.errors import AlignezError, ModelFileError, RuntimeUnavailableError
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.attached import Patched
-from alignez_gguf.runtime.context import Context
-from alignez_gguf.runtime.model import Model
+from alignez_gguf.runtime import library, probe
+
+_CHILD = "alignez_gguf.runtime.reach_child"
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Reach:
 
 
 def reach_of(path: Path) -> Reach:
-    """Try to edit every layer of a model, without computing anything.
+    """Try to edit every layer of a model, in a child process, without computing anything.
 
     Raises:
         ModelFileError: the model cannot be loaded.
@@ -39,11 +36,8 @@ def reach_of(path: Path) -> Reach:
     """
     reason = "the patch is missing"
     if library.is_patched():
-        try:
-            _edit_all_layers(path)
-        except SteeringError as error:
-            reason = str(error)
-        else:
+        reason = _why_not_patched(path)
+        if not reason:
             return Reach("patched")
     try:
         weights = ModelWeights(path)
@@ -55,8 +49,16 @@ def reach_of(path: Path) -> Reach:
     return Reach("stock", reason)
 
 
-def _edit_all_layers(path: Path) -> None:
-    with Model(path, n_gpu_layers=0) as model, Context(model, n_ctx=16) as context:
-        info = model.info
-        edit = LayerEdit(remove=np.eye(1, info.n_embd, dtype=np.float32))
-        Patched(context.pointer, dict.fromkeys(range(info.n_layer), edit), info.n_embd).detach()
+def _why_not_patched(path: Path) -> str:
+    """Why the patch does not reach every layer; empty where it does."""
+    child = probe.run_module(_CHILD, str(path))
+    if probe.was_killed(child.returncode):
+        return f"llama.cpp ends with {probe.signal_name(child.returncode)} where every layer is edited"
+    lines = child.stdout.splitlines()
+    if child.returncode != 0 or not lines:
+        last = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        raise RuntimeUnavailableError(f"the patch cannot be tried ({last}); run: alignez-gguf runtime status")
+    found: dict[str, str] = json.loads(lines[-1])
+    if found["kind"] == ModelFileError.__name__:
+        raise ModelFileError(found["message"])
+    return found["message"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignez_gguf.runtime import probe
+from alignez_gguf.runtime.library import PATCH_VERSION, other_patch
 from alignez_gguf.runtime.source import VERSION
 
 _MEND = "run: alignez-gguf runtime build"
@@ -53,11 +54,14 @@ def from_probe(found: probe.Probe) -> RuntimeStatus:
     """The status that a probe amounts to."""
     description = found.description
     version = description.get("version")
-    patched = bool(description.get("patched"))
+    patch_version: int | None = description.get("patch_version")
+    patched = patch_version == PATCH_VERSION
     if version is None:
         mend = f"llama-cpp-python cannot be loaded ({found.failure}); {_MEND}"
     elif version != VERSION:
-        mend = f"llama-cpp-python is {version}, the patch is for {VERSION}; {_MEND}"
+        mend = f"llama-cpp-python is {version}, alignez-gguf is made for {VERSION}; {_MEND}"
+    elif patch_version is not None and not patched:
+        mend = other_patch(patch_version)
     elif not patched:
         mend = (
             "llama-cpp-python lacks the patch, so steer() works through adapters, without additions at layer "
@@ -72,9 +76,15 @@ def from_probe(found: probe.Probe) -> RuntimeStatus:
         location=description.get("location"),
         library=description.get("library"),
         patched=patched,
-        steers="no" if version is None else "patched" if patched else "stock",
+        steers=_steers(version, patch_version),
         devices=tuple(Device(**device) for device in description.get("devices", ())),
         system_info=description.get("system_info", ""),
         quantized_products=found.works,
         mend=mend,
     )
+
+
+def _steers(version: str | None, patch_version: int | None) -> Literal["patched", "stock", "no"]:
+    if version != VERSION or patch_version not in (None, PATCH_VERSION):
+        return "no"
+    return "stock" if patch_version is None else "patched"

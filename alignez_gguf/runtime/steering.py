@@ -132,6 +132,7 @@ def _attached(llm: Any, control: ControlFile, runtime: Runtime, others: Sequence
     """Set the edits the way that is asked for; for "auto", the other way where the patch cannot."""
     if others:
         return _nested(llm, control, runtime, others[-1])
+    library.require_supported()
     if runtime == "stock":
         return _adapters(llm, control)
     if runtime == "auto" and not library.is_patched():

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from alignez_gguf.cli import main
 from alignez_gguf.cli.runtime import runtime
 from alignez_gguf.errors import RuntimeUnavailableError
-from alignez_gguf.runtime import build, probe, source, status
+from alignez_gguf.runtime import build, library, probe, source, status
 from alignez_gguf.runtime.cpu import attempts, cpu_flags
 from alignez_gguf.runtime.process import run_logged
 
@@ -337,7 +337,7 @@ def test_status_names_a_package_that_does_not_load_or_has_another_version(tmp_pa
     found = status.status(broken)
     assert found.version is None
     assert "libllama.so: no such file" in found.mend
-    other = status.from_probe(probe.Probe({"version": "0.3.9", "patched": False}, True, False, ""))
+    other = status.from_probe(probe.Probe({"version": "0.3.9", "patch_version": None}, True, False, ""))
     assert "0.3.9" in other.mend
     assert source.VERSION in other.mend
 
@@ -347,7 +347,7 @@ def test_runtime_status_prints_json_and_exits_1_when_something_is_missing(
 ) -> None:
     description = {
         "version": source.VERSION,
-        "patched": False,
+        "patch_version": None,
         "devices": [{"name": "CPU", "description": "x"}],
     }
     monkeypatch.setattr(probe, "run", lambda site: probe.Probe(description, True, False, ""))
@@ -356,7 +356,7 @@ def test_runtime_status_prints_json_and_exits_1_when_something_is_missing(
     document = json.loads(result.stdout)
     assert document["devices"] == [{"name": "CPU", "description": "x"}]
     assert document["patched"] is False
-    description["patched"] = True
+    description["patch_version"] = library.PATCH_VERSION
     assert CliRunner().invoke(runtime, ["status"]).exit_code == 0
 
 
