@@ -26,8 +26,12 @@ _BLOCK_OUTPUT = re.compile(rb"l_out-(\d+)")
 _COPY = re.compile(rb"[^#]+#(.+)#\d+")
 """What the scheduler calls the copy of a node for another device (ggml_backend_sched_split_graph)."""
 
-_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
-_SHAPING = frozenset({b"VIEW", b"RESHAPE", b"CONT", b"PERMUTE", b"TRANSPOSE", b"SUM_ROWS", b"REPEAT"})
+_MODEL_WEIGHT = re.compile(rb"\.(?:weight|bias)$")
+_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID", b"OUT_PROD"})
+_SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
+_LINEAR = frozenset(
+    {b"SCALE", b"VIEW", b"RESHAPE", b"CONT", b"PERMUTE", b"TRANSPOSE", b"SUM_ROWS", b"REPEAT"}
+)
 
 
 class Tensor(ctypes.Structure):
@@ -69,42 +73,89 @@ def copy_rows(address: int, rows: NDArray[Any]) -> None:
 class MlpOutputs:
     """Finds the MLP outputs.
 
-    That of a layer is the last of the nodes that are linear in its down projections (`blk.N.ffn_down`, and of
-    a mixture `_exps`, `_shexp` and `_chexps`). The residual add, a norm after the MLP and a residual scale
-    end that set.
+    The nodes that are linear in the down projections of a layer (`blk.N.ffn_down`, and of a mixture `_exps`,
+    `_shexp` and `_chexps`) end in its MLP output, which the residual add uses, or a norm after the MLP.
+    Branches that meet in no linear node have an end each, and none of them is the MLP output; such a layer is
+    not found, nor is one that ends in another width, as that of experts in a latent space.
+
+    Args:
+        n_embd: the width of the residual stream.
+        steered: whether an edit or a LoRA acts. What it adds is linear then, too, and so is the residual
+            scale of architectures that have one, which is left out otherwise.
     """
 
-    def __init__(self) -> None:
-        self.of_layer: dict[int, Node] = {}
+    def __init__(self, n_embd: int, *, steered: bool = False) -> None:
+        self._n_embd = n_embd
+        self._steered = steered
         self._layer_of: dict[int, int] = {}
+        self._nodes: dict[int, Node] = {}
+        self._wide: set[int] = set()
+        """Nodes of the width of the residual stream."""
+        self._within: set[int] = set()
+        """Nodes that another linear node uses."""
+        self._beyond: set[int] = set()
+        """Nodes that others use."""
+        self._unscaled: dict[int, int] = {}
 
-    def visit(self, address: int, node: Node) -> None:
-        """To be called with every node of a graph, in order."""
+    def visit(self, address: int, node: Node) -> bool:
+        """To be called with every node of a graph, in order; whether it is a linear one."""
         layer = self._layer(address)
-        if layer is not None:
-            self._layer_of[address] = layer
-            self.of_layer[layer] = node
+        sources = [source for source in sources_of(address) if source in self._layer_of]
+        (self._beyond if layer is None else self._within).update(sources)
+        if layer is None:
+            return False
+        self._layer_of[address] = layer
+        self._nodes[address] = node
+        if Tensor.from_address(address).ne[0] == self._n_embd:
+            self._wide.add(address)
+        if operation_of(address) == b"SCALE" and not self._steered:
+            self._unscaled[address] = sources[0]
+        return True
+
+    @property
+    def addresses(self) -> dict[int, int]:
+        """The address of the MLP output, by layer."""
+        ends: dict[int, list[int]] = {}
+        for address, layer in self._layer_of.items():
+            if address not in self._within or address in self._beyond:
+                ends.setdefault(layer, []).append(address)
+        return {
+            layer: self._before_scale(of_layer[0])
+            for layer, of_layer in ends.items()
+            if len(of_layer) == 1 and of_layer[0] in self._wide
+        }
+
+    @property
+    def of_layer(self) -> dict[int, Node]:
+        return {layer: self._nodes[address] for layer, address in self.addresses.items()}
+
+    def _before_scale(self, address: int) -> int:
+        while address in self._unscaled:
+            address = self._unscaled[address]
+        return address
 
     def _layer(self, address: int) -> int | None:
-        operation = operation_of(address)
         sources = sources_of(address)
-        if not sources:
-            return None
+        operation = operation_of(address)
+        layers = [self._layer_of.get(source) for source in sources]
         if operation in _PRODUCTS:
-            match = _DOWN_PROJECTION.search(name_of(sources[0]))
-            return int(match[1]) if match else None
-        layers = {self._layer_of.get(source) for source in sources}
-        if operation in (b"ADD", b"ADD_ID"):
+            weight = name_of(sources[0])
+            if match := _DOWN_PROJECTION.search(weight):
+                return int(match[1])
+            return layers[1] if self._steered and not _MODEL_WEIGHT.search(weight) else None
+        known = {layer for layer in layers if layer is not None}
+        if len(known) != 1:
+            return None
+        if operation in _SUMS:
             # A bias of the projection keeps the sum linear in it; the residual stream does not.
-            others = [
-                s for s in sources if s not in self._layer_of and not _DOWN_PROJECTION.search(name_of(s))
-            ]
-            layers.discard(None)
-            return layers.pop() if len(layers) == 1 and not (operation == b"ADD" and others) else None
-        if operation == b"MUL":
-            layers.discard(None)  # the weight of an expert, or the gate of the shared one
-            return layers.pop() if len(layers) == 1 else None
-        return self._layer_of.get(sources[0]) if operation in _SHAPING else None
+            others = [source for source, layer in zip(sources, layers, strict=True) if layer is None]
+            if operation == b"ADD_ID":
+                others = others[:-1]  # which expert each token goes to
+            return known.pop() if all(_DOWN_PROJECTION.search(name_of(s)) for s in others) else None
+        # A factor is the weight of an expert, or the gate of the shared one.
+        return (
+            known.pop() if operation == b"MUL" or (operation in _LINEAR and layers[0] is not None) else None
+        )
 
 
 class BlockOutputs:

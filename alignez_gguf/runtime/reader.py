@@ -64,7 +64,7 @@ class LayerReader:
 
     def watch(self) -> None:
         """Look at the next decode. It must be one of a single sequence, with logits for its last token."""
-        self._finders = {"mlp": MlpOutputs(), "residual": BlockOutputs(self._shape[0])}
+        self._finders = {"mlp": MlpOutputs(self._shape[1]), "residual": BlockOutputs(self._shape[0])}
         self._seen.clear()
         self._armed = True
 

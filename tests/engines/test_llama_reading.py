@@ -363,7 +363,8 @@ def test_block_output_that_its_layer_changes_further_is_not_found(weight: str) -
     assert (0 in finder.of_layer) == (weight == "inp_scale")
 
 
-def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor() -> None:
+@pytest.mark.parametrize(("hook", "reason"), [("mlp", "cannot be found"), ("residual", "unexpected shape")])
+def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor(hook: Hook, reason: str) -> None:
     with Model(tiny_model("llama").gguf) as model:
         reader = LayerReader("llama", n_layer=3, n_embd=32)
         with Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context:
@@ -371,8 +372,12 @@ def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor() -> None
             reader.watch()
             slots.prefill(0, [5, 6, 7])
             reader.learn()
-            with reader.reading(LAST):
-                reader.arm(1)
-                slots.prefill(0, [5, 6, 8])
-                with pytest.raises(ModelFileError, match="unexpected shape"):
+
+            def read() -> None:
+                with reader.reading([Readout(hook)]):
+                    reader.arm(1)
+                    slots.prefill(0, [5, 6, 8])
                     reader.take()
+
+            with pytest.raises(ModelFileError, match=reason):
+                read()
