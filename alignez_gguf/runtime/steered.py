@@ -4,6 +4,10 @@ Every answer of `Llama` goes through its `generate` and `eval`, which are replac
 is steered. Its cache of keys and values survives a change of edit or strength (`Llama.generate` in
 llama_cpp/llama.py reuses the longest common prefix whatever the adapters are), so this module keeps for
 every cached token the strengths it was computed under, and drops what another request may not reuse.
+
+A chat handler for images evaluates a prompt in parts, the images by itself, before `generate` gets it as a
+whole (MTMDChatHandler in llama_cpp/llama_chat_format.py). Where the model has a handler, such parts are the
+inside of a prompt, and `generate` computes its last token again, steered.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from alignez_gguf.runtime.attached import Attached
 from alignez_gguf.scope import Scope
 
 _ATTRIBUTE = "_alignez_steering"
-_REPLACED = ("generate", "eval", "embed", "save_state", "load_state")
+_REPLACED = ("generate", "eval", "embed", "reset", "save_state", "load_state")
 
 
 class Control:
@@ -56,6 +60,7 @@ class _Saved:
     """Of the edits of each control."""
     strengths: tuple[tuple[float, ...], ...]
     """Of every token that was cached, by control."""
+    foreign: range
     scores: NDArray[np.float32]
     """`LlamaState.scores` of all of them."""
 
@@ -66,10 +71,13 @@ class SteeredModel:
     def __init__(self, llm: Any) -> None:
         self.controls: list[Control] = []
         self._llm = llm
-        self._in_generate = False
+        self._computes = False
+        """Whether a replaced method is under way, so that those it calls belong to its request."""
         self._n_detached = 0
         self._cached: list[tuple[float, ...]] = [()] * llm.n_tokens
         """Strengths that each cached token was computed under, by control."""
+        self._foreign = range(0)
+        """From the first cached token that somebody else computed to the last; their ids mean nothing."""
         self._original: dict[str, Callable[..., Any]] = {name: getattr(llm, name) for name in _REPLACED}
         self._generate_signature = inspect.signature(llm.generate)
 
@@ -96,6 +104,8 @@ class SteeredModel:
     def detach(self, control: Control) -> None:
         """Let a control go; the cache keeps only what it had no part in."""
         number = self.controls.index(control)
+        if not self.is_closed:
+            control.steer(range(0))  # off, whatever becomes of the rest
         unsteered = self._n_cached_with(lambda _, strengths: strengths[number] == 0)
         self._cached = [strengths[:number] + strengths[number + 1 :] for strengths in self._cached]
         del self.controls[number]
@@ -106,6 +116,10 @@ class SteeredModel:
         if not self.is_closed:
             self._keep_prefix(unsteered)
             control.attached.detach()
+
+    def _begin_part(self) -> None:
+        """Start a prompt whose end is not known yet: only a scope of all tokens steers it."""
+        self._begin(self._llm.n_ctx() + 1)
 
     def _begin(self, n_prompt: int) -> None:
         """Start a request whose prompt ends at position `n_prompt`."""
@@ -124,38 +138,87 @@ class SteeredModel:
                 return position
         return n_tokens
 
+    def _take_stock(self) -> None:
+        """Note the tokens that somebody else has put into the cache, under the strengths in force."""
+        n_tokens = self._llm.n_tokens
+        del self._cached[n_tokens:]
+        added = range(len(self._cached), n_tokens)
+        kept = range(self._foreign.start, min(self._foreign.stop, n_tokens))
+        self._foreign = range((kept or added).start, n_tokens if added else kept.stop)
+        self._cached += map(self._strengths, added)
+
+    def _can_go_on_from(self, length: int) -> bool:
+        """Whether the cache has all that a token at position `length` attends to.
+
+        A cache of a sliding window loses the tokens that have left it, and removes its end all the same
+        (llama_kv_cache::seq_rm in src/llama-kv-cache.cpp); llama-server makes this check, too.
+        """
+        import llama_cpp
+
+        llm = self._llm
+        if llm._is_recurrent or llm._is_hybrid:
+            return False
+        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(llm._ctx.ctx), 0)
+        window = llama_cpp.llama_model_n_swa(llm._model.model)
+        return bool(first <= max(0, length + 1 - window)) if window else True
+
     def _keep_prefix(self, length: int) -> None:
         llm = self._llm
         if length >= llm.n_tokens:
             return
-        if length == 0 or not llm._ctx.kv_cache_seq_rm(-1, length, -1):
-            # a recurrent or sliding-window cache cannot be cut in the middle
-            llm.reset()
-            return
-        llm.n_tokens = length
-        llm._requires_eval = True
+        if length and self._can_go_on_from(length) and llm._ctx.kv_cache_seq_rm(-1, length, -1):
+            llm.n_tokens = length
+            llm._requires_eval = True
+        else:
+            self._original["reset"]()
+
+    def _n_reusable(self, prompt: list[int]) -> int:
+        """Number of cached tokens that `prompt` begins with, computed under the strengths of this request.
+
+        Raises:
+            SteeringError: it holds tokens of somebody else that would have to be computed again.
+        """
+        llm = self._llm
+        cached: list[int] = llm.input_ids[: llm.n_tokens].tolist()
+        length = self._n_cached_with(lambda position, strengths: strengths == self._strengths(position))
+        if prompt == cached and self._foreign:
+            if length < self._foreign.stop or (length < len(cached) and not self._can_go_on_from(length)):
+                raise SteeringError(
+                    "the prompt holds an image or other input that only its chat handler can compute, and it "
+                    "was computed under another steering or cannot be cut; ask again through the chat handler"
+                )
+        elif self._foreign:
+            length = min(length, self._foreign.start)
+        same = (ours == theirs for ours, theirs in zip(cached[:length], prompt, strict=False))
+        length = next(
+            (position for position, equal in enumerate(same) if not equal), min(length, len(prompt))
+        )
+        # A last token whose logits are gone is computed again, as by `Llama.generate`.
+        if length == len(prompt) and (length < len(cached) or llm._requires_eval):
+            length -= 1
+        return length
 
     def _generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         bound = self._generate_signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        self._take_stock()
+        prompt = list(bound.arguments["tokens"])
         n_cached = 0 if bound.arguments["reset"] else self._llm.n_tokens
-        self._begin(n_cached + len(bound.arguments["tokens"]))
+        self._begin(n_cached + len(prompt))
         if bound.arguments["reset"]:
-            self._keep_prefix(
-                self._n_cached_with(lambda position, strengths: strengths == self._strengths(position))
-            )
+            self._keep_prefix(self._n_reusable(prompt))
         tokens = self._original["generate"](*bound.args, **bound.kwargs)
         n_detached = self._n_detached
         sent: Sequence[int] | None = None
         while True:
             # not while the caller has the token: the answer may be left unfinished
-            self._in_generate = True
+            self._computes = True
             try:
                 token = tokens.send(sent)
             except StopIteration:
                 return
             finally:
-                self._in_generate = False
+                self._computes = False
             sent = yield token
             if self.is_closed or self._n_detached != n_detached:
                 raise SteeringError(
@@ -163,8 +226,12 @@ class SteeredModel:
                 )
 
     def _eval(self, tokens: Sequence[int]) -> None:
+        self._take_stock()
         first = self._llm.n_tokens
-        if not self._in_generate and (first == 0 or len(tokens) > 1):
+        if not self._computes and self._llm.chat_handler is not None:
+            if first == 0:
+                self._begin_part()
+        elif not self._computes and (first == 0 or len(tokens) > 1):
             self._begin(first + len(tokens))
         self._cached[first:] = map(self._strengths, range(first, first + len(tokens)))
         done = 0
@@ -177,19 +244,30 @@ class SteeredModel:
         steered = [control.positions for control in self.controls]
         for control in self.controls:
             control.steer(range(0))
+        self._computes = True
         try:
             return self._original["embed"](*args, **kwargs)
         finally:
+            self._computes = False
             for control, positions in zip(self.controls, steered, strict=True):
                 control.steer(positions)
+
+    def _reset(self) -> None:
+        self._original["reset"]()
+        self._cached.clear()
+        if not self._computes and self._llm.chat_handler is not None:
+            self._begin_part()
 
     def _save_state(self) -> Any:
         """Save a state, whole for these controls, that ends before the first steered token for others."""
         state = self._original["save_state"]()
-        strengths = tuple(self._cached[: state.n_tokens])
-        setattr(state, _ATTRIBUTE, _Saved(self._digests(), strengths, state.scores))
+        self._take_stock()
+        saved = _Saved(self._digests(), tuple(self._cached), self._foreign, state.scores)
+        setattr(state, _ATTRIBUTE, saved)
         unsteered = self._n_cached_with(lambda _, strengths: not any(strengths))
-        if unsteered < state.n_tokens and (self._llm._is_recurrent or self._llm._is_hybrid):
+        if self._foreign:
+            unsteered = min(unsteered, self._foreign.start)
+        if unsteered < state.n_tokens and not self._can_go_on_from(unsteered):
             unsteered = 0  # such a state cannot be cut in the middle
         state.n_tokens, state.scores = unsteered, state.scores[:unsteered]
         return state
@@ -197,12 +275,13 @@ class SteeredModel:
     def _load_state(self, state: Any) -> None:
         saved = getattr(state, _ATTRIBUTE, None)
         strengths: tuple[tuple[float, ...], ...] = ((0.0,) * len(self.controls),) * state.n_tokens
+        foreign = range(0)
         if saved is not None and saved.digests == self._digests():
-            strengths = saved.strengths
+            strengths, foreign = saved.strengths, saved.foreign
             state = copy.copy(state)
             state.n_tokens, state.scores = len(strengths), saved.scores
         self._original["load_state"](state)
-        self._cached = list(strengths)
+        self._cached, self._foreign = list(strengths), foreign
 
     def _digests(self) -> tuple[str, ...]:
         return tuple(control.digest for control in self.controls)

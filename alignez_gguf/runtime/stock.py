@@ -68,8 +68,8 @@ class StockAdapters:
 
     def steer(self, strength: float, positions: range) -> None:
         self._strength, self._positions = strength, positions
-        if not positions:
-            self._set(0.0)
+        # For tokens that somebody else computes before the next piece: an image, at the start of a prompt.
+        self._set(strength if 0 in positions else 0.0)
 
     def pieces(self, first: int, n_tokens: int) -> Iterator[int]:
         position, end = first, first + n_tokens

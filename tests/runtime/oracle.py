@@ -17,24 +17,31 @@ from tests.models import TinyModel
 
 def hooked_logits(
     model: TinyModel,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | torch.Tensor,
     edits: Mapping[int, LayerEdit],
     strengths: float | Sequence[float] = 1.0,
 ) -> NDArray[np.float32]:
-    """Logits [n_tokens, n_vocab] of the PyTorch model, each token edited at its own strength."""
+    """Logits [n_tokens, n_vocab] of the PyTorch model, each token edited at its own strength.
+
+    Instead of tokens, their embeddings [n_tokens, n_embd].
+    """
     return nested_logits(model, tokens, [(edits, strengths)])
 
 
 def nested_logits(
     model: TinyModel,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | torch.Tensor,
     controls: Sequence[tuple[Mapping[int, LayerEdit], float | Sequence[float]]],
 ) -> NDArray[np.float32]:
     """The same under several controls, each hooked after the one before it."""
     with ExitStack() as hooks, torch.no_grad():
         for edits, strengths in controls:
             _edit(hooks, model, edits, torch.tensor(strengths).expand(len(tokens))[None, :, None])
-        logits: NDArray[np.float32] = model.hf(torch.tensor([list(tokens)])).logits[0].numpy()
+        if isinstance(tokens, torch.Tensor):
+            output = model.hf(inputs_embeds=tokens[None])
+        else:
+            output = model.hf(torch.tensor([list(tokens)]))
+        logits: NDArray[np.float32] = output.logits[0].numpy()
     return logits
 
 
