@@ -87,12 +87,15 @@ class Context:
                 f"llama.cpp cannot make a context of {n_sequences} sequences of {cells} tokens: "
                 f"{log.reason()}; ask for fewer or shorter ones"
             )
+        try:
+            self._prepare(edits or {})
+        except BaseException:
+            self.close()  # the model must not be freed before it
+            raise
+
+    def _prepare(self, edits: Edits) -> None:
         if edits:
-            try:
-                library.set_edits(self._pointer, edits, model.info.n_embd)
-            except BaseException:
-                self.close()  # the model must not be freed before it
-                raise
+            library.set_edits(self.pointer, edits, self.model.info.n_embd)
         self._memory: Any = llama.llama_get_memory(self._pointer)
         self._empty_state = self._state(0)  # nothing is computed yet
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells

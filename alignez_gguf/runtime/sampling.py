@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,17 +21,12 @@ class Sampler:
 
     def __init__(self, *, seed: int, temperature: float, top_p: float) -> None:
         self._chain: Any = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        if temperature == 0:
-            self._add(llama.llama_sampler_init_greedy())
-            return
-        # The order of llama_cpp.Llama and llama.cpp: top-p sees the distribution before the temperature.
-        if top_p < 1:
-            self._add(llama.llama_sampler_init_top_p(top_p, 1))
-        self._add(llama.llama_sampler_init_temp(temperature))
-        self._add(llama.llama_sampler_init_dist(seed % _RANDOM_SEED))
-
-    def _add(self, sampler: Any) -> None:
-        llama.llama_sampler_chain_add(self._chain, sampler)
+        try:
+            for sampler in _samplers(seed, temperature, top_p):
+                llama.llama_sampler_chain_add(self._chain, sampler)
+        except BaseException:
+            self.close()
+            raise
 
     def sample(self, context: Context, index: int) -> int:
         """Draw the token that follows token `index` of the last batch."""
@@ -47,6 +42,17 @@ class Sampler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _samplers(seed: int, temperature: float, top_p: float) -> Iterator[Any]:
+    """In the order of llama_cpp.Llama and llama.cpp: top-p sees the distribution before the temperature."""
+    if temperature == 0:
+        yield llama.llama_sampler_init_greedy()
+        return
+    if top_p < 1:
+        yield llama.llama_sampler_init_top_p(top_p, 1)
+    yield llama.llama_sampler_init_temp(temperature)
+    yield llama.llama_sampler_init_dist(seed % _RANDOM_SEED)
 
 
 class SamplerThreads:
