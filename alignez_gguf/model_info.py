@@ -22,6 +22,9 @@ FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
 FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 """The name of the first file of a split model: its own name, and how many files there are."""
 
+_POST_NORM_UNKNOWN_TO_GGUF = {"muse-glimmer"}
+"""Architectures of llama.cpp (src/models) with a norm behind the MLP that the gguf package does not list."""
+
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _MAX_DIGITS = 20
 """Python refuses to read numbers of some thousands of digits."""
@@ -58,6 +61,19 @@ class ModelInfo:
     def __str__(self) -> str:
         layers = f"{self.n_layer} layers" if self.n_layer else "an unknown number of layers"
         return f"{self.arch or 'a model of unknown architecture'} with {layers} of width {self.n_embd}"
+
+    @property
+    def has_post_norm(self) -> bool:
+        """Whether a norm stands between the MLP and the residual stream, as in gemma 2 and 3, olmo2 and glm4.
+
+        A gap between MLP outputs is then none between residual streams: the norm scales each channel, by .1
+        to 525 in gemma-3-270m, so that adding it at the end of the block moves next to nothing.
+        """
+        import gguf
+
+        names = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        tensors = gguf.MODEL_TENSORS.get(names.get(self.arch), ())
+        return gguf.MODEL_TENSOR.FFN_POST_NORM in tensors or self.arch in _POST_NORM_UNKNOWN_TO_GGUF
 
     @classmethod
     def from_gguf(cls, path: str | PathLike[str]) -> ModelInfo:

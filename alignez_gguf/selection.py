@@ -95,6 +95,7 @@ class Search:
         edits_of: makes the edits of a candidate.
         budget: nat per token.
         floor: what the net has to exceed for a candidate to be of interest, in nat; no edit has 0.
+        can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         advance: called after every measurement, with a line about it.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
             measurements and change nothing else.
@@ -105,6 +106,7 @@ class Search:
     edits_of: Callable[[Candidate], Edits]
     budget: float = DEFAULT_BUDGET
     floor: float = 0.0
+    can_add: Callable[[Source], bool] = lambda _: True
     advance: Callable[[str], None] = lambda _: None
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
     shared: Mapping[Candidate, Figures] = field(default_factory=dict)
@@ -121,9 +123,9 @@ class Search:
 
         Nothing where nothing affordable gains beyond chance; `no_gain` says why.
         """
-        self._try(_all_amounts(sources, PROBES, layers))
+        self._try(self._all_amounts(sources, PROBES, layers))
         finalists = [scored.candidate.source for scored in self._finalists(_FINALISTS)]
-        self._try(_all_amounts(dict.fromkeys(finalists), AMOUNTS, layers))
+        self._try(self._all_amounts(dict.fromkeys(finalists), AMOUNTS, layers))
         for finalist in self._finalists(_GROWN):
             self._grow(finalist.candidate)
         for finalist in self._finalists(_GROWN):
@@ -160,6 +162,20 @@ class Search:
                 self._tried[candidate] = _first_token(self.shared.get(candidate) or self.known[candidate])
                 self.advance(str(candidate))
 
+    def _all_amounts(
+        self,
+        sources: Iterable[Source],
+        amounts_of: dict[Decision, tuple[float, ...]],
+        layers: tuple[int, ...],
+    ) -> list[Candidate]:
+        return [
+            Candidate(source, operation, amount, layers)
+            for source in sources
+            for operation, amounts in amounts_of.items()
+            if operation == "remove" or self.can_add(source)
+            for amount in amounts
+        ]
+
     def _steered(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, Steering]]:
         """What candidates do, but for those that do nothing; of ones that add, only the strength differs."""
         for unit, group in groupby(candidates, key=_at_strength_one):
@@ -184,7 +200,7 @@ class Search:
 
     def _place(self, candidate: Candidate) -> None:
         """Let groups of layers take an addition beside the removal, one after the other while that helps."""
-        if candidate.operation == "add":
+        if candidate.operation == "add" or not self.can_add(candidate.source):
             return
         bare = _bare(candidate)
         self._try([bare])
@@ -342,17 +358,6 @@ def random_edits(like: Edits, seed: int) -> dict[int, LayerEdit]:
         return LayerEdit(add=direction * np.float32(edit.scale / np.linalg.norm(direction)), remove=remove)
 
     return {layer: random(edit) for layer, edit in sorted(like.items())}
-
-
-def _all_amounts(
-    sources: Iterable[Source], amounts_of: dict[Decision, tuple[float, ...]], layers: tuple[int, ...]
-) -> list[Candidate]:
-    return [
-        Candidate(source, operation, amount, layers)
-        for source in sources
-        for operation, amounts in amounts_of.items()
-        for amount in amounts
-    ]
 
 
 def _neighbours(candidate: Candidate, groups: Sequence[tuple[int, ...]]) -> list[Candidate]:

@@ -8,6 +8,7 @@ import pytest
 
 from alignez_gguf.control import ModelInfo
 from alignez_gguf.errors import ModelFileError
+from tests.models import ARCHITECTURES, tiny_model
 
 
 def write_model(path, *, arch="llama", seed=0, n_layer=4, vocabulary=100, **keys):
@@ -140,3 +141,11 @@ def test_big_endian_model_is_refused_by_name(tmp_path):
     writer.close()
     with pytest.raises(ModelFileError, match="big-endian"):
         ModelInfo.from_gguf(path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_norm_behind_the_mlp_is_known_of_the_architecture(architecture):
+    path = tiny_model(architecture).gguf
+    names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+
+    assert ModelInfo.from_gguf(path).has_post_norm == ("blk.0.post_ffw_norm.weight" in names)

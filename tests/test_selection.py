@@ -112,6 +112,21 @@ def search(model: FakeModel, budget: float = 0.1, **more: Any) -> Selection:
     return found
 
 
+def test_sources_that_cannot_be_added_are_only_removed() -> None:
+    def is_kept(source: Source) -> bool:
+        return source == SOURCES[0]
+
+    model = FakeModel(gain_of=table(3, 0.2, 0.4), kl_of=lambda _: 0.01)
+    found = search(model, can_add=is_kept)
+
+    operations = {
+        source: {one.candidate.operation for one in found.tried if one.candidate.source == source}
+        for source in SOURCES
+    }
+    assert operations[SOURCES[0]] == {"add", "remove", "remove+add"}
+    assert all(operations[source] == {"remove"} for source in SOURCES[1:])
+
+
 def table(seed: int, low: float, high: float) -> Callable[[Candidate], float]:
     """A random figure for every candidate."""
 

@@ -16,7 +16,7 @@ from alignez_gguf.control import Field
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits, paper_edits, span_edits
 from alignez_gguf.engines import HOOKS, Hook
-from alignez_gguf.errors import NoGainError, QueryError
+from alignez_gguf.errors import NoGainError, QueryError, SteeringError
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
@@ -76,6 +76,13 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     method, place = settings.method or "ccs", paper_place(settings)
     fit = fit_directions(Embeddings(job, pairs, places(job)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
+    added = [layer for layer, edit in edits.items() if edit.add is not None]
+    if added and not can_add(job, place.hook):
+        raise SteeringError(
+            f"the recipe adds at layers {span(tuple(added))}, and {job.target.info.arch} models have a norm "
+            "behind the MLP, after which a gap between MLP outputs moves next to nothing; use --hook "
+            "residual, or --recipe auto"
+        )
     if not edits:
         raise NoGainError(
             f"no layer's probe is sure enough (threshold {settings.threshold:g}); give more queries, "
@@ -165,6 +172,7 @@ def _search_scopes(
                 fits.edits,
                 budget=settings.kl_budget,
                 floor=0.0 if best is None else _net(best[1]),
+                can_add=lambda source: can_add(job, source.hook),
                 advance=partial(_count, advance),
                 known=known,
                 shared=shared,
@@ -218,6 +226,11 @@ def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Sou
 
 def _place(source: Source) -> Place:
     return Place(source.reading, source.hook)
+
+
+def can_add(job: Job, hook: Hook) -> bool:
+    """Whether a class gap between hidden states at `hook` can be added at the end of the target's blocks."""
+    return hook == "residual" or not job.target.info.has_post_norm
 
 
 def paper_place(settings: Settings) -> Place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from alignez_gguf.control import ControlFile
 from alignez_gguf.directions import METHODS
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.errors import NoGainError, QueryError
+from alignez_gguf.errors import NoGainError, QueryError, SteeringError
 from alignez_gguf.generation import answer_prompts
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Export, Job, Settings, self_generated_pairs
@@ -330,3 +331,39 @@ def test_sources_are_looked_for_where_the_architecture_can_be_read() -> None:
     # What is asked for, or all of it where nothing can be read, is tried and fails.
     assert sources(Settings(hook="residual"), {"mlp"}) == sources(Settings(hook="residual"))
     assert sources(Settings(), set()) == every
+
+
+class _Another:
+    """An engine whose model is of an architecture with a norm behind the MLP."""
+
+    def __init__(self, engine: LlamaEngine) -> None:
+        self._engine = engine
+        self.info = replace(engine.info, arch="gemma3")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def test_a_gap_before_a_norm_is_not_added_after_it(run: Run, engine: LlamaEngine, tmp_path: Path) -> None:
+    selection = run(QUICK, tmp_path, target=_Another(engine)).made[0].selection
+
+    assert selection is not None
+    assert {scored.candidate.operation for scored in selection.tried} == {"remove"}
+
+
+def test_a_gap_of_residual_streams_is_added_behind_a_norm_too(
+    run: Run, engine: LlamaEngine, tmp_path: Path
+) -> None:
+    settings = replace(QUICK, hook="residual")
+    selection = run(settings, tmp_path, target=_Another(engine)).made[0].selection
+
+    assert selection is not None
+    assert "add" in {scored.candidate.operation for scored in selection.tried}
+
+
+def test_the_paper_recipe_refuses_to_add_before_a_norm_and_says_why(
+    run: Run, engine: LlamaEngine, paper: Export, tmp_path: Path
+) -> None:
+    assert any(edit.add is not None for edit in paper.control.edits.values())
+    with pytest.raises(SteeringError, match=r"gemma3 models have a norm behind the MLP.*--hook residual"):
+        run(PAPER, tmp_path, target=_Another(engine))
