@@ -16,6 +16,7 @@ from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import ControlFileError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime import library
+from alignez_gguf.runtime.attached import Patched
 from alignez_gguf.runtime.steering import steer
 from tests.models import OUT_OF_REACH, TinyModel, tiny_model
 from tests.runtime.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
@@ -402,6 +403,21 @@ def test_a_model_can_be_steered_again(model: TinyModel, llm: Llama, control: Con
         assert_as_alone(model, llm, PROMPT, "generation", 1.0)
     with steer(llm, control, strength=0.5):
         assert_as_alone(model, llm, PROMPT, "generation", 0.5)
+
+
+def test_a_removal_that_fails_leaves_the_model_unsteered(
+    llm: Llama, never_steered: Llama, control: ControlFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Patched) -> None:
+        raise SteeringError("out of memory")
+
+    steering = steer(llm, control, scope="all")
+    answer(llm, PROMPT)
+    monkeypatch.setattr(Patched, "detach", fail)
+    with pytest.raises(SteeringError, match="out of memory"):
+        steering.remove()
+
+    assert_untouched(llm, never_steered)
 
 
 def test_a_removed_steering_does_nothing_more(
