@@ -38,8 +38,16 @@ ARCHITECTURES = (
     "granite",
     "phi3",
 )
+MORE_ARCHITECTURES = ("gpt-oss", "deepseek2", "deepseek3", "lfm2")
+"""Of which the patch reaches every layer as well: mixtures with biases and attention sinks, latent attention
+with leading dense layers and a shared expert (V2 and V3, which route otherwise), and a hybrid."""
 OUT_OF_REACH = "apertus"
 """Its MLP is built outside llama.cpp's `build_ffn`, so the patch cannot remove anything there."""
+RECURRENT = "mamba"
+"""Its layers have no MLP: nothing to remove, and a place to add."""
+LATENT_MIXTURE = "nemotron_h"
+"""A hybrid whose layers are a Mamba 2, a mixture, an attention and a mixture; the routed experts of a mixture
+work in a width of their own, 32."""
 
 _VOCABULARY = 384
 _SPECIAL = ("<s>", "</s>")
@@ -58,16 +66,17 @@ class TinyModel:
     """In float32 and evaluation mode."""
     gguf: Path
     """In F32."""
-    mlp_modules: list[nn.Module]
-    """The MLP (or sparse mixture) of each layer; a forward hook on it sees the MLP output."""
+    mlp_modules: list[nn.Module | None]
+    """The MLP (or sparse mixture) of each layer; a forward hook on it sees the MLP output. None where there
+    is no MLP."""
     blocks: list[nn.Module]
     """The decoder layers; a forward hook on one sees the residual stream after the block."""
 
 
 def tiny_model(architecture: str, **overrides: Any) -> TinyModel:
-    """A random model of one of `ARCHITECTURES`, or `OUT_OF_REACH`.
+    """A random model of one of `ARCHITECTURES`, `MORE_ARCHITECTURES`, or the single ones named above.
 
-    `seed` (default 0), `n_layer` (3), `n_embd` (64, a multiple of 64) and any field of the architecture's
+    `seed` (default 0), `n_layer` (3; `LATENT_MIXTURE` has 4), `n_embd` (64, a multiple of 64) and any field of the architecture's
     transformers config can be overridden. The GGUF is converted once and kept in `.cache/`, under a name
     that is a hash of the weights.
     """
@@ -78,11 +87,11 @@ def tiny_model(architecture: str, **overrides: Any) -> TinyModel:
     ).eval()
     _randomise_vectors(hf)
     hf.requires_grad_(False)
-    blocks = list(hf.model.layers)
+    blocks = list(getattr(hf, hf.base_model_prefix).layers)
     return TinyModel(
         hf=hf,
         gguf=_converted(architecture, hf),
-        mlp_modules=[block.mlp for block in blocks],
+        mlp_modules=list(map(_mlp_of, blocks)),
         blocks=blocks,
     )
 
@@ -139,6 +148,21 @@ def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64
         "tie_word_embeddings": False,
     }
     experts = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+    deepseek = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": n_embd,
+        **experts,
+    }
     families: dict[str, tuple[str, dict[str, Any]]] = {
         "llama": ("llama", {}),
         "mistral": ("mistral", {"sliding_window": None}),
@@ -174,10 +198,53 @@ def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64
             },
         ),
         "phi3": ("phi3", {"original_max_position_embeddings": 512}),
+        "gpt-oss": (
+            "gpt_oss",
+            {
+                "head_dim": n_embd // 4,
+                "num_local_experts": 4,
+                "sliding_window": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                **experts,
+            },
+        ),
+        "deepseek2": ("deepseek_v2", deepseek),
+        # What the converter takes from the files of released models, and transformers knows without.
+        "deepseek3": ("deepseek_v3", {"scoring_func": "sigmoid", **deepseek}),
+        "lfm2": (
+            "lfm2",
+            {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        ),
+        LATENT_MIXTURE: (
+            "nemotron_h",
+            {
+                "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+                "head_dim": n_embd // 4,
+                "ssm_state_size": 16,
+                "mamba_num_heads": 8,
+                "mamba_head_dim": n_embd // 4,
+                "n_groups": 2,
+                "time_step_min": 1e-9,  # transformers clamps to it, llama.cpp does not
+                "n_routed_experts": 4,
+                "moe_intermediate_size": n_embd,
+                "moe_shared_expert_intermediate_size": 2 * n_embd,
+                "moe_latent_size": n_embd // 2,
+                **experts,
+            },
+        ),
+        RECURRENT: ("mamba", {"state_size": 16}),
         OUT_OF_REACH: ("apertus", {}),
     }
     model_type, special = families[architecture]
     return AutoConfig.for_model(model_type, **{**common, **special, **fields})
+
+
+def _mlp_of(block: nn.Module) -> nn.Module | None:
+    """The MLP of a decoder layer, as the families call it."""
+    if getattr(block, "block_type", "mlp") in ("linear_attention", "full_attention"):
+        return None
+    names = ("mlp", "feed_forward", "mixer") if hasattr(block, "block_type") else ("mlp", "feed_forward")
+    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
 
 
 def _randomise_vectors(model: nn.Module) -> None:
@@ -185,6 +252,11 @@ def _randomise_vectors(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
+    # Biases of experts have two dimensions; those that choose between experts are no parameters.
+    chosen = [tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    biases = [p for name, p in model.named_parameters() if name.endswith("_bias") and p.dim() == 2]
+    for tensor in [*biases, *chosen]:
+        tensor.data += 0.1 * torch.randn_like(tensor)
 
 
 def _converted(architecture: str, hf: PreTrainedModel) -> Path:

@@ -18,7 +18,15 @@ from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.graph import BlockOutputs, Tensor
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.reader import LayerReader
-from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model, tokenizer
+from tests.models import (
+    ARCHITECTURES,
+    MORE_ARCHITECTURES,
+    OUT_OF_REACH,
+    TinyModel,
+    quantized,
+    tiny_model,
+    tokenizer,
+)
 
 SHARED = "Question: how do I bake a cake?\nAnswer: make a plan, work slowly and mind the oven.\n" * 3
 PASSAGES = [
@@ -72,7 +80,7 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_full_precision")
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, OUT_OF_REACH])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES, OUT_OF_REACH])
 def test_activations_are_what_hooks_on_the_modules_see(architecture: str) -> None:
     tiny = tiny_model(architecture)
     with LlamaEngine(tiny.gguf, n_ctx=256, n_threads=1) as engine:
