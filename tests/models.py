@@ -37,10 +37,14 @@ ARCHITECTURES = (
     "gemma3",
     "granite",
     "phi3",
+    "deepseek2",
+    "deepseek3",
+    "lfm2",
 )
-MORE_ARCHITECTURES = ("gpt-oss", "deepseek2", "deepseek3", "lfm2")
-"""Of which the patch reaches every layer as well: mixtures with biases and attention sinks, latent attention
-with leading dense layers and a shared expert (V2 and V3, which route otherwise), and a hybrid."""
+"""Of which every layer can be edited. `deepseek2` and `deepseek3` (latent attention, a leading dense layer, a
+shared expert) are one architecture to llama.cpp, and route otherwise; `lfm2` is a hybrid."""
+EXPERTS_WITH_BIAS = "gpt-oss"
+"""The patch reaches all of it. Adapters cannot add what a removal at layer 0 takes from the bias."""
 OUT_OF_REACH = "apertus"
 """Its MLP is built outside llama.cpp's `build_ffn`, so the patch cannot remove anything there."""
 RECURRENT = "mamba"
@@ -74,11 +78,11 @@ class TinyModel:
 
 
 def tiny_model(architecture: str, **overrides: Any) -> TinyModel:
-    """A random model of one of `ARCHITECTURES`, `MORE_ARCHITECTURES`, or the single ones named above.
+    """A random model of one of `ARCHITECTURES`, or the single ones named above.
 
-    `seed` (default 0), `n_layer` (3; `LATENT_MIXTURE` has 4), `n_embd` (64, a multiple of 64) and any field of the architecture's
-    transformers config can be overridden. The GGUF is converted once and kept in `.cache/`, under a name
-    that is a hash of the weights.
+    `seed` (default 0), `n_layer` (3, but always 4 of `LATENT_MIXTURE`), `n_embd` (64, a multiple of 64) and
+    any field of the architecture's transformers config can be overridden. The GGUF is converted once and kept
+    in `.cache/`, under a name that is a hash of the weights.
     """
     config = _config(architecture, **overrides)
     torch.manual_seed(overrides.get("seed", 0))
@@ -108,7 +112,7 @@ def quantized(gguf: Path, file_type: str) -> Path:
         if status:
             raise RuntimeError(f"cannot quantize {gguf} to {file_type}")
 
-    return _cached(f"{gguf.stem}-{file_type}", write)
+    return cached_file(f"{gguf.stem}-{file_type}", write)
 
 
 @cache
@@ -198,7 +202,7 @@ def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64
             },
         ),
         "phi3": ("phi3", {"original_max_position_embeddings": 512}),
-        "gpt-oss": (
+        EXPERTS_WITH_BIAS: (
             "gpt_oss",
             {
                 "head_dim": n_embd // 4,
@@ -272,7 +276,7 @@ def _converted(architecture: str, hf: PreTrainedModel) -> Path:
             converter.convert(_llama_cpp(), Path(directory), target)
 
     digest.update(transformers.__version__.encode() + Path(converter.__file__).read_bytes())
-    return _cached(f"{architecture}-{digest.hexdigest()[:16]}", write)
+    return cached_file(f"{architecture}-{digest.hexdigest()[:16]}", write)
 
 
 def _llama_cpp() -> Path:
@@ -280,7 +284,7 @@ def _llama_cpp() -> Path:
     return llama_cpp
 
 
-def _cached(stem: str, write: Callable[[Path], None]) -> Path:
+def cached_file(stem: str, write: Callable[[Path], None]) -> Path:
     """`.cache/test-models/{stem}.gguf`, written once, under a temporary name until it is whole."""
     path = CACHE / f"{stem}.gguf"
     if not path.exists():

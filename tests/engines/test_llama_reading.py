@@ -20,7 +20,7 @@ from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.reader import LayerReader
 from tests.models import (
     ARCHITECTURES,
-    MORE_ARCHITECTURES,
+    EXPERTS_WITH_BIAS,
     OUT_OF_REACH,
     TinyModel,
     quantized,
@@ -80,7 +80,7 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_full_precision")
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES, OUT_OF_REACH])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, EXPERTS_WITH_BIAS, OUT_OF_REACH])
 def test_activations_are_what_hooks_on_the_modules_see(architecture: str) -> None:
     tiny = tiny_model(architecture)
     with LlamaEngine(tiny.gguf, n_ctx=256, n_threads=1) as engine:

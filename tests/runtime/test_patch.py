@@ -19,7 +19,7 @@ from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
-from tests.models import ARCHITECTURES, MORE_ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
+from tests.models import ARCHITECTURES, EXPERTS_WITH_BIAS, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime import gpu
 from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference
 from tests.runtime.gpu import same_bits, tolerance
@@ -65,7 +65,7 @@ def model(architecture: str) -> TinyModel:
     return tiny_model(architecture, n_layer=N_LAYER, n_embd=N_EMBD, **all_experts)
 
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES, *MORE_ARCHITECTURES])
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, EXPERTS_WITH_BIAS])
 def any_architecture(request: pytest.FixtureRequest) -> Iterator[tuple[TinyModel, Context, float]]:
     """A model, its context, and how far the unsteered model is from PyTorch."""
     tiny = model(request.param)
