@@ -45,20 +45,43 @@ class DecodeError(Exception):
 
 
 class Context:
-    """A model and a context with keys and values in F32, on one thread: tiny models gain nothing from two."""
+    """A model and a context, on one thread: tiny models gain nothing from two.
 
-    def __init__(self, gguf: Path, *, micro_batch: int = 256) -> None:
+    Args:
+        gguf: the model.
+        cells: tokens in the cache, and the most in one `decode`.
+        micro_batch: the most that are computed at once.
+        cache_type: of keys and values; default: F32.
+        flash_attention: which other types of values than F32 and F16 need.
+        whole_window: keep all tokens for layers that attend to the last ones, too.
+    """
+
+    def __init__(
+        self,
+        gguf: Path,
+        *,
+        cells: int = 256,
+        micro_batch: int = 256,
+        cache_type: int = llama_cpp.GGML_TYPE_F32,
+        flash_attention: bool = False,
+        whole_window: bool = True,
+    ) -> None:
         self.n_nodes = 0
         """Nodes of the graphs that were computed, all in all."""
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._count_node)
         model_parameters = llama_cpp.llama_model_default_params()
         model_parameters.n_gpu_layers = gpu.LAYERS
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = 256, 256, micro_batch
+        parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = cells, cells, micro_batch
+        parameters.swa_full = whole_window
         parameters.n_seq_max, parameters.kv_unified = _MAX_SEQUENCES, True
         parameters.n_threads = parameters.n_threads_batch = 1
-        parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.type_k = parameters.type_v = cache_type
+        parameters.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if flash_attention
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         parameters.cb_eval = self._callback
         parameters.no_perf = False
         with captured_log():
@@ -117,6 +140,11 @@ class Context:
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.pointer), True)
+
+    def truncate(self, length: int) -> bool:
+        """Ask llama.cpp to forget all but the first positions of sequence 0; what it answers."""
+        memory = llama_cpp.llama_get_memory(self.pointer)
+        return bool(llama_cpp.llama_memory_seq_rm(memory, 0, length, -1))
 
     def n_reused(self) -> int:
         """Decodes that computed the graph of the decode before them again."""
