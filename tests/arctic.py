@@ -33,18 +33,25 @@ def arctic() -> Path:
 
 
 def arctic_logits(
-    tokens: Sequence[int], additions: Mapping[int, LayerEdit], blocks: list[Array] | None = None
+    tokens: Sequence[int], edits: Mapping[int, LayerEdit], blocks: list[Array] | None = None
 ) -> Array:
-    """Logits [n_tokens, n_vocab] with these additions at the ends of blocks; `blocks` takes the stream."""
+    """Logits [n_tokens, n_vocab] with these edits; `blocks` takes the residual stream at the ends of blocks.
+
+    The removal is one from the sum of both branches, which is what the layer's MLPs add to the stream.
+    """
     weights = _weights()
     x = weights["token_embd"][list(tokens)]
     for layer in range(N_LAYER):
         w = {name.split(".", 2)[2]: a for name, a in weights.items() if name.startswith(f"blk.{layer}.")}
         after_attention = x + _attention(w, _norm(x, w["attn_norm"]))
         dense = _mlp(_norm(after_attention, w["ffn_norm"]), w["ffn_gate"], w["ffn_up"], w["ffn_down"])
-        x = after_attention + dense + _mixture(w, _norm(x, w["ffn_norm_exps"]))
-        if layer in additions:
-            x = x + additions[layer].add
+        written = dense + _mixture(w, _norm(x, w["ffn_norm_exps"]))
+        edit = edits.get(layer, LayerEdit())
+        if edit.remove is not None:
+            written = written - written @ edit.remove.T @ edit.remove
+        x = after_attention + written
+        if edit.add is not None:
+            x = x + edit.add
         if blocks is not None:
             blocks.append(x)
     logits: Array = _norm(x, weights["output_norm"]) @ weights["output"].T

@@ -114,7 +114,8 @@ class SteeredModel:
             for name in (*_REPLACED, _ATTRIBUTE):
                 delattr(self._llm, name)
         if not self.is_closed:
-            self._keep_prefix(unsteered)
+            # `Llama.generate` goes on from any prefix, whatever the window still has
+            self._keep_prefix(unsteered if self.controls or self._n_gone() == 0 else 0)
             control.attached.detach()
 
     def _begin_part(self) -> None:
@@ -155,12 +156,19 @@ class SteeredModel:
         """
         import llama_cpp
 
-        llm = self._llm
-        if llm._is_recurrent or llm._is_hybrid:
+        if self._llm._is_recurrent or self._llm._is_hybrid:
             return False
-        first = llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(llm._ctx.ctx), 0)
-        window = llama_cpp.llama_model_n_swa(llm._model.model)
-        return bool(first <= max(0, length + 1 - window)) if window else True
+        window = llama_cpp.llama_model_n_swa(self._llm._model.model)
+        return self._n_gone() <= max(0, length + 1 - window)
+
+    def _n_gone(self) -> int:
+        """Number of tokens that have left a sliding window and are no longer in its cache."""
+        import llama_cpp
+
+        if llama_cpp.llama_model_n_swa(self._llm._model.model) == 0 or self._llm.n_tokens == 0:
+            return 0
+        memory = llama_cpp.llama_get_memory(self._llm._ctx.ctx)
+        return int(llama_cpp.llama_memory_seq_pos_min(memory, 0))
 
     def _keep_prefix(self, length: int) -> None:
         llm = self._llm
