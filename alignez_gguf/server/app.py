@@ -61,7 +61,7 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
         yield
         await anyio.to_thread.run_sync(service.close)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     install(app)
     scheduler = service.scheduler
     metrics = Metrics(lambda: scheduler.n_waiting, lambda: scheduler.n_growing)
@@ -184,7 +184,7 @@ async def _read(service: Service, read: Callable[..., list[Job]], *arguments: An
 
 def _frame(service: Service, is_chat: bool, steering: Any, jobs: list[Job], body: GenerationBody) -> Frame:
     fingerprint = f"fp_{service.model.info.fingerprint[:12]}"
-    prompt_tokens = sum(len(job.tokens) for job in jobs[:: body.n or 1])
+    prompt_tokens = sum(len(job.tokens) for job in jobs[:: body.n])
     return Frame(is_chat, service.name, fingerprint, steering, jobs, prompt_tokens)
 
 
@@ -193,7 +193,7 @@ async def _answer(request: Request, body: GenerationBody, frame: Frame) -> Respo
     reply = service.submit(frame.jobs, frame.steering, request.state.client)
     metrics.prompt_tokens.inc(frame.prompt_tokens)
     if body.stream:
-        stream = _stream(reply, frame, body.include_usage, metrics)
+        stream = _stream(reply, frame, body.stream_options.include_usage, metrics)
         return StreamingResponse(
             stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )

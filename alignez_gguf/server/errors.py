@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,9 @@ from alignez_gguf.errors import AlignezError
 
 _LOG = logging.getLogger(__name__)
 
+_LONGEST_NAME = 64
+_MESSAGES = {"extra_forbidden": "this server does not know it; leave it out"}
+"""In place of pydantic's own."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -50,10 +54,27 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+def _field(error: Mapping[str, Any]) -> str | None:
+    """The field at fault, as OpenAI writes it: `messages[1].content`; None where it is the whole body."""
+    if error["type"] == "json_invalid":
+        return None  # the location is a number of characters
+    path = list(error["loc"][1:])  # it begins with "body"
+    if error["type"] == "refused_field":
+        path.append(error["ctx"]["name"])
+    named = [f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" for part in path]
+    return "".join(named).removeprefix(".") or None
+
+
+def _shown(name: str) -> str:
+    """A name that a client chose, in one line and not too long."""
+    return name if name.isidentifier() and len(name) <= _LONGEST_NAME else repr(name[:_LONGEST_NAME])
+
+
 def _methods(request: Request) -> set[str]:
     """What a path can be asked with; Starlette names those of the first route only."""
     fitting = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return {method for route in fitting for method in getattr(route, "methods", None) or ()}
+    methods = {method for route in fitting for method in getattr(route, "methods", None) or ()}
+    return methods | {"HEAD"} if "GET" in methods else methods  # see `Gate`
 
 
 def install(app: FastAPI) -> None:
@@ -70,10 +91,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        # The location begins with "body"; numbers and the types of a union come behind the field.
-        fields = [part for part in first["loc"][1:] if str(part).isidentifier() and part != "str"]
-        param = ".".join(fields[:2]) or None
-        message = str(first["msg"]).removeprefix("Value error, ")
+        param = _field(first)
+        message = _MESSAGES.get(first["type"], first["msg"])
         return ApiError(400, f"{param}: {message}" if param else message, param=param).response()
 
     @app.exception_handler(HTTPException)

@@ -178,7 +178,7 @@ class Service:
         stop: tuple[str, ...],
         n_alternatives: int | None,
     ) -> list[Job]:
-        n_choices = body.n or 1
+        n_choices = body.n
         if n_choices * len(prompts) > self.limits.queue:
             raise ApiError(
                 400,
@@ -191,8 +191,8 @@ class Service:
         for tokens in prompts:
             sampling = Sampling(
                 self._max_tokens(len(tokens), wanted, default),
-                1.0 if body.temperature is None else body.temperature,
-                1.0 if body.top_p is None else body.top_p,
+                body.temperature,
+                body.top_p,
                 stop,
             )
             jobs += [
