@@ -6,6 +6,7 @@ Uvicorn alone times out only a connection on which nothing at all arrives betwee
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import ClassVar
 
 import h11
@@ -105,6 +106,7 @@ class Connection(H11Protocol):
         response = error.response()
         headers = [*response.raw_headers, (b"connection", b"close")]
         head = h11.Response(status_code=error.status, headers=headers)
-        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        with suppress(h11.LocalProtocolError):  # it takes no body for an answer to HEAD
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

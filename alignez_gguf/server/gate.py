@@ -1,4 +1,7 @@
-"""What every request passes before a route sees it: host, key and size."""
+"""What every request passes before a route sees it: host, key and size.
+
+For the routes, HEAD is GET, and a path that ends in a slash is the one without.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +56,18 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
+        scope = {**scope, "path": scope["path"].removesuffix("/") or "/"}
+        if is_head:
+            scope["method"] = "GET"
         path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
                 self._metrics.requests.labels(path, str(message["status"])).inc()
+            elif is_head:
+                message["body"] = b""
             await send(message)
 
         try:

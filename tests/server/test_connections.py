@@ -120,6 +120,14 @@ def test_request_that_stops_halfway_is_told_so(impatient: Server, part: str) -> 
         assert "0.5 s" in json.loads(body)["error"]["message"]
 
 
+def test_head_request_that_stops_halfway_is_told_so_without_a_body(impatient: Server) -> None:
+    begun = UNFINISHED["body"].replace(b"POST /v1/completions", b"HEAD /health")
+    with connected(impatient, begun) as (connection,):
+        said = rest(connection)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert said.endswith(b"\r\n\r\n")
+
+
 def test_body_that_was_refused_already_cannot_dribble_on(serve: Serve) -> None:
     with (
         serve(connection=Impatient, api_keys=("secret",)) as server,

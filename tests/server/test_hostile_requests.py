@@ -147,7 +147,7 @@ def test_page_of_another_site_can_read_nothing(server: Server) -> None:
             response = httpx.request(method, server.url + path, headers=preflight)
             assert response.status_code == (405 if method == "OPTIONS" else 200)
             assert not [name for name in response.headers if name.startswith("access-control-")]
-    assert httpx.options(f"{server.url}/v1/steering").headers["allow"] == "GET, PUT"
+    assert httpx.options(f"{server.url}/v1/steering").headers["allow"] == "GET, HEAD, PUT"
 
 
 def test_keys_are_in_no_answer_no_metric_and_no_log(
