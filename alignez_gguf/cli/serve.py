@@ -58,7 +58,7 @@ from alignez_gguf.errors import RuntimeUnavailableError
     type=click.IntRange(2, 250),
     default=16,
     show_default=True,
-    help="Texts at once, of each control.",
+    help="Texts at once.",
 )
 @click.option("--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens.")
 @options.rpc

@@ -93,7 +93,7 @@ class LlamaEngine:
         self.n_parallel = max(1, n_parallel)
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
         self._n_threads = n_threads
-        self._exact = exact and not self.model.uses_gpu and can_be_exact(self.info.quantization)
+        self._exact = exact and can_be_exact(self.model)
         # A GPU computes a prompt about as fast as it is copied.
         self._prompts = None if self.model.uses_gpu else PromptCache()
         self._edits: Edits = {}

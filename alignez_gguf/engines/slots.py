@@ -23,6 +23,7 @@ from itertools import pairwise
 from alignez_gguf.engines.prompt_cache import PromptCache
 from alignez_gguf.model_info import FLOAT_WEIGHTS
 from alignez_gguf.runtime.context import Context
+from alignez_gguf.runtime.model import Model
 
 _ROWS = 4
 """Tokens that the kernels of quantized products take at once; those left over cost several times as much."""
@@ -47,9 +48,9 @@ def in_whole_rows(n_tokens: int) -> int:
     return n_tokens - n_tokens % _ROWS if n_tokens > _ROWS else n_tokens
 
 
-def can_be_exact(quantization: str) -> bool:
-    """Whether a CPU can compute a token of such a model alike whatever is computed with it."""
-    return quantization in _EXACT_WEIGHTS
+def can_be_exact(model: Model) -> bool:
+    """Whether a token of the model can be computed alike whatever is computed with it."""
+    return not model.uses_gpu and model.info.quantization in _EXACT_WEIGHTS
 
 
 def company_needed_from(quantization: str) -> int:
@@ -59,15 +60,20 @@ def company_needed_from(quantization: str) -> int:
 
 @dataclass(frozen=True)
 class Treatment:
-    """The strength of the edit at the positions `first` to `end` (exclusive) of a sequence; elsewhere 0."""
+    """The strength of a control at the positions `first` to `end` (exclusive) of a sequence; elsewhere 0.
+
+    Attributes:
+        control: its number in the context, see `library.set_controls`. All others have strength 0.
+    """
 
     strength: float = 0.0
     first: int = 0
     end: int | None = None
+    control: int = 0
 
-    def strength_at(self, position: int) -> float:
+    def strength_at(self, position: int, control: int) -> float:
         within = self.first <= position and (self.end is None or position < self.end)
-        return self.strength if within else 0.0
+        return self.strength if within and control == self.control else 0.0
 
     def agrees_until(self, other: Treatment) -> float:
         """The first position that the two treat differently."""
@@ -75,7 +81,9 @@ class Treatment:
         differing = [
             position
             for position in changes
-            if position is not None and self.strength_at(position) != other.strength_at(position)
+            for control in (self.control, other.control)
+            if position is not None
+            and self.strength_at(position, control) != other.strength_at(position, control)
         ]
         return min(differing, default=float("inf"))
 

@@ -190,7 +190,7 @@ def _frame(service: Service, is_chat: bool, steering: Any, jobs: list[Job], body
 
 async def _answer(request: Request, body: GenerationBody, frame: Frame) -> Response:
     service, metrics = _service(request), request.app.state.metrics
-    reply = service.submit(frame.jobs, frame.steering, request.state.client)
+    reply = service.submit(frame.jobs, request.state.client)
     metrics.prompt_tokens.inc(frame.prompt_tokens)
     if body.stream:
         stream = _stream(reply, frame, body.stream_options.include_usage, metrics)

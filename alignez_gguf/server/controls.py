@@ -11,8 +11,8 @@ from alignez_gguf.edits import check_strength
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.scope import Scope
 
-UNSTEERED_LANE = ""
-"""What answers where there is no control file at all."""
+NO_CONTROL = ""
+"""In place of a name where there is no control file at all."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SteeringChoice:
     """How an answer is steered.
 
     Attributes:
-        control: the name of a control file, or `UNSTEERED_LANE`.
+        control: the name of a control file, or `NO_CONTROL`.
     """
 
     control: str
@@ -46,14 +46,9 @@ class Controls:
     def __init__(self, files: Mapping[str, ControlFile], strength: float, scope: str | None) -> None:
         self.files = dict(files)
         strength = check_strength(strength)
-        self._control = next(iter(self.files), UNSTEERED_LANE)
+        self._control = next(iter(self.files), NO_CONTROL)
         self._strength = strength if files else 0.0
         self._scope = None if scope is None else Scope.parse(scope)
-
-    @property
-    def lanes(self) -> list[str]:
-        """The names under which answers are computed."""
-        return list(self.files) or [UNSTEERED_LANE]
 
     def choose(
         self, strength: float | None = None, scope: str | None = None, control: str | None = None
@@ -64,7 +59,7 @@ class Controls:
             SteeringError: an unknown control or scope, or a strength without a control.
         """
         name = self._control if control is None else control
-        if name not in self.lanes:
+        if name not in (self.files or {NO_CONTROL}):
             known = ", ".join(self.files) or "none; start it with -c FILE"
             raise SteeringError(f"the server has no control {name!r}; it has {known}")
         chosen_strength = self._strength if strength is None else check_strength(strength)

@@ -17,7 +17,8 @@ class Job:
     Attributes:
         tokens: the prompt.
         seed: of the draws.
-        strength: of the edit of the lane that computes it.
+        control: the name of the control that steers it.
+        strength: of that control.
         scope: which tokens are steered.
         n_alternatives: report the log-probability of every token, and of so many of the likeliest; or not.
         divergence: report how far steering moved the distribution of every token. Takes a second sequence.
@@ -26,6 +27,7 @@ class Job:
     tokens: tuple[int, ...]
     sampling: Sampling
     seed: int = 0
+    control: str = ""
     strength: float = 0.0
     scope: Scope = GENERATION
     n_alternatives: int | None = None

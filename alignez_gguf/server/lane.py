@@ -1,11 +1,12 @@
-"""The sequences of one control: prompts arrive piece by piece between the steps of the answers that grow.
+"""The sequences of a server: prompts arrive piece by piece between the steps of the answers that grow.
 
-Weights are shared by all lanes; a lane has a context of its own, since llama.cpp holds one edit in each.
+All of them share a context and its batches, whichever control steers them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,10 @@ from alignez_gguf.engines.slots import (
     EXACT_PIECE,
     FAST_PIECE,
     UNSTEERED,
+    Piece,
     Slots,
     Treatment,
+    can_be_exact,
     company_needed_from,
 )
 from alignez_gguf.runtime import library
@@ -27,7 +30,9 @@ from alignez_gguf.server.answer import Answer
 from alignez_gguf.server.jobs import Ticket
 
 _PIECES_PER_TURN = 4
-"""So many pieces of prompts are computed between two steps: new ones get in, running ones never wait long."""
+_TOKENS_PER_TURN = _PIECES_PER_TURN * EXACT_PIECE
+"""So many pieces of prompts are computed between two steps, and no further one after so many tokens: new ones
+get in, running ones never wait long."""
 
 _STAGING = 2
 """Sequences in which prompts arrive, before they join those that grow: one, and its unsteered twin."""
@@ -47,14 +52,14 @@ class _Row:
 
 
 class Lane:
-    """Writes the answers of one control, many in a batch, each with a strength and a scope of its own.
+    """Writes answers, many in a batch, each with a control, a strength and a scope of its own.
 
     What an answer says depends on its job alone: to the bit on a CPU with F32, F16 or Q8_0 weights (see
     `engines.slots`), but for rounding elsewhere.
 
     Args:
         model: outlives the lane.
-        edits: of the control; none for a lane that only answers unsteered.
+        controls: the edits of each control, by name; without any, all answers are unsteered.
         n_ctx: the longest prompt and answer together, in tokens.
         n_parallel: the most sequences that grow at once.
         n_threads: default: the number of physical cores.
@@ -65,25 +70,40 @@ class Lane:
     """
 
     def __init__(
-        self, model: Model, edits: Edits, *, n_ctx: int, n_parallel: int, n_threads: int | None = None
+        self,
+        model: Model,
+        controls: Mapping[str, Edits],
+        *,
+        n_ctx: int,
+        n_parallel: int,
+        n_threads: int | None = None,
     ) -> None:
         self.n_parallel = max(n_parallel, 2)
-        exact = not model.uses_gpu
+        exact = can_be_exact(model)
         piece = EXACT_PIECE if exact else FAST_PIECE
-        self._context = Context(
-            model,
-            n_ctx=n_ctx,
-            n_sequences=self.n_parallel + _STAGING,
-            n_batch=max(piece, self.n_parallel + _STAGING),
-            n_threads=n_threads,
-            edits=edits,
-        )
-        self._has_edits = bool(edits)
+        self._numbers = {name: number for number, name in enumerate(controls)}
+        with ExitStack() as opened:
+            self._context = opened.enter_context(
+                Context(
+                    model,
+                    n_ctx=n_ctx,
+                    n_sequences=self.n_parallel + _STAGING,
+                    n_batch=max(piece, self.n_parallel + _STAGING),
+                    n_threads=n_threads,
+                )
+            )
+            if controls:
+                library.set_controls(self._context.pointer, list(controls.values()), model.info.n_embd)
+            for number in self._numbers.values():
+                library.set_strength(self._context.pointer, 0.0, control=number)
+            opened.pop_all()
         lone = company_needed_from(model.info.quantization)
         self._slots = Slots(
             self._context, piece=piece, company_from=lone if exact else None, steer=self._steer
         )
         self._growing: list[_Row] = []
+        self._n_arrived = 0
+        """Tokens of prompts that were computed in this turn."""
         self._arriving: Answer | None = None
         self._arrival: Iterator[None] = iter(())
 
@@ -95,7 +115,10 @@ class Lane:
     def turn(self, take: Take) -> None:
         """Compute some of the prompts that arrive, and then one token of every answer."""
         self._drop_done()
+        self._n_arrived = 0
         for _ in range(_PIECES_PER_TURN):
+            if self._n_arrived >= _TOKENS_PER_TURN:
+                break
             if self._arriving is None:
                 ticket = take(self.n_parallel - len(self._growing))
                 if ticket is None:
@@ -129,9 +152,10 @@ class Lane:
     def _arrive(self, answer: Answer) -> Iterator[None]:
         """Compute a prompt, yielding between its pieces; then draw the first token, and grow."""
         job = answer.job
-        treatment = Treatment(job.strength, *job.scope.positions(len(job.tokens)))
-        # A sequence takes over what another has computed only under the same treatment.
-        treatment = treatment if job.strength else UNSTEERED
+        treatment = UNSTEERED
+        if job.strength:
+            scope = job.scope.positions(len(job.tokens))
+            treatment = Treatment(job.strength, *scope, control=self._numbers[job.control])
         base_logits: NDArray[np.float32] | None = None
         own, twin = range(self.n_parallel, self.n_parallel + _STAGING)
         if job.divergence:
@@ -150,10 +174,14 @@ class Lane:
         """Make a slot hold a prompt, yielding between its pieces; the index of its logits."""
         *first, last = self._slots.plan(slot, tokens, len(tokens) - 1, treatment)
         for piece in first:
-            self._slots.compute(slot, piece)
+            self._compute(slot, piece)
             yield
-        self._slots.compute(slot, last)
+        self._compute(slot, last)
         return len(last.tokens) - 1
+
+    def _compute(self, slot: int, piece: Piece) -> None:
+        self._slots.compute(slot, piece)
+        self._n_arrived += len(piece.tokens)
 
     def _end_arrival(self) -> None:
         if self._arriving is not None:
@@ -186,10 +214,12 @@ class Lane:
             self._growing.pop()
 
     def _steer(self, context: Context, slot: int, treatment: Treatment) -> None:
-        if self._has_edits:
+        """Give a sequence its strength of one control, and none of the others: it may have had one before."""
+        for number in self._numbers.values():
             library.set_strength(
                 context.pointer,
-                treatment.strength,
+                treatment.strength if number == treatment.control else 0.0,
+                control=number,
                 sequence=slot,
                 first=treatment.first,
                 end=treatment.end,

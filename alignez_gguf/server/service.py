@@ -28,7 +28,7 @@ _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _CHARACTERS_PER_TOKEN = 16
 """No text has more on average; the time of some tokenizers grows with the square of the length."""
 _CACHE_BYTES = 4 << 30
-"""All sequences of all controls together keep at most so much in their KV caches."""
+"""All sequences together keep at most so much in their KV cache."""
 
 _ROLES = {"developer": "system"}
 
@@ -60,7 +60,7 @@ class Service:
         name: what the API calls the model; default: the name of the file.
         templates: a TOML file with prompt templates.
         n_ctx: the longest prompt and answer together; default: 4096, or what the model was trained for.
-        n_parallel: the most texts of one control that grow at once; fewer where memory is tight.
+        n_parallel: the most texts that grow at once; fewer where memory is tight.
         n_threads: default: the number of physical cores.
         n_gpu_layers: -1 for all, if there is a GPU.
 
@@ -90,25 +90,22 @@ class Service:
             self.model = opened.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
             self._framing = Framing.of(self.model, templates)
             self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
-            room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes * len(self.controls.lanes))
+            room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)
             self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
             self.readers = opened.enter_context(readers(self._max_characters))
             """Where `chat_jobs` and `completion_jobs` have to be called."""
-            lanes = {}
-            for lane in self.controls.lanes:
-                control = controls.get(lane)
-                if control is not None:
-                    control.check_fits(self.model.info)
-                lanes[lane] = Lane(
-                    self.model,
-                    control.edits if control else {},
-                    n_ctx=self.n_ctx,
-                    n_parallel=max(2, min(n_parallel, room)),
-                    n_threads=n_threads,
-                )
-                opened.callback(lanes[lane].close)
+            for control in controls.values():
+                control.check_fits(self.model.info)
+            lane = Lane(
+                self.model,
+                {name: control.edits for name, control in controls.items()},
+                n_ctx=self.n_ctx,
+                n_parallel=max(2, min(n_parallel, room)),
+                n_threads=n_threads,
+            )
+            opened.callback(lane.close)
             self._open = opened.pop_all()
-        self.scheduler = Scheduler(lanes, self.limits.queue)
+        self.scheduler = Scheduler(lane, self.limits.queue)
 
     def require_model(self, name: str) -> None:
         """Raise a 404 where a request names another model."""
@@ -148,11 +145,11 @@ class Service:
             body, steering, prompts, body.max_tokens, _COMPLETION_TOKENS, body.stop_strings, body.logprobs
         )
 
-    def submit(self, jobs: Sequence[Job], steering: SteeringChoice, client: Hashable) -> Reply:
+    def submit(self, jobs: Sequence[Job], client: Hashable) -> Reply:
         """Queue jobs; called in the event loop that reads the reply. Raises a 429."""
         reply = Reply(jobs)
         try:
-            self.scheduler.submit(reply.tickets, steering.control, client)
+            self.scheduler.submit(reply.tickets, client)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="rate_limit_exceeded") from error
         return reply
@@ -200,6 +197,7 @@ class Service:
                     tokens,
                     sampling,
                     seed + choice,
+                    steering.control,
                     steering.strength,
                     steering.scope,
                     n_alternatives,

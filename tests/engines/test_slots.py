@@ -41,6 +41,9 @@ PROMPT = list(range(10, 110))
         (Treatment(1.0, 5), Treatment(), 5),
         (Treatment(), Treatment(0.5, 0), 0),
         (Treatment(1.0, 5, 8), Treatment(1.0, 5), 8),
+        (Treatment(1.0, 5, control=0), Treatment(1.0, 5, control=1), 5),
+        (Treatment(1.0, 5, 8, control=0), Treatment(1.0, 9, control=1), 5),
+        (Treatment(0.0, 5, control=0), Treatment(0.0, 9, control=1), float("inf")),
     ],
 )
 def test_treatments_agree_until_a_position_gets_another_strength(

@@ -255,11 +255,11 @@ def test_requests_of_clients_that_left_do_not_pile_up(serve: Serve) -> None:
         scheduler = server.service.scheduler
         tokens = tuple(server.service.model.tokenize("x"))
         running = [Ticket(Job(tokens, Sampling(240)), lambda _: None) for _ in range(8)]
-        scheduler.submit(running, "safe", "me")
+        scheduler.submit(running, "me")
         for _ in range(1000):
             left = Ticket(Job(tokens, Sampling(240)), lambda _: None)
-            scheduler.submit([left], "safe", "me")
+            scheduler.submit([left], "me")
             left.cancel()
-        assert len(scheduler._queues["safe"]) < 40
+        assert len(scheduler._queue) < 40
         for ticket in running:
             ticket.cancel()

@@ -222,7 +222,7 @@ def test_neighbours_survive_a_failure_and_later_requests_are_answered(
     serve: Serve, lone: Lone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve() as server, server.client() as client:
-        lane = server.service.scheduler._lanes["safe"]
+        lane = server.service.scheduler._lane
 
         def fail() -> None:
             raise MemoryError("no more of it")
@@ -245,6 +245,6 @@ def test_scheduler_that_closes_tells_everybody(serve: Serve) -> None:
         from alignez_gguf.engines import Sampling
 
         tickets = [Ticket(Job(tokens, Sampling(240)), heard.append) for _ in range(9)]
-        server.service.scheduler.submit(tickets, "safe", "me")
+        server.service.scheduler.submit(tickets, "me")
         server.service.scheduler.close()
         assert sum(isinstance(event, Failed) for event in heard) == 9

@@ -127,7 +127,7 @@ def test_stop_ends_both_answers_on_the_server(
     page: playwright.Page, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = server.service.scheduler
-    lane = scheduler._lanes["safe"]
+    lane = scheduler._lane
     step = lane._step
     released = threading.Event()
     monkeypatch.setattr(lane, "_step", lambda: (released.wait(20), step()))

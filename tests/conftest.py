@@ -1,3 +1,5 @@
+"""What tests of several rooms count."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -5,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from alignez_gguf.runtime.context import Context
-
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each decode has computed, as they go on."""
+    """How many tokens each decode has computed, in whichever context, as they go on."""
+    from alignez_gguf.runtime.context import Context
+
     sizes: list[int] = []
     decode = Context.decode
 
