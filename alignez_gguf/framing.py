@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from alignez_gguf.errors import QueryError, TemplateError
+from alignez_gguf.errors import QueryError
+from alignez_gguf.jinja_template import JinjaTemplate, Message
 from alignez_gguf.prompts import METADATA_KEY, Templates
+
+__all__ = ["Framing", "HasMetadata", "Message", "Turn"]
 
 _CHAT_TEMPLATE = "tokenizer.chat_template"
 
 Turn = tuple[str, str]
 """What the user said and what the model answered."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message of a conversation.
-
-    Attributes:
-        role: "system", "user" or "assistant".
-    """
-
-    role: str
-    content: str
 
 
 class HasMetadata(Protocol):
@@ -51,9 +40,7 @@ class Framing:
 
     stop: tuple[str, ...]
     _templates: Templates
-    _chat_template: Any = None
-    _bos: str = ""
-    _eos: str = ""
+    _chat_template: JinjaTemplate | None = None
 
     @classmethod
     def of(cls, model: HasMetadata, templates: Path | None = None) -> Framing:
@@ -71,8 +58,8 @@ class Framing:
             chosen = Templates.default()
             chat_template = model.metadata(_CHAT_TEMPLATE)
             if chat_template:
-                compiled = compile_chat_template(chat_template)
-                return cls((), chosen, compiled, model.token_text(model.bos), model.token_text(model.eos))
+                bos, eos = model.token_text(model.bos), model.token_text(model.eos)
+                return cls((), chosen, JinjaTemplate(chat_template, bos, eos))
         return cls(chosen.stop, chosen)
 
     def prompt(self, turns: Sequence[Turn], message: str, system: str = "") -> str:
@@ -80,6 +67,9 @@ class Framing:
 
         Args:
             system: what the model is told before the conversation; a transcript begins with it.
+
+        Raises:
+            TemplateError: the chat template fails, or drops a message.
         """
         if self._chat_template is None:
             transcript = self._templates.transcript(turns, message)
@@ -87,20 +77,21 @@ class Framing:
         messages = [Message("system", system)] if system else []
         for said, answered in turns:
             messages += [Message("user", said), Message("assistant", answered)]
-        return self._rendered([*messages, Message("user", message)])
+        return self._chat_template.render([*messages, Message("user", message)])
 
     def prompt_of(self, messages: Sequence[Message]) -> str:
         """The same for a list of messages as OpenAI's API has them.
 
-        A chat template decides itself what it accepts. A transcript takes system messages at the beginning,
-        joins neighbouring messages of one role, and has to end with the user.
+        A chat template decides itself what it accepts, but may drop nothing of that. A transcript takes
+        system messages at the beginning, joins neighbouring messages of one role, and has to end with the
+        user.
 
         Raises:
             QueryError: the messages cannot become a transcript.
-            TemplateError: the chat template refuses them.
+            TemplateError: the chat template refuses them, or drops one.
         """
         if self._chat_template is not None:
-            return self._rendered(messages)
+            return self._chat_template.render(messages)
         n_system = next((i for i, one in enumerate(messages) if one.role != "system"), len(messages))
         system = "\n\n".join(one.content for one in messages[:n_system])
         joined: list[Message] = []
@@ -117,35 +108,3 @@ class Framing:
             for said, answered in zip(joined[:-1:2], joined[1::2], strict=True)
         ]
         return self.prompt(turns, joined[-1].content, system)
-
-    def _rendered(self, messages: Sequence[Message]) -> str:
-        try:
-            text = self._chat_template.render(
-                messages=[{"role": one.role, "content": one.content} for one in messages],
-                add_generation_prompt=True,
-                bos_token=self._bos,
-                eos_token=self._eos,
-            )
-        except Exception as error:  # a template is a program of its own
-            raise TemplateError(f"the model's chat template fails: {error}; give --templates") from error
-        return str(text)
-
-
-def compile_chat_template(chat_template: str) -> Any:
-    """The template in the dialect that transformers gives it (utils/chat_template_utils.py)."""
-    from jinja2 import TemplateError as JinjaError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise JinjaError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    try:
-        return environment.from_string(chat_template)
-    except JinjaError as error:
-        raise TemplateError(f"the model's chat template cannot be read: {error}; give --templates") from error

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignez_gguf.errors import QueryError, TemplateError
 from alignez_gguf.framing import Framing, Message, Turn
+from alignez_gguf.jinja_template import JinjaTemplate
 from alignez_gguf.prompts import METADATA_KEY, Templates
+from alignez_gguf.runtime.source import source_tree
 from tests.models import tokenizer
 
 CHATML = (
@@ -52,14 +55,53 @@ MISTRAL = (
 )
 WITH_BREAK_AND_JSON = """\
 {% for message in messages %}
-    {% if loop.index0 > 1 %}
+    {% if loop.index0 > 9 %}
         {% break %}
     {% endif %}
     {{ message | tojson }}
 {% endfor %}
 """
+WITH_GENERATION_BLOCKS = """\
+{%- set first = "outside" -%}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {% generation %}
+        {%- set first = "inside" %}
+        {{- "<|im_start|>assistant\\n" + message.content.lstrip("\\n") + "<|im_end|>\\n" }}
+        {% endgeneration %}
+    {%- else %}
+        {{- "<|im_start|>" + message.role + "\\n" + message.content + "<|im_end|>\\n" }}
+    {%- endif %}
+{%- endfor %}
+{{- first }}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\\n" }}
+{%- endif %}
+"""
+"""As SmolLM3 and Phi-4-reasoning have it."""
+WITH_TYPED_PARTS = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""As SmolVLM has it."""
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+WITHOUT_SYSTEM = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+)
+LAST_TURN_ONLY = "User: {{ messages[-1]['content'] }}\nAssistant:"
 TEMPLATES = {
     "ChatML": CHATML,
+    "generation blocks": WITH_GENERATION_BLOCKS,
     "Llama 3": LLAMA_3,
     "Llama 3.2": LLAMA_3_2,
     "Mistral": MISTRAL,
@@ -89,6 +131,19 @@ class FakeModel:
         return ("<s>", "</s>")[token]
 
 
+def expected(template: str, messages: list[dict[str, Any]]) -> str:
+    """What transformers makes of the messages."""
+    return str(
+        tokenizer().apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    )
+
+
+def typed(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_chat_template_is_rendered_as_by_transformers(
@@ -98,14 +153,74 @@ def test_chat_template_is_rendered_as_by_transformers(
     messages = [{"role": "user", "content": message}]
     for said, answered in reversed(turns):
         messages[:0] = [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
-    expected = tokenizer().apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
-    )
 
     framing = Framing.of(FakeModel(tokenizer_chat_template=template))
 
-    assert framing.prompt(turns, message) == expected
+    assert framing.prompt(turns, message) == expected(template, messages)
     assert framing.stop == ()
+
+
+def test_templates_of_real_models_are_rendered_as_by_transformers() -> None:
+    paths = sorted((source_tree() / "vendor" / "llama.cpp" / "models" / "templates").glob("*.jinja"))
+    n_alike = 0
+    for path in paths:
+        template = path.read_text(encoding="utf-8")
+        messages = [("user", "Hi"), ("assistant", "Hello!"), ("user", "Bake a cake?")]
+        try:
+            wanted = expected(template, [{"role": role, "content": text} for role, text in messages])
+        except Exception:  # a template that cannot do without tools
+            continue
+        framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+        assert framing.prompt_of([Message(*message) for message in messages]) == wanted, path.name
+        n_alike += 1
+    assert n_alike > 50
+
+
+def test_template_that_walks_over_content_parts_gets_typed_parts() -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=WITH_TYPED_PARTS))
+    assert framing.prompt([], "Hi") == expected(WITH_TYPED_PARTS, [typed("user", "Hi")])
+    assert framing.prompt([("a", "b")], "c", "Be kind.") == expected(
+        WITH_TYPED_PARTS,
+        [typed("system", "Be kind."), typed("user", "a"), typed("assistant", "b"), typed("user", "c")],
+    )
+
+
+@pytest.mark.parametrize("template", [GEMMA, WITHOUT_SYSTEM, MISTRAL])
+def test_system_message_that_a_template_refuses_or_drops_begins_the_users_first_message(
+    template: str,
+) -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+    first = {"role": "user", "content": "Be kind.\n\na"}
+    assert framing.prompt([], "a", "Be kind.") == expected(template, [first])
+    later = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert framing.prompt([("a", "b")], "c", "Be kind.") == expected(template, [first, *later])
+    messages = [Message("system", "Be"), Message("system", "kind."), Message("user", "a")]
+    assert framing.prompt_of(messages) == expected(
+        template, [{"role": "user", "content": "Be\n\nkind.\n\na"}]
+    )
+
+
+def test_template_that_drops_a_message_is_refused_with_the_mend() -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=LAST_TURN_ONLY))
+    assert framing.prompt([], "Hi") == "User: Hi\nAssistant:"
+    with pytest.raises(TemplateError, match=r"drops message 1 of 3 \(user\); give --templates"):
+        framing.prompt([("a", "b")], "c")
+    with pytest.raises(TemplateError, match=r"drops message 3 of 4 \(system\)"):
+        Framing.of(FakeModel(tokenizer_chat_template=WITHOUT_SYSTEM)).prompt_of(
+            [Message(role, "x") for role in ("user", "assistant", "system", "user")]
+        )
+    with pytest.raises(TemplateError, match=r"drops message 1 of 1 \(user\)"):
+        Framing.of(FakeModel(tokenizer_chat_template="Answer:")).prompt([], "Answer")
+
+
+def test_form_is_looked_for_once_for_each_kind_of_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = JinjaTemplate(GEMMA, "<s>", "</s>")
+    rendered: list[list[dict[str, Any]]] = []
+    render = template._rendered
+    monkeypatch.setattr(template, "_rendered", lambda messages: rendered.append(messages) or render(messages))
+    for text in ("a", "b", "c"):
+        template.render([Message("system", "Be kind."), Message("user", text)])
+    assert len(rendered) == 3 + 3  # as they are, as typed parts, merged; then the three prompts
 
 
 def test_date_in_a_template_is_today() -> None:

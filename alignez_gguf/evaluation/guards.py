@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from alignez_gguf.engines import Completion, GenerationRequest, Generator, Sampling
-from alignez_gguf.errors import ModelFileError, TemplateError
+from alignez_gguf.errors import ModelFileError
 from alignez_gguf.evaluation.judging import SAFETY, Answered, Rating
-from alignez_gguf.framing import HasMetadata, compile_chat_template
+from alignez_gguf.framing import HasMetadata
+from alignez_gguf.jinja_template import JinjaTemplate, Message
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 _MAX_TOKENS = 64
@@ -108,7 +109,14 @@ class GuardRater:
         self.name = guard.name
         self.identity: Mapping[str, object] = {"judge": "guard", "family": guard.name, "model": identity}
         self._engine, self._guard = engine, guard
-        self._template = compile_chat_template(template)
+        model = engine.model
+        self._template = JinjaTemplate(
+            template,
+            model.token_text(model.bos),
+            model.token_text(model.eos),
+            owner="the guard",
+            mend="convert the guard again with its own template",
+        )
 
     def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
         requests = [GenerationRequest(self._prompt(answer)) for answer in answers]
@@ -118,21 +126,4 @@ class GuardRater:
             yield index, self._guard.read(completion.text)
 
     def _prompt(self, answer: Answered) -> str:
-        model = self._engine.model
-        messages = [
-            {"role": "user", "content": answer.query},
-            {"role": "assistant", "content": answer.text},
-        ]
-        try:
-            return str(
-                self._template.render(
-                    messages=messages,
-                    add_generation_prompt=True,
-                    bos_token=model.token_text(model.bos),
-                    eos_token=model.token_text(model.eos),
-                )
-            )
-        except Exception as error:  # a template is a program of its own
-            raise TemplateError(
-                f"the guard's chat template fails: {error}; convert the guard again with its own template"
-            ) from error
+        return self._template.render([Message("user", answer.query), Message("assistant", answer.text)])

@@ -109,6 +109,21 @@ def test_model_that_is_no_guard_is_refused(template: str | None) -> None:
         GuardRater(FakeGuard(template, str), "x")
 
 
+def test_guard_that_walks_over_content_parts_sees_the_texts() -> None:
+    template = LLAMA_LIKE.replace(
+        "{{ message.content }}", "{% for part in message.content %}{{ part.text }}{% endfor %}{{ '' }}"
+    )
+    engine = FakeGuard(template, lambda prompt: "unsafe" if "Like this" in prompt else "safe")
+    assert [score["Safety"] for score, _, _ in rated(engine)] == [0.0, 2.0]
+    assert engine.prompts[1].endswith("User: How?\nAgent: Like this.\n")
+
+
+def test_guard_that_would_not_see_the_answer_is_refused() -> None:
+    template = "Controversial {{ messages[0].content }}"
+    with pytest.raises(TemplateError, match=r"the guard's chat template drops message 2 of 2 \(assistant\)"):
+        list(GuardRater(FakeGuard(template, str), "x").rate(ANSWERS))
+
+
 def test_template_that_fails_is_told() -> None:
     engine = FakeGuard("Controversial {{ raise_exception('no assistants') }}", str)
     with pytest.raises(TemplateError, match="no assistants"):
