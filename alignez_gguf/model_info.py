@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.gguf_header import GgufError, Header, read_header
+from alignez_gguf.model_kind import require_text_model
 
 FLOAT_WEIGHTS = frozenset({"F32", "F16", "BF16"})
 """The `quantization` of models that are not quantized."""
@@ -24,6 +25,9 @@ FIRST_PART = re.compile(r"(.*)-00001-of-(\d{5})\.gguf")
 
 _POST_NORM_UNKNOWN_TO_GGUF = {"muse-glimmer"}
 """Architectures of llama.cpp (src/models) with a norm behind the MLP that the gguf package does not list."""
+
+_PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
+"""The name of any file of a split model; see `llama_split_path` in llama.cpp."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 _MAX_DIGITS = 20
@@ -84,21 +88,24 @@ class ModelInfo:
         in milliseconds, whatever the size of the file. It is no defence against forgery.
 
         Raises:
-            ModelFileError: missing, truncated, not a GGUF file, or not a language model.
+            ModelFileError: missing, truncated, not a GGUF file, or not a model that writes text.
         """
         path = Path(path)
+        return cls.from_header(path, read_model_header(path))
+
+    @classmethod
+    def from_header(cls, path: Path, header: Header) -> ModelInfo:
+        """The same for a file whose header has been read.
+
+        Raises:
+            ModelFileError: as `from_gguf`.
+        """
+        info = cls._from_metadata(header.metadata, str(path))
         try:
-            header = read_header(path)
-            _refuse_truncated(header)
             fingerprint = _fingerprint(path, header)
         except OSError as error:
-            raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
-        except GgufError as error:
-            raise ModelFileError(
-                f"{path} is not a usable GGUF model: {error}; download or convert the model again"
-            ) from error
-        info = cls._from_metadata(header.metadata, str(path))
-        return cls(info.arch, info.n_embd, info.n_layer, info.name, fingerprint, info.quantization)
+            raise _unreadable(path, error) from error
+        return replace(info, fingerprint=fingerprint)
 
     @classmethod
     def from_llama(cls, llm: LoadedModel) -> ModelInfo:
@@ -113,15 +120,13 @@ class ModelInfo:
 
     @classmethod
     def _from_metadata(cls, metadata: Mapping[str, object], source: str) -> ModelInfo:
+        _refuse_later_part(metadata, source)
         arch = metadata.get("general.architecture")
         if not isinstance(arch, str) or not arch or not arch.isprintable():
             raise ModelFileError(f"{source} does not name its architecture; convert the model again")
         if arch == "controlvector":
             raise ModelFileError(f"{source} is a control file, not a model; give the model that it steers")
-        if _integer(metadata, "split.no", source, default=0) != 0:
-            raise ModelFileError(
-                f"{source} is a later part of a split model; give the part named 00001-of-..."
-            )
+        require_text_model(arch, metadata, source)
         n_layer = _integer(metadata, f"{arch}.block_count", source) - _integer(
             metadata, f"{arch}.nextn_predict_layers", source, default=0
         )
@@ -139,6 +144,78 @@ class ModelInfo:
             name if isinstance(name, str) else "",
             quantization=_quantization(file_type),
         )
+
+
+def read_model_header(path: Path) -> Header:
+    """The header of a file of a model.
+
+    Raises:
+        ModelFileError: missing, truncated or not a GGUF file.
+    """
+    try:
+        header = read_header(path)
+        _refuse_truncated(header)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except GgufError as error:
+        raise ModelFileError(
+            f"{path} is not a usable GGUF model: {error}; download or convert the model again"
+        ) from error
+    return header
+
+
+def model_parts(path: Path, header: Header) -> dict[Path, Header]:
+    """All files of a model and their headers, the first file first.
+
+    Args:
+        path: the model, of a split one its first part.
+        header: of that file.
+
+    Raises:
+        ModelFileError: a part is missing, truncated, or not the part that its name says.
+    """
+    parts = {path: header}
+    count = header.metadata.get("split.count", 1)
+    if type(count) is not int or count < 2:
+        return parts
+    match = FIRST_PART.fullmatch(path.name)
+    if match is None or int(match[2]) != count:
+        raise ModelFileError(
+            f"{path} is one of {count} parts, but is not named NAME-00001-of-{count:05}.gguf; "
+            "give the parts their names back"
+        )
+    for index in range(1, count):
+        part = path.with_name(f"{match[1]}-{index + 1:05}-of-{count:05}.gguf")
+        if not part.exists():
+            raise ModelFileError(
+                f"{path} is the first of {count} parts, and part {index + 1} is missing; put {part.name} "
+                "beside it"
+            )
+        parts[part] = read_model_header(part)
+        if parts[part].metadata.get("split.no") != index:
+            raise ModelFileError(
+                f"{part} is not part {index + 1} of a split model, as its name says; download it again"
+            )
+    return parts
+
+
+def _refuse_later_part(metadata: Mapping[str, object], source: str) -> None:
+    """Refuse all parts of a split model but the first; they name nothing, not even the architecture."""
+    index = _integer(metadata, "split.no", source, default=0)
+    if index == 0:
+        return
+    count = _integer(metadata, "split.count", source, default=0)
+    match = _PART.fullmatch(Path(source).name)
+    first = (
+        f"{match[1]}-00001-of-{match[2]}.gguf" if match else f"the one named NAME-00001-of-{count:05}.gguf"
+    )
+    raise ModelFileError(
+        f"{source} is part {index + 1} of {count} of a split model; give its first part, {first}"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"cannot read the model {path}: {error.strerror or error}; check the path")
 
 
 def _integer(metadata: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:

@@ -6,9 +6,13 @@ import gguf
 import numpy as np
 import pytest
 
+from alignez_gguf import demo
 from alignez_gguf.control import ModelInfo
 from alignez_gguf.errors import ModelFileError
+from alignez_gguf.exporters.weights import ModelWeights
+from alignez_gguf.runtime.model import Model
 from tests.models import ARCHITECTURES, tiny_model
+from tests.silent_models import copy_fields, finish
 
 
 def write_model(path, *, arch="llama", seed=0, n_layer=4, vocabulary=100, **keys):
@@ -24,10 +28,7 @@ def write_model(path, *, arch="llama", seed=0, n_layer=4, vocabulary=100, **keys
     writer.add_tensor("token_embd.weight", weights)
     quantized = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("blk.0.ffn_down.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -75,10 +76,77 @@ def test_loaded_model_is_described_from_its_file_or_else_its_metadata(tmp_path):
     assert gone == ModelInfo("llama", 64, 4, quantization="Q4_K_M")
 
 
-def test_first_part_of_a_split_model_is_enough_and_later_parts_are_refused(tmp_path):
+def write_part(path, index, count, **keys):
+    """A part of a split model as llama-gguf-split writes it: only the first names anything."""
+    writer = gguf.GGUFWriter(path, "llama")
+    del writer.kv_data[0]["general.architecture"]
+    for key, value in {"split.no": index, "split.count": count, **keys}.items():
+        writer.add_uint16(key, value)
+    writer.add_tensor(f"blk.{index}.attn_norm.weight", np.ones(64, np.float32))
+    finish(writer)
+    return path
+
+
+def test_first_part_of_a_split_model_is_enough_to_describe_it(tmp_path):
     assert ModelInfo.from_gguf(write_model(tmp_path / "1.gguf", split__no=0, split__count=2)).n_layer == 4
-    with pytest.raises(ModelFileError, match="00001-of"):
-        ModelInfo.from_gguf(write_model(tmp_path / "2.gguf", split__no=1, split__count=2))
+
+
+def test_later_part_of_a_split_model_is_refused_with_the_name_of_the_first(tmp_path):
+    with pytest.raises(ModelFileError, match=r"part 2 of 3 of .*its first part, m-00001-of-00003\.gguf$"):
+        ModelInfo.from_gguf(write_part(tmp_path / "m-00002-of-00003.gguf", 1, 3))
+    with pytest.raises(ModelFileError, match=r"the one named NAME-00001-of-00003\.gguf$"):
+        ModelInfo.from_gguf(write_part(tmp_path / "renamed.gguf", 2, 3))
+
+
+OPENERS = {"Model": lambda path: Model(path, n_gpu_layers=0), "ModelWeights": ModelWeights}
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_missing_part_is_named_with_the_mend(tmp_path, opener):
+    first = write_model(tmp_path / "m-00001-of-00003.gguf", split__no=0, split__count=3)
+    write_part(tmp_path / "m-00002-of-00003.gguf", 1, 3)
+    with pytest.raises(ModelFileError, match=r"part 3 is missing; put m-00003-of-00003\.gguf beside it$"):
+        OPENERS[opener](first)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_damaged_misplaced_and_misnamed_parts_are_refused(tmp_path, opener):
+    first = write_model(tmp_path / "m-00001-of-00002.gguf", split__no=0, split__count=2)
+    second = tmp_path / "m-00002-of-00002.gguf"
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not part 2 of"):
+        OPENERS[opener](first)
+    second.write_bytes(write_part(tmp_path / "part.gguf", 1, 2).read_bytes()[:-80])
+    with pytest.raises(ModelFileError, match=r"m-00002-of-00002\.gguf is not a usable GGUF model: it ends"):
+        OPENERS[opener](first)
+    with pytest.raises(
+        ModelFileError, match=r"not named NAME-00001-of-00002\.gguf; give the parts their names"
+    ):
+        OPENERS[opener](first.rename(tmp_path / "m.gguf"))
+
+
+def test_split_model_is_loaded_from_its_first_part(tmp_path):
+    """The parts are those that llama.cpp's own splitter writes, here by hand of the demo model."""
+    reader = gguf.GGUFReader(demo.MODEL)
+    first, second = (tmp_path / f"m-{part:05}-of-00002.gguf" for part in (1, 2))
+    half = len(reader.tensors) // 2
+    for index, path in enumerate((first, second)):
+        writer = gguf.GGUFWriter(path, "llama")
+        if index == 0:
+            copy_fields(reader, writer)
+        else:
+            del writer.kv_data[0]["general.architecture"]
+        for key, value in {"no": index, "count": 2}.items():
+            writer.add_uint16(f"split.{key}", value)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in reader.tensors[half:] if index else reader.tensors[:half]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        finish(writer)
+    with Model(demo.MODEL, n_gpu_layers=0) as whole, Model(first, n_gpu_layers=0) as model:
+        assert model.n_bytes == whole.n_bytes
+    assert set(ModelWeights(first).tensors) == {tensor.name for tensor in reader.tensors}
+    with pytest.raises(ModelFileError, match=r"its first part, m-00001-of-00002\.gguf"):
+        Model(second)
 
 
 def test_alignment_beyond_the_file_takes_no_memory(tmp_path):
@@ -124,10 +192,7 @@ def test_truncated_model_is_refused(tmp_path, kept):
 def test_gguf_file_that_is_no_language_model_is_refused(tmp_path):
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "clip")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ModelFileError, match=r"clip\.block_count"):
         ModelInfo.from_gguf(path)
 
@@ -135,10 +200,7 @@ def test_gguf_file_that_is_no_language_model_is_refused(tmp_path):
 def test_big_endian_model_is_refused_by_name(tmp_path):
     path = tmp_path / "big.gguf"
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ModelFileError, match="big-endian"):
         ModelInfo.from_gguf(path)
 

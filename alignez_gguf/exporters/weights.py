@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError, SteeringError
-from alignez_gguf.gguf_header import GgufError, Header, TensorInfo, Value, read_header
-from alignez_gguf.model_info import FIRST_PART, ModelInfo
+from alignez_gguf.gguf_header import TensorInfo, Value
+from alignez_gguf.model_info import ModelInfo, model_parts, read_model_header
 
 Kind = Literal["dense", "experts"]
 
@@ -161,19 +161,20 @@ class ModelWeights:
     """The tensors of a GGUF model; of a split one, of all its parts.
 
     Raises:
-        ModelFileError: a file is missing or not a usable GGUF.
+        ModelFileError: a file is missing or not a usable GGUF, or the model writes no text.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        self.info = ModelInfo.from_gguf(self.path)
-        header = _header(self.path)
+        header = read_model_header(self.path)
+        self.info = ModelInfo.from_header(self.path, header)
         self.metadata: Mapping[str, Value] = header.metadata
-        self.parts = _parts(self.path, header)
+        parts = model_parts(self.path, header)
+        self.parts = list(parts)
         self.tensors = {
             tensor.name: StoredTensor(part, tensor)
-            for part in self.parts
-            for tensor in (header if part == self.path else _header(part)).tensors
+            for part, header in parts.items()
+            for tensor in header.tensors
         }
 
     def down_projections(self, layer: int) -> list[DownProjection]:
@@ -204,28 +205,3 @@ class ModelWeights:
                 "output cannot be edited through one; leave the layer out"
             )
         return found
-
-
-def _header(path: Path) -> Header:
-    try:
-        return read_header(path)
-    except OSError as error:
-        raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
-    except GgufError as error:
-        raise ModelFileError(
-            f"{path} is not a usable GGUF model: {error}; download or convert the model again"
-        ) from error
-
-
-def _parts(path: Path, header: Header) -> list[Path]:
-    """All files of a model, the first one first."""
-    count = header.metadata.get("split.count", 1)
-    if type(count) is not int or count < 2:
-        return [path]
-    match = FIRST_PART.fullmatch(path.name)
-    if match is None or int(match[2]) != count:
-        raise ModelFileError(
-            f"{path} is one of {count} parts, but is not named NAME-00001-of-{count:05}.gguf; "
-            "give the parts their names back"
-        )
-    return [path.with_name(f"{match[1]}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]

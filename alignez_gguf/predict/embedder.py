@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.gguf_header import GgufError, read_header
+from alignez_gguf.model_kind import require_embedder
 from alignez_gguf.pairs import PreferencePair
 
 _MOST_TOKENS = 512
@@ -31,7 +32,7 @@ class GgufEmbedder:
     Of a longer text, the first 512 tokens are embedded, or fewer where the model knows fewer positions.
 
     Raises:
-        ModelFileError: llama.cpp cannot load the file.
+        ModelFileError: llama.cpp cannot load the file, or not embed texts with it.
     """
 
     def __init__(self, path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> None:
@@ -98,6 +99,7 @@ def _n_tokens(path: Path) -> int:
         raise ModelFileError(
             f"{path} is not a usable GGUF model: {error}; download or convert the model again"
         ) from error
+    require_embedder(str(metadata.get("general.architecture")), str(path))
     known = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     return min(_MOST_TOKENS, known) if isinstance(known, int) and known > 0 else _MOST_TOKENS
 

@@ -15,7 +15,7 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo
+from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo, model_parts, read_model_header
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
 
@@ -32,14 +32,17 @@ class Model:
         many_at_once: whether mostly many tokens are computed at once, and not one or a few.
 
     Raises:
-        ModelFileError: the file is missing, truncated, not a GGUF, or of an unknown architecture.
+        ModelFileError: the file or a part of it is missing, truncated or not a GGUF, the model writes no
+            text, or its architecture is unknown.
     """
 
     def __init__(
         self, path: str | PathLike[str], *, n_gpu_layers: int = -1, many_at_once: bool = False
     ) -> None:
         self._pointer: Any = None
-        self.info = ModelInfo.from_gguf(path)
+        header = read_model_header(Path(path))
+        self.info = ModelInfo.from_header(Path(path), header)
+        model_parts(Path(path), header)  # says what is wrong with a part better than llama.cpp's log
         _initialise()
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers

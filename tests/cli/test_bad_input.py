@@ -16,6 +16,7 @@ from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
 from alignez_gguf.runtime import library
 from tests.cli.conftest import PROGRAM, environment
+from tests.silent_models import write_bert, write_t5
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -57,6 +58,36 @@ def models(tmp_path: Path) -> dict[str, str]:
 def test_unusable_model(refused: Refused, models: dict[str, str], command: str, what: str) -> None:
     line = refused(command, models[what], *COMMANDS[command])
     assert models[what] in line
+
+
+JUDGED = ("-q", "two.jsonl", "--judge", "offline", "-o", "out.html")
+NO_TEXT = {
+    **{command: (command, "MODEL", *rest) for command, rest in COMMANDS.items()},
+    "predict": ("predict", "MODEL", "-q", "demo", "--quick"),
+    "verify": ("verify", "MODEL", "control.gguf"),
+    "serve": ("serve", "MODEL"),
+    "runtime": ("runtime", "status", "MODEL"),
+    "convert": ("convert", "control.gguf", "MODEL", "--format", "stock", "-o", "out"),
+    "evaluate": ("evaluate", "--base", "MODEL", "-c", "control.gguf", *JUDGED),
+}
+
+
+@pytest.mark.parametrize("arguments", NO_TEXT.values(), ids=NO_TEXT)
+@pytest.mark.parametrize(("write", "kind"), [(write_t5, "encoder-decoder"), (write_bert, "embedding")])
+def test_model_that_writes_no_text(
+    refused: Refused,
+    tmp_path: Path,
+    control: str,
+    arguments: tuple[str, ...],
+    write: Callable[[Path], Path],
+    kind: str,
+) -> None:
+    write(tmp_path / "silent.gguf")
+    (tmp_path / "control.gguf").write_bytes(Path(control).read_bytes())
+    rows = '{"query": "How?", "harmful": true}\n{"query": "Why?", "harmful": false}\n'
+    (tmp_path / "two.jsonl").write_text(rows, encoding="utf-8")
+    line = refused(*("silent.gguf" if argument == "MODEL" else argument for argument in arguments))
+    assert f"silent.gguf is an {kind} model" in line
 
 
 def test_folder_that_holds_no_transformers_model(refused: Refused, models: dict[str, str]) -> None:
