@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from alignez_gguf import records
 from alignez_gguf.errors import QueryError
@@ -60,10 +61,14 @@ def _not_said(row: Mapping[str, object]) -> None:
     return None
 
 
-def _xstest_label(row: Mapping[str, object]) -> bool:
-    label = row.get("label")
+def _xstest_label(row: Mapping[str, object]) -> bool | None:
+    if label := row.get("label"):
+        if label not in ("safe", "unsafe"):
+            raise QueryError(f"the label is {label!r}; XSTest has safe and unsafe")
+        return label == "unsafe"
     # The first release has no labels; there the unsafe contrasts are told by their type.
-    return label == "unsafe" if label else str(row.get("type", "")).startswith("contrast_")
+    kind = row.get("type")
+    return str(kind).startswith("contrast_") if kind else None
 
 
 _RED_TEAM = ("hh-rlhf/red-team-attempts", "MaliciousInstruct")
@@ -138,8 +143,6 @@ NAMES = tuple(SOURCES)
 _HUB_SECONDS = 10.0
 """To answer whether it has a data set."""
 
-_ENDINGS = (".csv", ".jsonl", ".json", ".txt", ".parquet", ".csv.gz", ".jsonl.gz", ".json.gz")
-
 
 def is_named(source: str) -> bool:
     """Whether `source` is `NAME` or `NAME=PATH` of a published data set."""
@@ -151,48 +154,73 @@ def load_dataset_rows(source: str) -> list[DatasetRow]:
 
     Args:
         source: `NAME`, one of `NAMES`, which comes from the Hugging Face Hub or from what `datasets` has kept
-            of it; or `NAME=PATH`, PATH being a file in the form in which the set is published (.csv, .jsonl,
-            .json, .txt or .parquet, also compressed with gzip), or a directory that holds one.
+            of it; or `NAME=PATH`, PATH being a file in one of the forms that `records.parse` knows, with the
+            columns with which the set is published, or a directory that holds one.
 
     Raises:
-        QueryError: there is no such data set; the file is missing, is not what its ending says, or has other
-            columns; or there is neither a file nor a way to the Hub.
+        QueryError: there is no such data set; the file is missing, is not what its ending says, has other
+            columns, or gives one request two labels; or there is neither a file nor a way to the Hub.
     """
     name, _, path = source.partition("=")
     if name not in SOURCES:
         raise QueryError(f"no data set is named {name}; there are {', '.join(NAMES)}")
     published = SOURCES[name]
     rows = _local(name, published, Path(path)) if "=" in source else _hub(name, published)
-    found: dict[str, DatasetRow] = {}
-    for row in _rows(published, rows):
-        found.setdefault(row.query, row)
+    found = unanimous(_rows(published, rows))
     if not found:
         raise QueryError(f"{source} holds no requests; give {published.file} from {published.url}")
-    return list(found.values())
+    return found
 
 
-def _rows(published: DatasetSource, rows: Iterable[records.Record]) -> Iterator[DatasetRow]:
-    for where, fields in rows:
+def unanimous(rows: Iterable[tuple[str, DatasetRow]]) -> list[DatasetRow]:
+    """The rows, each with the place where it stands, without repetitions of a request.
+
+    A label that one repetition has and another lacks is that of the request.
+
+    Raises:
+        QueryError: a request is called harmful in one place and harmless in another.
+    """
+    found: dict[str, tuple[str, DatasetRow]] = {}
+    for where, row in rows:
+        known_where, known = found.setdefault(row.query, (where, row))
+        if known.harmful is None:
+            found[row.query] = (where, row)
+        elif row.harmful not in (None, known.harmful):
+            kind, other = ("harmful", "harmless") if row.harmful else ("harmless", "harmful")
+            raise QueryError(
+                f"{where} calls {shorten(repr(row.query), 80)} {kind}, but {known_where} calls it {other}; "
+                "leave out the wrong row"
+            )
+    return [row for _, row in found.values()]
+
+
+def _rows(published: DatasetSource, rows: Iterable[records.Record]) -> Iterator[tuple[str, DatasetRow]]:
+    for where, fields, header in rows:
         column = next((column for column in published.columns if column in fields), None)
         if column is None:
             wanted = " or ".join(published.columns)
             raise QueryError(
-                f"{where} has no column {wanted}; give {published.file} as it is published at {published.url}"
+                f"{header or where} has no column {wanted}; give {published.file} as it is published at "
+                f"{published.url}"
             )
         text = fields[column]
         if not isinstance(text, str):
             raise QueryError(f"{where}: {column} is not a string")
-        if published.keep(fields) and (query := published.request(text)):
-            yield DatasetRow(query, published.harmful(fields))
+        query = published.request(text)
+        if published.keep(fields) and not records.is_blank(query):
+            try:
+                yield where, DatasetRow(query, published.harmful(fields))
+            except QueryError as error:
+                raise QueryError(f"{where}: {error}") from error
 
 
 def _local(name: str, published: DatasetSource, path: Path) -> Iterator[records.Record]:
-    return records.read(_only_file(name, published, path) if path.is_dir() else path)
+    return records.read(_only_file(name, published, path) if path.is_dir() else path).rows
 
 
 def _only_file(name: str, published: DatasetSource, folder: Path) -> Path:
     """The file in a directory with the published name, else with the name of the set, else the only one."""
-    files = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(_ENDINGS))
+    files = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(records.ENDINGS))
     for candidates in (
         [file for file in files if file.name.lower() == published.file.lower()],
         [file for file in files if _letters(name) in _letters(file.name)],

@@ -16,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from alignez_gguf.errors import TemplateError
+from alignez_gguf.records import lines
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,7 +88,7 @@ class Templates:
     @classmethod
     def from_toml(cls, text: str, source: str = "templates") -> Templates:
         """Read templates from TOML text. Raises `TemplateError` naming the field that is wrong."""
-        if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        if any(line.count(".") > _MAX_DOTS for line in lines(text)):
             raise TemplateError(f"{source} is not valid TOML: a line has more than {_MAX_DOTS} dots")
         try:
             document = tomllib.loads(text)

@@ -20,37 +20,53 @@ def load_queries(source: str | PathLike[str], column: str | None = None) -> list
     """Read queries in their order, without blank ones and repetitions.
 
     Args:
-        source: a .csv, .jsonl or .json file, any other file (a query per line), `-` for standard input (a
-            query per line), the name of a set that ships with the package (`default` or `demo`), or a
+        source: a file in one of the forms that `records.parse` knows, `-` for standard input (a query per
+            line, or JSONL), the name of a set that ships with the package (`default` or `demo`), or a
             published data set: one of `datasets.NAMES`, from the Hugging Face Hub, or `NAME=PATH`, from a
             local file or directory. A file whose name is that of a set is given as `./NAME`.
-        column: the column of a .csv file or field of a .jsonl file; by default the first there is of query,
-            prompt, instruction, goal, question and text.
+        column: the column or field that holds the query; by default the first there is of query, prompt,
+            instruction, goal, question and text.
 
     Raises:
         QueryError: the file is missing, empty, not UTF-8 or not what its ending says, or has no such column;
             or the data set cannot be had.
     """
     name = str(source)
-    queries = list(dict.fromkeys(text.strip() for text in _texts(name, column) if text.strip()))
+    queries = list(dict.fromkeys(query for query, _ in read_queries(name, column)))
     if not queries:
-        raise QueryError(f"{name} holds no queries; write at least one, or use the set named default")
+        raise no_queries(name)
     return queries
 
 
-def read_text(name: str) -> str:
-    """The UTF-8 text of a file, of standard input (`-`), or of a shipped set. Raises `QueryError`."""
-    return records.decode(_read(name), "standard input" if name == "-" else name)
+def no_queries(name: str) -> QueryError:
+    """The error that a source of queries is empty."""
+    return QueryError(f"{name} holds no queries; write at least one, or use the set named default")
 
 
-def _texts(name: str, column: str | None) -> Iterator[str]:
+def read_queries(name: str, column: str | None = None) -> Iterator[tuple[str, records.Record]]:
+    """Each query with the row that it stands in, in their order, without blank ones.
+
+    Raises:
+        QueryError: as `load_queries`, but for a file without queries.
+    """
     if datasets.is_named(name):
         if column is not None:
             raise QueryError(f"the column of {name} is known; leave out --column")
-        return (row.query for row in datasets.load_dataset_rows(name))
-    if column is not None and not records.is_table(name):
+        for row in datasets.load_dataset_rows(name):
+            yield row.query, records.Record(name, {})
+        return
+    table = read_table(name)
+    if column is not None and not table.has_columns:
         raise QueryError(f"{name} has no columns; leave out --column, or give a .csv or .jsonl file")
-    return (_text(record, column) for record in records.parse(read_text(name), name))
+    for record in table.rows:
+        text = _text(record, column)
+        if not records.is_blank(text):
+            yield text.strip(), record
+
+
+def read_table(name: str) -> records.Table:
+    """The rows of a file, of standard input (`-`), or of a shipped set. Raises `QueryError`."""
+    return records.parse(_read(name), "standard input" if name == "-" else name)
 
 
 def _read(name: str) -> bytes:
@@ -62,23 +78,22 @@ def _read(name: str) -> bytes:
         return Path(name).read_bytes()
     except OSError as error:
         raise QueryError(
-            f"cannot read the queries {name}: {error.strerror or error}; give a file, -, default, demo or a "
-            f"data set ({', '.join(datasets.NAMES)})"
+            f"cannot read {name}: {error.strerror or error}; give a file, -, default, demo or a data set "
+            f"({', '.join(datasets.NAMES)})"
         ) from error
 
 
 def _text(record: records.Record, column: str | None) -> str:
-    value = record.fields[_column(list(record.fields), record.where, column)]
+    value = record.fields[_column(record, column)]
     if not isinstance(value, str):
         raise QueryError(f"{record.where}: the query is not a string")
     return value
 
 
-def _column(names: list[str], where: str, column: str | None) -> str:
+def _column(record: records.Record, column: str | None) -> str:
     for candidate in _TEXT_COLUMNS if column is None else (column,):
-        if candidate in names:
+        if candidate in record.fields:
             return candidate
     missing = f"no column {column!r}" if column else "no column with a usual name"
-    raise QueryError(
-        f"{where} has {missing}; name one of {', '.join(filter(None, names)) or 'none'} with --column"
-    )
+    names = ", ".join(filter(None, record.fields)) or "none"
+    raise QueryError(f"{record.header or record.where} has {missing}; name one of {names} with --column")

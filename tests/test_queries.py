@@ -43,10 +43,6 @@ def test_json_list_and_compressed_files_are_read(write):
     assert load_queries(write("q.txt.gz", gzip.compress(b"one\ntwo"))) == ["one", "two"]
 
 
-def test_csv_row_that_is_too_short_holds_no_query(write):
-    assert load_queries(write("q.csv", "id,query\n1\n2,b,c,d\n")) == ["b"]
-
-
 def test_standard_input_is_read(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("wie größer\nwhy\n".encode())))
     assert load_queries("-") == ["wie größer", "why"]

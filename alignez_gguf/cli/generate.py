@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from alignez_gguf.completion_store import CompletionStore
     from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.records import Record
     from alignez_gguf.scope import Scope
 
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 @options.control
 @click.option("-p", "--prompt", multiple=True, help="A prompt; may be repeated.")
 @click.option(
-    "--prompts", help="A .txt (a line each) or .jsonl file (field `prompt`), or - for standard input."
+    "--prompts",
+    help="A .txt (a line each), .csv, .tsv, .json, .jsonl or .parquet file (field `prompt`), - for standard "
+    "input (lines or JSONL), or a set that -q of `export` knows by name.",
 )
 @click.option(
     "-o",
@@ -79,8 +82,9 @@ def generate(
     """Complete many prompts with MODEL, steered by a control file if one is given.
 
     The prompts are taken as they are unless --chat is given. A row of the output has the fields of the input
-    and `completion`; with --n above 1 a prompt has several rows, numbered by `sample`. With -o, an
-    interrupted run goes on where it stopped when the same command is given again.
+    and `completion`; with --n above 1 a prompt has several rows, numbered by `sample`. An input that has a
+    field which would be written is refused. With -o, an interrupted run goes on where it stopped when the
+    same command is given again.
 
     \b
     Examples:
@@ -100,16 +104,19 @@ def generate(
         raise click.BadParameter("a stop string must not be empty", param_hint="--stop")
     if compare and control is None:
         raise click.UsageError("--compare needs a control file; give it with -c FILE")
-    given = [{"prompt": text} for text in prompt] if prompt else _read_rows(str(prompts))
+    strengths = {"base": 0.0} if compare else {}
+    strengths["completion"] = strength if control else 0.0
+    counted = ["sample"] if n_samples > 1 else []
+    given = (
+        [{"prompt": text} for text in prompt] if prompt else _read_rows(str(prompts), [*counted, *strengths])
+    )
     rows: list[dict[str, Any]] = [
-        row | ({"sample": sample} if n_samples > 1 else {}) for row in given for sample in range(n_samples)
+        row | dict.fromkeys(counted, sample) for row in given for sample in range(n_samples)
     ]
     if output is not None:
         require_writable(output)
     check_strength(strength)
     chosen_scope = None if scope is None else Scope.parse(scope)
-    strengths = {"base": 0.0} if compare else {}
-    strengths["completion"] = strength if control else 0.0
     # Weights are laid out for as many texts as may grow at once, and a single one is slower for it.
     parallel = min(parallel, len(rows) * len(strengths))
     with ExitStack() as opened:
@@ -136,7 +143,9 @@ def generate(
                 advance(1)
         texts = iter([done.found[index].text for index in range(len(requests))])
         lines = [
-            json.dumps({**row, **{name: next(texts) for name in strengths}}, ensure_ascii=False) + "\n"
+            # Parquet has dates and other values that JSON has not; they become text.
+            json.dumps({**row, **{name: next(texts) for name in strengths}}, ensure_ascii=False, default=str)
+            + "\n"
             for row in rows
         ]
         if output is None:
@@ -187,29 +196,30 @@ def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None)
     engine.set_edits(loaded.edits, scope or loaded.scope)
 
 
-def _read_rows(source: str) -> list[dict[str, Any]]:
-    """Rows with a `prompt`; those of a .jsonl file keep their other fields."""
-    from alignez_gguf.queries import read_text
+def _read_rows(source: str, written: Collection[str]) -> list[dict[str, Any]]:
+    """Rows with a `prompt`; those of a table keep their other fields, none of which may be `written` here."""
+    from alignez_gguf import datasets, records
+    from alignez_gguf.queries import read_queries, read_table
 
-    text = read_text(source)
-    if not source.endswith(".jsonl"):
-        rows: list[dict[str, Any]] = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    if datasets.is_named(source):
+        return [{"prompt": query} for query, _ in read_queries(source)]
+    table = read_table(source)
+    if not table.has_columns:
+        rows = [{"prompt": record.fields[records.LINE]} for record in table.rows]
     else:
-        rows = [
-            _row(line, f"{source}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
+        rows = [_row(record, written) for record in table.rows]
     if not rows:
         raise QueryError(f"{source} holds no prompts; write at least one")
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise QueryError(f"{where} is not JSON ({error}); write one object per line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise QueryError(f"{where} has no string `prompt`; write one object per line")
-    return row
+def _row(record: Record, written: Collection[str]) -> dict[str, Any]:
+    if not isinstance(record.fields.get("prompt"), str):
+        raise QueryError(f"{record.where} has no string `prompt`; give every row that field")
+    for name in written:
+        if name in record.fields:
+            raise QueryError(
+                f"{record.where} has a field `{name}`, which would be overwritten by what is generated; "
+                "rename it in the input"
+            )
+    return dict(record.fields)

@@ -47,11 +47,12 @@ scope = click.option(
     "chosen for, else generation).",
 )
 QUERIES_HELP = (
-    "A .txt (a line each), .csv or .jsonl file, - for standard input, a shipped set (default, demo), or a "
-    "published one: jailbreakbench, just-eval-redteam, malicious-instruct, hh-redteam, advbench, xstest."
+    "A .txt (a line each), .csv, .tsv, .json, .jsonl or .parquet file, - for standard input (lines or JSONL), "
+    "a shipped set (default, demo), or a published one: jailbreakbench, just-eval-redteam, "
+    "malicious-instruct, hh-redteam, advbench, xstest."
 )
 queries = click.option("-q", "--queries", required=True, help=QUERIES_HELP)
-column = click.option("--column", help="The column of a .csv or the field of a .jsonl file.")
+column = click.option("--column", help="The column or field of a table that holds the query.")
 output = click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
 seed = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every random draw."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignez_gguf import datasets, records
 from alignez_gguf.control import ControlFile
 from alignez_gguf.errors import QueryError
-from alignez_gguf.queries import load_queries, read_text
+from alignez_gguf.queries import no_queries, read_queries
 
 QUERY_HASHES = "query_hashes"
 """Key of the recipe of a control file under which the hashes of the queries of the fit are."""
@@ -25,30 +25,32 @@ class EvaluationQuery:
 
 
 def load_evaluation_queries(source: str, column: str | None = None) -> list[EvaluationQuery]:
-    """Read queries as `load_queries` does, with the field `harmful` of a .jsonl, .json or .csv file.
+    """Read queries as `load_queries` does, each with the field `harmful` of its own row, where there is one.
 
     Raises:
-        QueryError: as `load_queries`; or a label is neither true nor false.
+        QueryError: as `load_queries`; or a label is neither true nor false, or two rows with the same query
+            contradict each other.
     """
-    if datasets.is_named(source):
-        return [EvaluationQuery(row.query, row.harmful) for row in datasets.load_dataset_rows(source)]
-    texts = load_queries(source, column)
-    labels = dict(_labels(source, set(texts))) if records.is_table(source) else {}
-    return [EvaluationQuery(text, labels.get(text)) for text in texts]
+    if datasets.is_named(source) and column is None:
+        rows = datasets.load_dataset_rows(source)
+    else:
+        labelled = ((record.where, text, _label(record)) for text, record in read_queries(source, column))
+        rows = datasets.unanimous(
+            (where, datasets.DatasetRow(text, label)) for where, text, label in labelled
+        )
+    if not rows:
+        raise no_queries(source)
+    return [EvaluationQuery(row.query, row.harmful) for row in rows]
 
 
-def _labels(source: str, texts: set[str]) -> Iterator[tuple[str, bool]]:
-    for record in records.parse(read_text(source), source):
-        label = record.fields.get(_LABEL)
-        if label is None or label == "":
-            continue
-        parsed = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
-        if parsed is None:
-            raise QueryError(f"{record.where}: {_LABEL} is {label!r}; write true or false")
-        # The query stands in one of the fields, whatever its name.
-        for value in record.fields.values():
-            if isinstance(value, str) and value.strip() in texts:
-                yield value.strip(), parsed
+def _label(record: records.Record) -> bool | None:
+    label = record.fields.get(_LABEL)
+    if label is None or label == "":
+        return None
+    parsed = records.truth(label)
+    if parsed is None:
+        raise QueryError(f"{record.where}: {_LABEL} is {label!r}; write true or false")
+    return parsed
 
 
 def query_hash(query: str) -> str:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,85 @@ def test_text_has_a_prompt_a_line(run: Run, model: str, tmp_path: Path, base: li
 
 def test_jsonl_rows_keep_their_fields(run: Run, model: str, tmp_path: Path, base: list[str]) -> None:
     given = [
-        {"id": index, "prompt": prompt, "tags": ["größer", None], "completion": "old"}
+        {"id": index, "prompt": prompt, "tags": ["größer", None], "base": "old", "sample": 7}
         for index, prompt in enumerate(PROMPTS)
     ]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in given)
     (tmp_path / "prompts.jsonl").write_text(text, encoding="utf-8")
     found = rows(run("generate", model, *SHORT, "--prompts", "prompts.jsonl"))
     assert found == [{**row, "completion": text} for row, text in zip(given, base, strict=True)]
+
+
+TABLES = {
+    "p.JSONL": lambda rows: "".join(json.dumps(row) + "\r" for row in rows).encode(),
+    "p.ndjson": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    "p.jsonl.txt": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    "p.jsonl.gz": lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode()),
+    "p.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "-": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    "p.csv": lambda rows: b"id;prompt\r\n" + "".join(_csv_row(row, ";") for row in rows).encode(),
+    "p.tsv": lambda rows: b"id\tprompt\n" + "".join(_csv_row(row, "\t") for row in rows).encode("utf-8"),
+}
+
+
+def _csv_row(row: dict[str, str], delimiter: str) -> str:
+    return f"{row['id']}{delimiter}" + '"{}"\r\n'.format(row["prompt"].replace('"', '""'))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_every_form_of_table_keep_their_fields(
+    run: Run, model: str, tmp_path: Path, base: list[str], name: str
+) -> None:
+    given = [{"id": str(index), "prompt": prompt} for index, prompt in enumerate(PROMPTS)]
+    data = TABLES[name](given)
+    (tmp_path / name).write_bytes(data)
+    found = rows(run("generate", model, *SHORT, "--prompts", name, stdin=data))
+    assert found == [{**row, "completion": text} for row, text in zip(given, base, strict=True)]
+
+
+def test_rows_of_parquet_keep_values_that_json_has_not_as_text(
+    run: Run, model: str, tmp_path: Path, base: list[str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = {"prompt": PROMPTS[:1], "day": [date(2024, 2, 29)], "tags": [["a", None]]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
+    (row,) = rows(run("generate", model, *SHORT, "--prompts", "p.parquet"))
+    assert row == {"prompt": PROMPTS[0], "day": "2024-02-29", "tags": ["a", None], "completion": base[0]}
+
+
+def test_lines_of_prompts_are_cut_at_line_ends_only_and_empty_ones_left_out(
+    run: Run, model: str, tmp_path: Path
+) -> None:
+    given = ["How can I write\u2028a song?", "How can I flood\x0ca tunnel?", "How can I\x85fly?", " indented"]
+    text = "\u200b\r" + "\r\n\ufeff\n".join(given)
+    (tmp_path / "p.txt").write_text(text, encoding="utf-8", newline="")
+    result = run("generate", model, *SHORT, "--prompts", "p.txt")
+    assert [json.loads(line)["prompt"] for line in result.stdout.split("\n")[:-1]] == given
+
+
+def test_prompts_of_published_sets_are_generated_from(run: Run, model: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,label\nKill a process,safe\nPick a lock,unsafe\n")
+    found = rows(run("generate", model, *SHORT, "--prompts", "xstest=x.csv"))
+    assert [row["prompt"] for row in found] == ["Kill a process", "Pick a lock"]
+
+
+@pytest.mark.parametrize(
+    ("field", "options"), [("completion", ()), ("base", ("--compare",)), ("sample", ("--n", "2"))]
+)
+def test_field_that_would_be_overwritten_is_refused_by_its_name(
+    run: Run, refused: Any, model: str, control: str, tmp_path: Path, field: str, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "x"}}\n{{"prompt": "x", "{field}": "old"}}\n')
+    (tmp_path / "p.csv").write_text(f"prompt,{field}\nx,old\n")
+    for name in ("p.jsonl", "p.csv"):
+        line = refused("generate", model, *SHORT, "-c", control, "--prompts", name, *options, "-o", "out")
+        assert f"{name}, line 2 has a field `{field}`" in line
+        assert "rename it" in line
+    if options:  # without it, nothing is overwritten
+        found = rows(run("generate", model, *SHORT, "-c", control, "--prompts", "p.csv"))
+        assert found[0][field] == "old"
 
 
 def test_output_file_holds_what_would_be_printed(run: Run, model: str, tmp_path: Path) -> None:
