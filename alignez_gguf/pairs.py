@@ -1,18 +1,18 @@
 """Preference pairs: what they are and where they are kept.
 
-Rows are JSON, one per line. This module knows nothing of how pairs are generated.
+This module knows nothing of how pairs are generated.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from alignez_gguf import preferences, records
 from alignez_gguf.errors import QueryError
 from alignez_gguf.journal import Journal
 
@@ -37,8 +37,8 @@ class PreferencePair:
     weight: float = 1.0
 
 
-_FOREIGN_FIELDS = {"prompt": "query", "chosen": "helpful", "rejected": "harmful"}
-"""The names that data sets for preference optimisation use."""
+_TEXTS = ("query", "helpful", "harmful")
+"""The fields without which there is no pair; those of `preferences.FIELDS` say the same, in this order."""
 
 
 def unweighted(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
@@ -82,50 +82,75 @@ class PairStore:
 
 
 def load_pairs(path: str | PathLike[str]) -> list[PreferencePair]:
-    """Read pairs from a JSONL file of ours, or one with the fields prompt, chosen and rejected.
+    """Read pairs from a file in one of the forms that `records.parse` knows.
+
+    A row has our own fields query, helpful and harmful, perhaps with others of `PreferencePair`, or it has
+    prompt, chosen and rejected, as texts or as lists of messages. Whichever three are complete are the pair,
+    and every other field is ignored; where all six are there, they must agree.
 
     Raises:
-        QueryError: the file cannot be read, or a line is not a pair; the message has its number.
+        QueryError: the file cannot be read or holds no pairs, or a row is not a pair; the message has its
+            line.
     """
-    path = Path(path)
+    table = records.read(path)
     pairs = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise QueryError(f"cannot read the pairs {path}: {error.strerror or error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            pairs.append(_pair(line, f"{path}, line {number}"))
+    for record in table.rows:
+        if not table.has_columns:
+            raise QueryError(f"{record.where} is not JSON but text; {preferences.NEEDED}")
+        pairs.append(_pair_of(record.fields, record.where))
+    if not pairs:
+        raise QueryError(f"{path} holds no pairs; write at least one")
     return pairs
 
 
-def _pair(line: bytes, where: str) -> PreferencePair:
-    try:
-        row: Any = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise QueryError(f"{where} is not UTF-8; convert the file to UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise QueryError(f"{where} is not JSON ({error}); write one object per line") from error
-    if not isinstance(row, dict):
-        raise QueryError(f"{where} is not a JSON object; write one object per line")
-    return _pair_of(row, where)
-
-
-def _pair_of(row: dict[str, Any], where: str) -> PreferencePair:
-    named = {_FOREIGN_FIELDS.get(key, key): value for key, value in row.items()}
-    known: dict[str, Any] = {}
-    for field in fields(PreferencePair):
-        value = named.get(field.name, field.default)
-        kind = str if field.default is MISSING else type(field.default)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise QueryError(
-                f"{where} has no {kind.__name__} `{field.name}`; "
-                "a pair needs the fields query, helpful and harmful (or prompt, chosen and rejected)"
-            )
-        known[field.name] = value
-    pair = PreferencePair(**known)
+def _pair_of(row: Mapping[str, Any], where: str) -> PreferencePair:
+    own = {name: row[name] for name in _TEXTS if isinstance(row.get(name), str)}
+    is_foreign = {"chosen", "rejected"} <= row.keys()
+    if len(own) < len(_TEXTS):
+        n_foreign = sum(name in row for name in preferences.FIELDS)
+        if is_foreign or n_foreign > sum(name in row for name in _TEXTS):
+            return PreferencePair(*preferences.read_preference(row, where))
+        raise preferences.missing(next(name for name in _TEXTS if name not in own), where)
+    if is_foreign:
+        _check_agreement(row, where)
+    pair = PreferencePair(**own, **{field.name: _value(field, row, where) for field in _FURTHER})
     if not (math.isfinite(pair.weight) and pair.weight > 0):
         raise QueryError(f"{where}: the weight is {pair.weight}; give a finite number above 0")
     return pair
+
+
+def _check_agreement(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row with our own three fields where the three foreign ones are a pair too, and another one."""
+    try:
+        foreign = preferences.read_preference(row, where)
+    except QueryError:  # they are no pair
+        return
+    for name, foreign_name, text in zip(_TEXTS, preferences.FIELDS, foreign, strict=True):
+        if row[name].strip() != text.strip():
+            raise QueryError(
+                f"{where}: `{name}` and `{foreign_name}` contradict each other; leave one of them out"
+            )
+
+
+_FURTHER = [field for field in fields(PreferencePair) if field.default is not MISSING]
+
+
+def _value(field: Field[Any], row: Mapping[str, Any], where: str) -> Any:
+    """The value of a field that a row may leave out. A CSV file has it as a text."""
+    value, kind = row.get(field.name), type(field.default)
+    if value is None or (value == "" and kind is not str):
+        return field.default
+    if isinstance(value, str) and kind is not str:
+        value = _parsed(value, kind)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise QueryError(f"{where} has no {kind.__name__} `{field.name}`; correct it, or leave it out")
+    return value
+
+
+def _parsed(text: str, kind: type) -> object:
+    try:
+        return records.truth(text) if kind is bool else kind(text)
+    except ValueError:
+        return None

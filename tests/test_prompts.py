@@ -179,3 +179,9 @@ def test_unreadable_template_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'version = "na\xefve"')
     with pytest.raises(TemplateError, match="cannot read"):
         Templates.from_file(tmp_path / "latin.toml")
+
+
+def test_long_keys_are_refused_where_a_line_separator_stands_in_them():
+    part = "x." * 60
+    with pytest.raises(TemplateError, match="more than 100 dots"):
+        Templates.from_toml(f'{part}"\u2028".{part}x = 1\n{TOML}')

@@ -47,8 +47,8 @@ scope = click.option(
     "chosen for, else generation).",
 )
 QUERIES_HELP = (
-    "A .txt (a line each), .csv, .tsv, .json, .jsonl or .parquet file, - for standard input (lines or JSONL), "
-    "a shipped set (default, demo), or a published one: jailbreakbench, just-eval-redteam, "
+    "A .txt (a line each), .csv, .tsv, .json, .jsonl or .parquet file, - for standard input (lines or "
+    "JSONL), a shipped set (default, demo), or a published one: jailbreakbench, just-eval-redteam, "
     "malicious-instruct, hh-redteam, advbench, xstest."
 )
 queries = click.option("-q", "--queries", required=True, help=QUERIES_HELP)

@@ -1,0 +1,109 @@
+"""A row of a data set for preference optimisation: the fields `prompt`, `chosen` and `rejected`.
+
+Each may be a text or a list of messages with `role` and `content`. This module does not know our own pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from alignez_gguf.errors import QueryError
+
+FIELDS = ("prompt", "chosen", "rejected")
+
+NEEDED = "a pair needs the fields query, helpful and harmful (or prompt, chosen and rejected)"
+
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
+"""How a list of messages begins that a table of texts, such as CSV, has turned into a text."""
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+def read_preference(row: Mapping[str, object], where: str) -> tuple[str, str, str]:
+    """The prompt, the chosen and the rejected answer of a row, whatever else it holds.
+
+    Where an answer is a list of messages, its last one is the answer, and what comes before it is the prompt.
+
+    Args:
+        row: the fields.
+        where: the row stands, for errors.
+
+    Raises:
+        QueryError: a field is missing or of another form, the fields ask different things, or there is more
+            than one message of the user before the answer.
+    """
+    asked: dict[str, str] = {}
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        asked["prompt"] = _only_query(_messages(prompt, "prompt", where), "prompt", where)
+    elif prompt is not None:
+        asked["prompt"] = _text(prompt, "prompt", where)
+    answers = []
+    for field in ("chosen", "rejected"):
+        value = row.get(field)
+        if not isinstance(value, list):
+            answers.append(_text(value, field, where))
+            continue
+        *before, answer = _messages(value, field, where)
+        if answer.role != "assistant":
+            raise QueryError(
+                f"{where}: the last message of `{field}` is not the assistant's; end with the answer"
+            )
+        if before:
+            asked[field] = _only_query(before, field, where)
+        answers.append(answer.content)
+    if not asked:
+        raise missing("prompt", where)
+    first, *others = asked
+    for field in others:
+        if asked[field].strip() != asked[first].strip():
+            raise QueryError(
+                f"{where}: `{first}` and `{field}` ask different things; give both the same query"
+            )
+    return asked[first], answers[0], answers[1]
+
+
+def missing(field: str, where: str) -> QueryError:
+    """The error that a row has no text in a field."""
+    return QueryError(f"{where} has no str `{field}`; {NEEDED}")
+
+
+def _text(value: object, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise missing(field, where)
+    if _MESSAGES_AS_TEXT.match(value):
+        raise QueryError(
+            f"{where}: `{field}` is a list of messages written as a text; give the rows as .jsonl"
+        )
+    return value
+
+
+def _messages(value: Sequence[object], field: str, where: str) -> list[Message]:
+    messages = []
+    for message in value:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (0, 0)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise QueryError(
+                f"{where}: `{field}` is a list, but not of messages; give each the texts role and content"
+            )
+        messages.append(Message(role, content))
+    if not messages:
+        raise QueryError(f"{where}: `{field}` is an empty list; give its messages or a text")
+    return messages
+
+
+def _only_query(messages: Sequence[Message], field: str, where: str) -> str:
+    """The one message of the user before an answer."""
+    heard = [one for one in messages if one.role != "system" or one.content.strip()]
+    if [one.role for one in heard] != ["user"]:
+        roles = ", ".join(one.role for one in heard)
+        raise QueryError(
+            f"{where}: `{field}` is a conversation ({roles}) before the answer, which a pair cannot hold; "
+            "keep rows with one message of the user there"
+        )
+    return heard[0].content
