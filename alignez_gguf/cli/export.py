@@ -75,7 +75,8 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     "--pairs",
     "pairs_file",
     type=options.FILE,
-    help="Preference pairs of your own, .jsonl with prompt, chosen and rejected, instead of generated ones.",
+    help="Preference pairs of your own instead of generated ones: a .jsonl, .json, .csv, .tsv or .parquet "
+    "file with prompt, chosen and rejected (texts or messages), or with query, helpful and harmful.",
 )
 @click.option(
     "--mix",

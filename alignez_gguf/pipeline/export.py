@@ -15,6 +15,7 @@ from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.gguf_header import MAX_ARRAY
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
+from alignez_gguf.pipeline.embeddings import Place
 from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
 from alignez_gguf.pipeline.recipes import Made, auto, paper, places, split
 from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
@@ -96,9 +97,7 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
-        pairs, report = usable_pairs(
-            job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)
-        )
+        pairs, report = _pairs(job, queries, given, places(job))
         filtered.append(report)
         made.append(recipe(job, pairs))
     edits, scale = made[0].edits, 1.0
@@ -163,10 +162,22 @@ def score_control(
         engine,
         generator or engine,
     )
-    pairs, _ = usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
+    pairs, _ = _pairs(job, queries, given)
     _, held_out = split(pairs, settings.seed)
     with scorers(job, held_out) as scorer:
         return scorer(settings.scope or control.scope).score(control.edits), len(held_out)
+
+
+def _pairs(
+    job: Job, queries: Sequence[str], given: Sequence[PreferencePair], at: Sequence[Place] = ()
+) -> tuple[list[PreferencePair], PairFilterReport]:
+    """The usable pairs among generated and given ones. Raises `QueryError` where there is none."""
+    pairs, report = usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given), at)
+    if not pairs:
+        raise QueryError(
+            f"{report}; give pairs whose two answers differ, or queries that the personas answer differently"
+        )
+    return pairs, report
 
 
 def _query_hashes(queries: Sequence[str]) -> dict[str, Field]:

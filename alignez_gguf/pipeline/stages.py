@@ -154,7 +154,7 @@ def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int)
     def fitted() -> dict[str, Any]:
         helpful, harmful = embeddings.at(place)
         counts = np.array([pair.weight for pair in pairs])
-        weights = None if (counts == counts[0]).all() else counts
+        weights = None if len(np.unique(counts)) <= 1 else counts
         with job.reporter.stage(f"fitting directions ({method}, {place})", None):
             found = directions.fit(
                 method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ import pytest
 
 from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
+from alignez_gguf.engines import Completion
+from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.workdir import WorkDirectory
 from tests.cli.conftest import Run
 
@@ -230,6 +232,51 @@ def test_mixed_pairs_count_as_often_as_they_are_told_to(
     # At both readings of the answers and in both outputs at the prompts: the other recipe will ask for them.
     assert len(list((tmp_path / "work").glob("activations-*"))) == 4
     assert len(list((tmp_path / "work").glob("pairs-*"))) == 1
+
+
+USELESS = {
+    "identical": (
+        {"chosen": "A cake.", "rejected": "A cake."},
+        "0 of 4 pairs are of use (left out: 4 identical)",
+    ),
+    "empty": ({"chosen": "A cake.", "rejected": " "}, "0 of 4 pairs are of use (left out: 4 empty)"),
+}
+
+
+@pytest.mark.parametrize("recipe", ["paper", "auto", "score"])
+@pytest.mark.parametrize("fault", USELESS)
+def test_pairs_of_no_use_are_refused_with_the_reason(
+    run: Run, model: str, control: str, tmp_path: Path, recipe: str, fault: str
+) -> None:
+    answers, message = USELESS[fault]
+    rows = [{"prompt": f"What is {n}?", **answers} for n in range(4)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ("--score-only", control) if recipe == "score" else ("-o", "out", "--recipe", recipe)
+    result = run("export", model, "--pairs", "p.jsonl", "--max-tokens", "4", "--quiet", *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    mend = "give pairs whose two answers differ, or queries that the personas answer differently"
+    assert result.stderr == f"Error: {message}; {mend}\n"
+
+
+@pytest.mark.parametrize("recipe", ["paper", "auto"])
+def test_generated_pairs_of_no_use_are_refused_with_the_reason(
+    run: Run, model: str, queries: str, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    def same(
+        _: object, requests: Sequence[object], *__: object, **___: object
+    ) -> Iterator[tuple[int, Completion]]:
+        yield from ((index, Completion("A cake.", 3, "stop")) for index in range(len(requests)))
+
+    monkeypatch.setattr(LlamaEngine, "generate", same)
+    result = run("export", model, "-q", queries, "-o", "out", "--recipe", recipe, "--quiet")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: 0 of 24 pairs are of use (left out: 24 identical); give")
+
+
+def test_file_of_pairs_without_any_is_named(refused: Refused, model: str, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    line = refused("export", model, "--pairs", "none.jsonl", "--mix", "2", "-q", "demo", "-o", "out")
+    assert "none.jsonl holds no pairs" in line
 
 
 def test_mix_alone_and_missing_queries_are_bad_usage(refused: Refused, model: str, preferences: Path) -> None:

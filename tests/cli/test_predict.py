@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from alignez_gguf.engines import Completion
+from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
@@ -109,6 +111,22 @@ def test_pair_that_a_bad_disk_changed_is_written_again(
     again = run("predict", model, "-q", queries, "--json", *QUICK, "--work-dir", "work", "--quiet")
     assert json.loads(again.stdout) == first
     assert "MARK" not in store.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("answer", ["A cake.", ""])
+@pytest.mark.parametrize("quick", [("--quick",), ()])
+def test_model_whose_answers_are_of_no_use_is_unlikely_to_align(
+    run: Run, model: str, queries: str, monkeypatch: pytest.MonkeyPatch, answer: str, quick: tuple[str, ...]
+) -> None:
+    def same(
+        _: object, requests: Sequence[object], *__: object, **___: object
+    ) -> Iterator[tuple[int, Completion]]:
+        yield from ((index, Completion(answer, 3, "stop")) for index in range(len(requests)))
+
+    monkeypatch.setattr(LlamaEngine, "generate", same)
+    found = predicted(run, model, queries, "--max-tokens", "8", *quick)
+    assert (found["pairs"]["total"], found["pairs"]["kept"]) == (24, 0)
+    assert found["verdict"]["outlook"] == "unlikely"
 
 
 def test_quick_needs_no_patch_and_the_held_out_score_does(
