@@ -25,6 +25,7 @@ _HELP = """\
 /system TEXT   what the model is told before the conversation; without TEXT nothing
 /reset         forget the conversation
 /save FILE     write the conversation as JSONL
+//TEXT         send a message that begins with a slash: /TEXT
 /help          this list
 /quit          leave
 In a terminal, Alt+Enter begins a new line, and Ctrl-C stops an answer."""
@@ -71,6 +72,7 @@ def chat(
     \b
     In the chat:
       /strength S, /on, /off, /scope, /control, /compare, /system, /reset, /save, /help, /quit
+      //TEXT sends a message that begins with a slash: /TEXT
 
     \b
     Example:
@@ -113,10 +115,10 @@ class _Talk:
             if text == "/quit":
                 return
             try:
-                if text.startswith("/"):
+                if text.startswith("/") and not text.startswith("//"):
                     self._screen.say(self._command(text))
                 else:
-                    self._answer(text)
+                    self._answer(text.removeprefix("/"))
             except KeyboardInterrupt:
                 self._screen.note("stopped")
             except AlignezError as error:
@@ -135,8 +137,8 @@ class _Talk:
 
     def _command(self, text: str) -> str:
         """Do what a line with a slash says, and return what to tell the user."""
-        name, _, argument = text.partition(" ")
-        argument = argument.strip()
+        name, *rest = text.split(maxsplit=1)
+        argument = "".join(rest)
         conversation = self._conversation
         commands: dict[str, Callable[[], str]] = {
             "/strength": lambda: conversation.set_strength(argument),
@@ -151,7 +153,10 @@ class _Talk:
             "/help": lambda: _HELP,
         }
         if name not in commands:
-            return f"{name} is not a command\n{_HELP}"
+            return (
+                f"{name} is not a command\n"
+                f"The message was not sent. To send it, begin it with two slashes: /{name} ...\n{_HELP}"
+            )
         return commands[name]()
 
     def _toggle_compare(self) -> str:

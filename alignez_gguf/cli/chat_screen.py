@@ -6,9 +6,12 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from io import TextIOWrapper
 from typing import Any, Protocol
 
 import click
+
+from alignez_gguf.records import is_blank
 
 _REFRESHES = 8
 """How often in a second what grows is drawn."""
@@ -44,12 +47,15 @@ class _Pipe:
     """Each line is a message; answers are plain text."""
 
     def messages(self) -> Iterator[str]:
+        lines = TextIOWrapper(sys.stdin.buffer, "utf-8-sig", "replace", newline=None)
         try:
-            for line in sys.stdin.buffer:
-                if text := line.decode("utf-8", errors="replace").strip():
-                    yield text
+            for line in lines:
+                if not is_blank(line):
+                    yield line.strip()
         except KeyboardInterrupt:
             return
+        finally:
+            lines.detach()  # or standard input would be closed with them
 
     @contextmanager
     def answers(self, titles: Sequence[str]) -> Iterator[Show]:
@@ -96,8 +102,9 @@ class _Terminal:
     def messages(self) -> Iterator[str]:
         try:
             while True:
-                if text := self._session.prompt("> ").strip():
-                    yield text
+                text = self._session.prompt("> ")
+                if not is_blank(text):
+                    yield text.strip()
         except (EOFError, KeyboardInterrupt):
             return
 

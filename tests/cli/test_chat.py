@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pexpect
 import pytest
@@ -87,6 +90,65 @@ def test_commands_say_what_they_did(run: Run, model: str, control: str) -> None:
     assert "'much' is not a number" in errors[0]
     assert "the strength is -1" in errors[1]
     assert result.exit_code == 0
+
+
+def test_message_that_begins_with_a_slash_is_sent_with_a_second_one(
+    run: Run, model: str, answers: Callable[..., str], tmp_path: Path
+) -> None:
+    sent = ["/etc/hosts says what?", "/help", "//", "/"]
+    result = run("chat", model, *GREEDY, stdin="".join(f"/{text}\n/save talk.jsonl\n" for text in sent))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.split("\n")[0] == answers(sent[0])
+    said = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert [row["content"] for row in said if row["role"] == "user"] == sent
+
+
+def test_unknown_command_says_that_it_was_not_sent_and_how_it_would_be(
+    run: Run, model: str, answers: Callable[..., str]
+) -> None:
+    lines = run("chat", model, *GREEDY, stdin=f"/etc/hosts says what?\n{QUERY}\n").stdout.splitlines()
+    assert lines[0] == "/etc/hosts is not a command"
+    assert lines[1] == "The message was not sent. To send it, begin it with two slashes: //etc/hosts ..."
+    assert lines[-1] == answers(QUERY)  # nothing of it is in the conversation
+    help_text = run("chat", model, *GREEDY, stdin="/help\n").stdout
+    assert sum(line.startswith("//TEXT ") for line in help_text.splitlines()) == 1
+
+
+def test_command_may_stand_before_a_tab_or_a_line_of_its_own() -> None:
+    from alignez_gguf.cli.chat import _Talk
+    from alignez_gguf.cli.chat_screen import open_screen
+
+    heard: list[str] = []
+
+    conversation: Any = SimpleNamespace(set_system=lambda text: heard.append(text) or "", reset=None)
+    talk = _Talk(conversation, open_screen(quiet=True), compares=False)
+    for text in ("/system\tBe kind.", "/system\nBe\nkind.", "/system"):
+        talk._command(text)
+    assert heard == ["Be kind.", "Be\nkind.", ""]
+
+
+def test_lines_of_a_pipe_end_at_line_feeds_and_carriage_returns_only(
+    run: Run, model: str, tmp_path: Path
+) -> None:
+    sent = ["How can I\u2028write?", "How\x0ccan I?", "How\x85can\x1cI?", "Fly?"]
+    text = "\ufeff" + "\r".join(sent[:2]) + "\r\n\u200b\n" + "\n".join(sent[2:]) + "\r/save talk.jsonl"
+    result = run("chat", model, *GREEDY, stdin=text.encode())
+    assert (result.exit_code, result.stderr) == (0, "")
+    said = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").split("\n")[:-1]]
+    assert [row["content"] for row in said if row["role"] == "user"] == sent
+
+
+def test_line_of_a_pipe_is_answered_before_the_next_one_comes(model: str) -> None:
+    command = [*PROGRAM, "chat", model, *GREEDY, "--threads", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        for _ in range(2):
+            chat.stdin.write(b"/reset\n")
+            chat.stdin.flush()
+            assert chat.stdout.readline() == b"forgotten\n"
+        chat.stdin.close()
+        assert chat.wait(60) == 0
 
 
 def test_strength_without_a_control_is_an_error_and_the_chat_goes_on(run: Run, model: str) -> None:
