@@ -159,7 +159,7 @@ class SteeredModel:
         if self._llm._is_recurrent or self._llm._is_hybrid:
             return False
         window = llama_cpp.llama_model_n_swa(self._llm._model.model)
-        return self._n_gone() <= max(0, length + 1 - window)
+        return self._n_gone() <= max(0, int(length + 1 - window))
 
     def _n_gone(self) -> int:
         """Number of tokens that have left a sliding window and are no longer in its cache."""
