@@ -22,10 +22,10 @@ MORE = [int(token) for token in np.random.default_rng(1).integers(5, 380, 8)]
 
 
 def load(gguf: Path, **options: Any) -> Llama:
-    """With keys and values in F32, and every logit."""
+    """With keys and values in F32, unless the options say otherwise, and every logit."""
     defaults = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "logits_all": True, "verbose": False}
-    defaults["n_gpu_layers"] = gpu.LAYERS
-    return Llama(str(gguf), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, **(defaults | options))
+    defaults |= {"n_gpu_layers": gpu.LAYERS, "type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32}
+    return Llama(str(gguf), **(defaults | options))
 
 
 def answer(llm: Llama, prompt: Sequence[int], n_tokens: int = N_ANSWER) -> list[int]:
