@@ -49,6 +49,9 @@ OUT_OF_REACH = "apertus"
 """Its MLP is built outside llama.cpp's `build_ffn`, so the patch cannot remove anything there."""
 RECURRENT = "mamba"
 """Its layers have no MLP: nothing to remove, and a place to add."""
+NORMED_BRANCHES = "gemma4"
+"""As the 26B-A4B: a dense MLP and a mixture, each with a norm of its own behind it, so that no tensor is the
+MLP output that the patch could edit."""
 LATENT_MIXTURE = "nemotron_h"
 """A hybrid whose layers are a Mamba 2, a mixture, an attention and a mixture; the routed experts of a mixture
 work in a width of their own, 32."""
@@ -234,6 +237,22 @@ def _config(architecture: str, seed: int = 0, n_layer: int = 3, n_embd: int = 64
                 "moe_shared_expert_intermediate_size": 2 * n_embd,
                 "moe_latent_size": n_embd // 2,
                 **experts,
+            },
+        ),
+        NORMED_BRANCHES: (
+            "gemma4_text",
+            {
+                "head_dim": n_embd // 4,
+                "global_head_dim": n_embd // 2,  # the converter expects another one
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": n_embd,
+                "tie_word_embeddings": True,
+                "experts_implementation": "eager",
             },
         ),
         RECURRENT: ("mamba", {"state_size": 16}),

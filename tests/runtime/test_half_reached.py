@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.runtime.reach import reach_of
 from tests.arctic import arctic, arctic_logits
-from tests.models import LATENT_MIXTURE, RECURRENT, TinyModel, tiny_model, tokenizer
+from tests.models import LATENT_MIXTURE, NORMED_BRANCHES, RECURRENT, TinyModel, tiny_model, tokenizer
 from tests.runtime.child import Tried, read_last_token, try_edits, verify_patched
 from tests.runtime.oracle import hooked_logits
 
@@ -128,6 +128,27 @@ def test_a_dense_branch_and_experts_that_meet_across_the_residual_stream_are_bot
     tried = child.submit(try_edits, arctic(), edits, TOKENS).result()
 
     assert_right(tried, arctic_logits(TOKENS, edits), arctic_logits(TOKENS, {}))
+
+
+def test_branches_that_each_have_a_norm_of_their_own_are_refused_and_nothing_changes(
+    child: ProcessPoolExecutor,
+) -> None:
+    """In gemma 4 with experts both branches would lose the directions, and the norms behind them give them
+    back (`llama_model_gemma4::graph` in src/models/gemma4.cpp)."""
+    assert_refused(
+        child.submit(
+            try_edits, tiny_model(NORMED_BRANCHES).gguf, dict.fromkeys(range(3), REMOVAL), TOKENS
+        ).result()
+    )
+
+
+def test_of_branches_that_each_have_a_norm_of_their_own_no_mlp_output_is_read(
+    child: ProcessPoolExecutor,
+) -> None:
+    hooks, read = child.submit(read_last_token, tiny_model(NORMED_BRANCHES).gguf, TEXT).result()
+
+    assert hooks == ["residual"]
+    assert read.keys() == {"residual"}
 
 
 def test_additions_to_arctic_equal_numpy(child: ProcessPoolExecutor) -> None:
