@@ -38,9 +38,9 @@ def random_edits(seed: int = 0) -> Edits:
     }
 
 
-@pytest.fixture(scope="module")
-def tiny() -> TinyModel:
-    return tiny_model("llama")
+@pytest.fixture(scope="module", params=["llama", "lfm2"], ids=["keys and values", "a state too"])
+def tiny(request: pytest.FixtureRequest) -> TinyModel:
+    return tiny_model(request.param)
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ NESTED = [ALL, EDITS["rank 3 from some layers"], OTHER]
 @cache
 def model(architecture: str) -> TinyModel:
     # Rounding may decide between two experts; where TF32 rounds, all of them are asked.
-    all_experts = {"num_experts_per_tok": 4} if gpu.LAYERS and architecture in ("mixtral", "qwen2moe") else {}
+    mixtures = ("mixtral", "qwen2moe", "deepseek2", "deepseek3", EXPERTS_WITH_BIAS)
+    all_experts = {"num_experts_per_tok": 4} if gpu.LAYERS and architecture in mixtures else {}
     return tiny_model(architecture, n_layer=N_LAYER, n_embd=N_EMBD, **all_experts)
 
 
