@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from alignez_gguf import __version__
@@ -97,7 +97,7 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
-        pairs, report = _pairs(job, queries, given, places(job))
+        pairs, report = _pairs(job, queries, given, places)
         filtered.append(report)
         made.append(recipe(job, pairs))
     edits, scale = made[0].edits, 1.0
@@ -169,10 +169,14 @@ def score_control(
 
 
 def _pairs(
-    job: Job, queries: Sequence[str], given: Sequence[PreferencePair], at: Sequence[Place] = ()
+    job: Job,
+    queries: Sequence[str],
+    given: Sequence[PreferencePair],
+    places_of: Callable[[Job], Sequence[Place]] = lambda _: (),
 ) -> tuple[list[PreferencePair], PairFilterReport]:
     """The usable pairs among generated and given ones. Raises `QueryError` where there is none."""
-    pairs, report = usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given), at)
+    generated = self_generated_pairs(job, queries)
+    pairs, report = usable_pairs(job, generated, given_pairs(job, given), places_of(job))
     if not pairs:
         raise QueryError(
             f"{report}; give pairs whose two answers differ, or queries that the personas answer differently"
