@@ -179,7 +179,7 @@ def export(
     asked = load_queries(queries, column) if queries is not None and (not given or mix is not None) else []
     if output is not None and form != "peft":
         require_writable(output)
-    source = _gguf(model)
+    source = options.gguf_file(model)
     steered = target_file or source
     if steered is not None and (chosen.recipe == "auto" or score_only is not None):
         library.require_patched()
@@ -272,15 +272,6 @@ def _line(figures: Figures, n_queries: int, aspect: str) -> str:
         f"{name}gain {figures.gain:+.3f} +- {figures.standard_error:.3f} nat, leak {figures.leak:.3f}, "
         f"KL {figures.kl:.3f} nat/token, net {figures.net:+.3f} nat over {n_queries} queries"
     )
-
-
-def _gguf(model: str) -> Path | None:
-    """The file that MODEL names; `None` where it is a folder or a hub id for transformers.
-
-    A hub id stays the text that it is: as a path, `./org/name` would lose its first two characters.
-    """
-    path = Path(model)
-    return path if path.suffix == ".gguf" or path.is_file() else None
 
 
 def _engines(

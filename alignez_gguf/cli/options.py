@@ -135,6 +135,15 @@ def open_engine(
     )
 
 
+def gguf_file(model: str) -> Path | None:
+    """The file that MODEL names; `None` where it is a folder or a hub id for transformers.
+
+    A hub id stays the text that it is: as a path, `./org/name` would lose its first two characters.
+    """
+    path = Path(model)
+    return path if path.suffix.lower() == ".gguf" or path.is_file() else None
+
+
 @contextmanager
 def resumable(output: Path, work_dir: Path | None) -> Iterator[Path]:
     """Where a job keeps what is done: `work_dir`, or a place beside `output` that goes when it succeeds."""

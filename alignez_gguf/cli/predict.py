@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model")
 @options.queries
 @options.column
 @click.option("--limit", type=click.IntRange(10), help="Only so many of the queries, drawn by the seed.")
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @options.engine
 @options.quiet
 def predict(
-    model: Path,
+    model: str,
     queries: str,
     column: str | None,
     limit: int | None,
@@ -99,7 +99,7 @@ def predict(
     if not quick:
         library.require_patched()
     with ExitStack() as opened:
-        place = opened.enter_context(options.resumable(Path(f"{model.name}.predict"), work_dir))
+        place = opened.enter_context(options.resumable(Path(f"{Path(model).name}.predict"), work_dir))
         engine, metadata = _engine(opened, model, (threads, gpu_layers, parallel, context))
         framing = options.resolve_templates(templates, metadata)
         work = opened.enter_context(WorkDirectory(place))
@@ -123,17 +123,18 @@ def _limited(queries: list[str], limit: int | None, seed: int) -> list[str]:
 
 
 def _engine(
-    opened: ExitStack, model: Path, how: tuple[int | None, int, int, int | None]
+    opened: ExitStack, model: str, how: tuple[int | None, int, int, int | None]
 ) -> tuple[SteerableEngine, str | None]:
     """What runs the model, and the templates in its metadata."""
-    if model.suffix == ".gguf" or model.is_file():
+    source = options.gguf_file(model)
+    if source is not None:
         from alignez_gguf.prompts import METADATA_KEY
 
-        engine = opened.enter_context(options.open_engine(model, *how))
+        engine = opened.enter_context(options.open_engine(source, *how))
         return engine, engine.model.metadata(METADATA_KEY)
     from alignez_gguf.engines.transformers import TransformersEngine
 
-    return opened.enter_context(TransformersEngine(str(model), n_ctx=how[3])), None
+    return opened.enter_context(TransformersEngine(model, n_ctx=how[3])), None
 
 
 def _embed(name: str | None, threads: int | None, gpu_layers: int) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignez_gguf.engines.hub import require_findable
 from alignez_gguf.engines.transformers_info import model_info
 from alignez_gguf.errors import ModelFileError, RuntimeUnavailableError
 
@@ -230,8 +231,7 @@ def _load(source: str, dtype: str, device_map: Any) -> tuple[Any, Any, Path]:
             f"a model that is no GGUF file needs transformers: {error}; "
             "pip install 'alignez-gguf[transformers]'"
         ) from error
-    if not Path(source).is_dir() and (_is_path(source) or Path(source).exists()):
-        raise ModelFileError(f"there is no model directory {source}; give one, a hub id or a GGUF file")
+    require_findable(source)
     placed = device_map != "auto" or find_spec("accelerate") is not None
     try:
         folder = Path(transformers.utils.cached_file(source, "config.json")).parent
@@ -267,13 +267,6 @@ def _progress_only_on_a_terminal() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _is_path(source: str) -> bool:
-    """Whether a source can only be a path: a hub id has one slash at most, in the middle."""
-    return (
-        source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source or source.endswith("/")
-    )
 
 
 def _best_device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,18 @@ def test_folder_that_holds_no_transformers_model(refused: Refused, models: dict[
     assert "folder" in refused("export", "folder", *COMMANDS["export"])
 
 
+@pytest.mark.parametrize("name", ["none.GGUF", "./org/none", "/none", "some/deep/none"])
+@pytest.mark.parametrize("command", ["export", "predict"])
+def test_mistyped_path_of_a_model_is_never_a_name_on_the_hub(
+    refused: Refused, command: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("huggingface_hub.HfApi.model_info")
+    monkeypatch.delattr("transformers.AutoTokenizer.from_pretrained")
+    output = ("--quick",) if command == "predict" else ("-o", "out.gguf")
+    line = refused(command, name, "-q", "demo", *output)
+    assert re.search(rf"no model directory {name}|cannot read the model {name}: No such file", line), line
+
+
 @pytest.mark.parametrize("command", ["pairs", "generate", "chat"])
 def test_folder_as_model_is_bad_usage(refused: Refused, models: dict[str, str], command: str) -> None:
     assert "folder" in refused(command, "folder", *COMMANDS[command], exit_code=2)
@@ -132,8 +145,6 @@ def controls(tmp_path: Path, control: str) -> dict[str, str]:
 def test_unusable_control_file(
     refused: Refused, model: str, controls: dict[str, str], command: str, name: str
 ) -> None:
-    import re
-
     line = refused(command, model, *COMMANDS[command], "-c", name)
     assert re.search(controls[name], line), line
 
