@@ -138,16 +138,24 @@ class ControlFile:
         writes the name that transformers uses), so that a differing hint is a warning.
 
         Raises:
-            ControlFileError: architecture, number of layers or width differ.
+            ControlFileError: architecture, number of layers or width differ, or it edits a layer that the
+                model does not have.
         """
         mine = self.model
         hinted = mine.n_layer == 0
-        fits = mine.n_embd == model.n_embd and max(self.edits) < model.n_layer
+        fits = mine.n_embd == model.n_embd
         if not hinted:
             fits = fits and (mine.arch, mine.n_layer) == (model.arch, model.n_layer)
         if not fits:
             raise ControlFileError(
                 f"the control file is for {mine}, but the model is {model}; use one made for this model"
+            )
+        beyond = [layer for layer in self.edits if layer >= model.n_layer]
+        if beyond:
+            others = f" and {len(beyond) - 1} above it" if len(beyond) > 1 else ""
+            raise ControlFileError(
+                f"the control file edits layer {beyond[0]}{others}, but the model is {model}, numbered from "
+                f"0 to {model.n_layer - 1}; use one made for this model"
             )
         if hinted and mine.arch and mine.arch != model.arch:
             warnings.warn(f"the control file hints at {mine.arch!r}, but the model is {model}", stacklevel=2)

@@ -148,8 +148,15 @@ def test_file_of_another_tool_warns_of_another_hint_and_refuses_another_shape(tm
         control.check_fits(MODEL)
     with pytest.raises(ControlFileError, match=r"width 32.*width 64"):
         control.check_fits(dataclasses.replace(MODEL, n_embd=64))
-    with pytest.raises(ControlFileError, match="4 layers"):
+    with pytest.raises(ControlFileError, match=r"edits layer 4, but .* 4 layers .*from 0 to 3; use one made"):
         control.check_fits(dataclasses.replace(MODEL, n_layer=4))
+
+
+def test_layers_beyond_the_model_are_named(tmp_path):
+    tensors = [(f"direction.{layer}", ones(32)) for layer in (1, 5, 6, 9)]
+    control = ControlFile.load(write_gguf(tmp_path / "c.gguf", tensors))
+    with pytest.raises(ControlFileError, match="edits layer 6 and 1 above it, but the model is llama"):
+        control.check_fits(MODEL)
 
 
 def test_file_of_another_tool_is_saved_only_once_its_model_is_known(tmp_path):

@@ -17,7 +17,7 @@ from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
 from alignez_gguf.runtime import library
 from tests.cli.conftest import PROGRAM, environment
-from tests.silent_models import write_bert, write_t5
+from tests.silent_models import finish, write_bert, write_t5
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Run
@@ -128,7 +128,12 @@ def controls(tmp_path: Path, control: str) -> dict[str, str]:
     broken[direction.data_offset + 8 : direction.data_offset + 12] = np.float32(np.nan).tobytes()
     (tmp_path / "nan.gguf").write_bytes(broken)
     layers = f"with {loaded.model.n_layer} layers"
+    n_layer, n_embd = loaded.model.n_layer, loaded.model.n_embd
+    writer = gguf.GGUFWriter(tmp_path / "beyond.gguf", "controlvector")
+    writer.add_tensor(f"direction.{n_layer}", np.ones(n_embd, np.float32))
+    finish(writer)
     return {
+        "beyond.gguf": f"edits layer {n_layer}, but the model is .*, numbered from 0 to {n_layer - 1}",
         "deeper.gguf": f"with {deeper.n_layer} layers.*{layers}",
         "qwen3.gguf": "for qwen3 .*but the model is llama ",
         "cut.gguf": "it ends inside ",
@@ -139,7 +144,8 @@ def controls(tmp_path: Path, control: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["deeper.gguf", "qwen3.gguf", "cut.gguf", "text.gguf", "nan.gguf", "none.gguf"]
+    "name",
+    ["deeper.gguf", "beyond.gguf", "qwen3.gguf", "cut.gguf", "text.gguf", "nan.gguf", "none.gguf"],
 )
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_unusable_control_file(
