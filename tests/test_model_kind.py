@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llama_cpp import Llama
 
+from alignez_gguf import demo, steer
+from alignez_gguf.control import ControlFile
+from alignez_gguf.edits import LayerEdit
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import ModelInfo
@@ -35,6 +39,7 @@ def silent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return write(tmp_path_factory.mktemp("silent") / "silent.gguf"), kind
 
 
+WIDTH = ModelInfo.from_gguf(demo.MODEL).n_embd
 DOORS: dict[str, Callable[[Path], Any]] = {
     "ModelInfo": ModelInfo.from_gguf,
     "Model": Model,
@@ -97,6 +102,15 @@ def test_loaded_model_is_refused_by_the_metadata_that_llama_cpp_hands_out(tmp_pa
 
     with pytest.raises(ModelFileError, match="the loaded model is an embedding or reranking model"):
         ModelInfo.from_llama(Loaded())
+
+
+def test_control_on_a_loaded_embedding_model_is_refused(tmp_path: Path) -> None:
+    path = write_embedding_decoder(tmp_path / "embedder.gguf")
+    control = ControlFile(ModelInfo.from_gguf(demo.MODEL), {1: LayerEdit(remove=np.eye(1, WIDTH))})
+    llm = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
+    with pytest.raises(ModelFileError, match="an embedding or reranking model"):
+        steer(llm, control)
+    llm.close()
 
 
 def test_every_architecture_that_llama_cpp_does_not_decode_causally_is_known() -> None:

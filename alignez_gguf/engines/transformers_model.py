@@ -60,7 +60,7 @@ class TorchModel:
         device_map: as transformers has it; "auto" takes the GPUs there are, or the CPU.
 
     Raises:
-        ModelFileError: there is no such model, or it is not complete.
+        ModelFileError: there is no such model, it is not complete, or its attention is not causal.
         RuntimeUnavailableError: transformers is missing.
     """
 
@@ -75,6 +75,11 @@ class TorchModel:
         # Some tokenizers put a token at the end as well, which no prompt wants.
         self._adds_bos = self._bos is not None and self._bos in self.tokenizer.encode("")
         self._ends = _end_tokens(self.module.generation_config, self.tokenizer)
+        if not is_causal(self.module):
+            raise ModelFileError(
+                f"{source} is an embedding model ({self.config.model_type}), whose tokens see what follows "
+                "them; give a language model that writes text token by token"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -157,6 +162,18 @@ class TorchModel:
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
         self.module.base_model(input_ids=ids.to(self.device), use_cache=False)
+
+
+def is_causal(module: Any) -> bool:
+    """Whether the logits at a token are the same whatever follows it.
+
+    transformers loads encoders such as BERT as causal language models too, and only warns of it.
+    """
+    tokens = torch.tensor([[2, 3], [2, 4]], device=module.device)
+    with torch.inference_mode():
+        first, second = module(input_ids=tokens, use_cache=False).logits[:, 0].float()
+    rounding = max(1e-4, torch.finfo(module.dtype).eps)
+    return bool((first - second).norm() <= rounding * first.norm())
 
 
 def cache_name(parameters: Collection[str], config: Any) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
 
 from alignez_gguf.engines import Completion, GenerationRequest, Passage, Readout, Sampling
 from alignez_gguf.engines import llama as llama_engine
@@ -265,6 +266,22 @@ def test_directory_that_is_not_complete_is_named_in_one_line(
     with pytest.raises(ModelFileError, match=f"cannot load {directory}") as caught:
         TransformersEngine(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encoder_that_transformers_loads_as_a_language_model_is_refused(tmp_path: Path, dtype: str) -> None:
+    config = BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        initializer_range=0.1,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelFileError, match=r"is an embedding model \(bert\).*; give a language model"):
+        TransformersEngine(tmp_path, dtype=dtype)
 
 
 def test_weights_that_are_missing_are_not_made_up(saved: Saved, tmp_path: Path) -> None:
