@@ -45,7 +45,7 @@ class DecodeError(Exception):
 
 
 class Context:
-    """A model and a context, on one thread: tiny models gain nothing from two.
+    """A model and a context.
 
     Args:
         gguf: the model.
@@ -54,6 +54,7 @@ class Context:
         cache_type: of keys and values; default: F32.
         flash_attention: which other types of values than F32 and F16 need.
         whole_window: keep all tokens for layers that attend to the last ones, too.
+        n_threads: that compute; tiny models gain nothing from more than one.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Context:
         cache_type: int = llama_cpp.GGML_TYPE_F32,
         flash_attention: bool = False,
         whole_window: bool = True,
+        n_threads: int = 1,
     ) -> None:
         self.n_nodes = 0
         """Nodes of the graphs that were computed, all in all."""
@@ -75,7 +77,7 @@ class Context:
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = cells, cells, micro_batch
         parameters.swa_full = whole_window
         parameters.n_seq_max, parameters.kv_unified = _MAX_SEQUENCES, True
-        parameters.n_threads = parameters.n_threads_batch = 1
+        parameters.n_threads = parameters.n_threads_batch = n_threads
         parameters.type_k = parameters.type_v = cache_type
         parameters.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED

@@ -116,6 +116,23 @@ def test_edits_equal_forward_hooks(
     assert difference(expected, hooked_logits(tiny, TOKENS, {})) > 0.1
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2moe", "gemma3"])
+def test_two_threads_compute_edits_as_forward_hooks_do(architecture: str) -> None:
+    tiny = model(architecture)
+    with Context(tiny.gguf, n_threads=2) as context:
+        base = context.logits(rows(TOKENS))
+        floor = difference(base, hooked_logits(tiny, TOKENS, {}))
+        context.set_edits(ALL)
+        context.set_strength(0.5, first=7, end=33)
+        steered = context.logits(rows(TOKENS))
+        context.set_strength(0.0)
+        off = context.logits(rows(TOKENS))
+
+    expected = hooked_logits(tiny, TOKENS, ALL, [0.0] * 7 + [0.5] * 26 + [0.0] * 7)
+    assert difference(steered, expected) < max(PARITY, 2 * floor)
+    assert same_bits(off, base)
+
+
 def test_strengths_and_position_ranges_equal_forward_hooks(
     any_architecture: tuple[TinyModel, Context, float],
 ) -> None:

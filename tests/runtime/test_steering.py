@@ -4,6 +4,7 @@ request alone, whatever was asked before."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,25 @@ def test_completions_streams_and_chats_are_steered(
 
         chat = llm.create_chat_completion([{"role": "user", "content": text}], **options)
         assert chat["choices"][0]["message"]["content"] == expected(chat)
+
+
+def test_models_that_are_steered_in_two_threads_answer_as_if_each_were_alone(
+    model: TinyModel, control: ControlFile
+) -> None:
+    def ask(strength: float) -> list[list[int]]:
+        llm = load(model.gguf)
+        answers = []
+        for _ in range(20):
+            with steer(llm, control, strength=strength, scope="all"):
+                answers.append(answer(llm, PROMPT))
+        llm.close()
+        return answers
+
+    with ThreadPoolExecutor(2) as threads:
+        answered = list(threads.map(ask, [0.5, 1.0]))
+
+    for strength, answers in zip([0.5, 1.0], answered, strict=True):
+        assert answers == [expected_answer(model, PROMPT, "all", strength)] * 20
 
 
 def test_embeddings_are_not_steered(model: TinyModel, control: ControlFile) -> None:
