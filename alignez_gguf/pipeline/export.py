@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from alignez_gguf import __version__
@@ -97,7 +97,9 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
-        pairs, report = _pairs(job, queries, given, places)
+        pairs, report = _some_usable_pairs(
+            job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)
+        )
         filtered.append(report)
         made.append(recipe(job, pairs))
     edits, scale = made[0].edits, 1.0
@@ -162,21 +164,20 @@ def score_control(
         engine,
         generator or engine,
     )
-    pairs, _ = _pairs(job, queries, given)
+    pairs, _ = _some_usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
     _, held_out = split(pairs, settings.seed)
     with scorers(job, held_out) as scorer:
         return scorer(settings.scope or control.scope).score(control.edits), len(held_out)
 
 
-def _pairs(
+def _some_usable_pairs(
     job: Job,
-    queries: Sequence[str],
+    generated: Sequence[PreferencePair],
     given: Sequence[PreferencePair],
-    places_of: Callable[[Job], Sequence[Place]] = lambda _: (),
+    at: Sequence[Place] = (),
 ) -> tuple[list[PreferencePair], PairFilterReport]:
-    """The usable pairs among generated and given ones. Raises `QueryError` where there is none."""
-    generated = self_generated_pairs(job, queries)
-    pairs, report = usable_pairs(job, generated, given_pairs(job, given), places_of(job))
+    """The usable pairs; see `usable_pairs`. Raises `QueryError` where there is none."""
+    pairs, report = usable_pairs(job, generated, given, at)
     if not pairs:
         raise QueryError(
             f"{report}; give pairs whose two answers differ, or queries that the personas answer differently"
