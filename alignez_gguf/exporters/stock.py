@@ -27,7 +27,7 @@ from alignez_gguf.exporters.stacked import carrier, stack
 from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the adapters; a cached one of another version is made anew."""
 
 
@@ -38,10 +38,13 @@ class LoraPair:
     Attributes:
         a: [k, n_ff], or [n_expert, k, n_ff].
         b: [n_embd, k], or [n_expert, n_embd, k].
+        minima: what the minima of the weight's blocks contribute to A, [.., k, n_blocks]; `None` where the
+            type has none.
     """
 
     a: NDArray[np.float64]
     b: NDArray[np.float32]
+    minima: NDArray[np.float64] | None = None
 
 
 def lora(edits: Edits, weights: ModelWeights, progress: Reporter | None = None) -> dict[str, LoraPair]:
@@ -147,12 +150,15 @@ def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Report
 
 def _add(writer: Any, name: str, pair: LoraPair, kind: Any) -> None:
     """Add the pair of a weight of type `kind` to a file: A as a stack where the weight is quantized."""
-    stored = carrier(kind)
+    try:
+        stored = carrier(kind)
+    except SteeringError as error:
+        raise SteeringError(f"{name}: {error}") from error
     if stored is None:
         writer.add_tensor(f"{name}.lora_a", pair.a.astype(np.float32))
         writer.add_tensor(f"{name}.lora_b", pair.b)
         return
-    a = stack(pair.a, stored)
+    a = stack(pair.a, stored, pair.minima)
     writer.add_tensor(f"{name}.lora_a", a.rows, raw_dtype=stored)
     writer.add_tensor(f"{name}.lora_b", np.concatenate([scale * pair.b for scale in a.scales], axis=-1))
 
@@ -177,12 +183,16 @@ def digest(edits: Edits) -> str:
 
 def _pair(down: DownProjection, vectors: NDArray[np.float32]) -> LoraPair:
     """B = -V^T and A = V W of every expert."""
-    a = down.projected(vectors)
-    scales = _lora_scales(down)
+    a, minima = down.projected(vectors), down.projected_minima(vectors)
+    scales = _lora_scales(down)[:, None, None]
     b = np.ascontiguousarray(-vectors.T)
     if down.kind == "dense":
-        return LoraPair(a[0], b)
-    return LoraPair(a * scales[:, None, None], np.broadcast_to(b, (down.n_expert, *b.shape)))
+        return LoraPair(a[0], b, None if minima is None else minima[0])
+    return LoraPair(
+        a * scales,
+        np.broadcast_to(b, (down.n_expert, *b.shape)),
+        None if minima is None else minima * scales,
+    )
 
 
 def _lora_scales(down: DownProjection) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import LayerEdit, is_orthonormal
 from alignez_gguf.errors import ControlFileError
+from alignez_gguf.exporters.stacked import carrier
 from alignez_gguf.exporters.stock import LoraPair, additions, lora
 from alignez_gguf.exporters.weights import ModelWeights, StoredTensor
 from alignez_gguf.gguf_header import GgufError, Header, read_header
@@ -76,6 +77,12 @@ def _removals(path: Path, weights: ModelWeights) -> dict[int, NDArray[np.float32
             raise ControlFileError(
                 f"{path} was made from another file than {weights.path.name}: {name} does not fit; "
                 "convert the control for this one"
+            )
+        stored = carrier(weights.tensors[name].type)
+        if stored is not None and tensors[f"{name}.lora_a"].type != stored:
+            raise ControlFileError(
+                f"{path} keeps {name} in a type that rounds otherwise than the model's own weight; convert "
+                "the control again"
             )
     return removals
 

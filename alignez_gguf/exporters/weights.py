@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError, SteeringError
-from alignez_gguf.gguf_header import TensorInfo, Value
-from alignez_gguf.model_info import ModelInfo, model_parts, read_model_header
+from alignez_gguf.exporters.stacked import minima
+from alignez_gguf.gguf_header import GgufError, Header, TensorInfo, Value, read_header
+from alignez_gguf.model_info import FIRST_PART, ModelInfo
 
 Kind = Literal["dense", "experts"]
 
@@ -155,6 +156,13 @@ class DownProjection:
             for rows, weight in self.pieces(expert):
                 total[expert] += vectors[:, rows].astype(np.float64) @ weight
         return total
+
+    def projected_minima(self, vectors: NDArray[np.float32]) -> NDArray[np.float64] | None:
+        """V m of each expert, float64 [n_expert, k, n_blocks]; `None` where blocks have no minimum m."""
+        m = minima(self.weight.rows, self.weight.type)
+        if m is None:
+            return None
+        return vectors.astype(np.float64) @ m.reshape(self.n_expert, -1, m.shape[-1])
 
 
 class ModelWeights:

@@ -11,11 +11,19 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from alignez_gguf.exporters.stacked import Stack, carrier, stack
+from alignez_gguf.errors import SteeringError
+from alignez_gguf.exporters.stacked import Stack, carrier, minima, stack
 
 random = np.random.default_rng(0).standard_normal
 SIZES = np.array([1.0, 1e-3, 20.0])[:, None]
 """Rows of one matrix that differ in size."""
+
+QUANTIZED = (
+    *(Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.IQ4_NL, Type.MXFP4),
+    *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.TQ1_0, Type.TQ2_0),
+    *(Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ4_XS),
+)
+"""The types of weights that can be stacked."""
 
 
 def summed(stacked: Stack, n_rows: int) -> NDArray[np.float64]:
@@ -25,7 +33,7 @@ def summed(stacked: Stack, n_rows: int) -> NDArray[np.float64]:
     return total
 
 
-@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q6_K])
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q6_K, Type.Q5_1, Type.BF16])
 @pytest.mark.parametrize("size", [1e-6, 0.02, 50.0])
 @pytest.mark.parametrize("shape", [(3, 512), (4, 3, 256)])
 def test_a_stack_sums_to_its_matrix_as_float32_would(kind: Any, size: float, shape: tuple[int, ...]) -> None:
@@ -45,18 +53,54 @@ def test_scales_lose_nothing_when_they_multiply() -> None:
     assert np.array_equal(np.log2(scales), np.round(np.log2(scales)))
 
 
-def test_a_stack_is_multiplied_as_the_weight_is() -> None:
-    carried = {kind: carrier(kind) for kind in Type if carrier(kind) is not None}
+def test_the_minima_of_a_stack_have_the_given_total() -> None:
+    """By the bytes of `block_q5_1`: d, m, 32 fifth bits, and 32 times four bits."""
+    m = 3.0 * random((2, 8))
 
-    assert {Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K, Type.IQ4_XS} <= set(carried)
+    stacked = stack(random((2, 256)), Type.Q5_1, m)
+
+    blocks = stacked.rows.reshape(len(stacked.scales), 2, 8, 24)
+    held = blocks[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float64)
+    assert np.abs(np.einsum("jkn,j->kn", held, stacked.scales) - m).max() < 2.0**-11 * np.abs(m).max()
+
+
+def test_minima_that_are_added_leave_the_numbers_as_they_are() -> None:
+    matrix = random((3, 512))
+
+    total = summed(stack(matrix, Type.Q5_1, 50.0 * random((3, 16))), 3)
+
+    assert np.abs(total - matrix).max() < 2.0**-23 * np.abs(matrix).max()
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_1])
+def test_the_minima_of_a_weight_are_those_of_its_numbers(kind: Any) -> None:
+    """The smallest number of a block is its m, as gguf reads it: q is 0 there."""
+    rows = gguf.quantize(random((4, 96)).astype(np.float32), kind)
+    smallest = gguf.dequantize(rows, kind).reshape(4, 3, 32).min(axis=2)
+
+    found = minima(rows, kind)
+
+    assert found is not None
+    np.testing.assert_allclose(found, smallest, atol=1e-6)
+
+
+def test_a_stack_is_multiplied_as_the_weight_is() -> None:
+    carried = {kind: carrier(kind) for kind in QUANTIZED}
+
+    assert {Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_1, Type.Q4_K, Type.Q6_K} <= set(carried)
     for kind, stored in carried.items():
         assert rounding_of_vectors(kind) == rounding_of_vectors(stored)
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q4_1])
-def test_types_that_round_in_another_way_are_not_stacked(kind: Any) -> None:
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16])
+def test_types_that_an_a_in_float32_meets_are_not_stacked(kind: Any) -> None:
     assert carrier(kind) is None
-    assert rounding_of_vectors(kind) not in (Type.Q8_0, Type.Q8_K)
+
+
+@pytest.mark.parametrize("kind", [Type.NVFP4, Type.Q8_1])
+def test_types_that_no_lora_meets_are_refused_with_the_mend(kind: Any) -> None:
+    with pytest.raises(SteeringError, match=f"stored as {kind.name}.*--format merged.*runtime build"):
+        carrier(kind)
 
 
 class Traits(ctypes.Structure):

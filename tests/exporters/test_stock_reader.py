@@ -22,6 +22,8 @@ EDITS = {
     1: LayerEdit(remove=random((3, 64)), add=0.3 * random(64)),
     2: LayerEdit(remove=random((2, 64))),
 }
+STORED = {"Q8_0": "Q8_0", "Q4_K_M": "Q6_K", "Q4_1": "Q5_1", "Q5_1": "Q5_1", "BF16": "BF16"}
+"""The type that keeps A, by the type of the model."""
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,10 @@ def test_what_was_written_is_read(architecture: str, config: dict[str, bool], tm
             assert np.abs(got.add - edit.add).max() < 1e-6
 
 
-@pytest.mark.parametrize(("architecture", "file_type"), [("llama", "Q8_0"), ("qwen2moe", "Q4_K_M")])
+@pytest.mark.parametrize(
+    ("architecture", "file_type"),
+    [("llama", "Q8_0"), ("qwen2moe", "Q4_K_M"), ("llama", "Q4_1"), ("qwen2moe", "Q5_1"), ("llama", "BF16")],
+)
 def test_what_was_written_for_a_quantized_model_is_read(
     architecture: str, file_type: str, tmp_path: Path
 ) -> None:
@@ -55,7 +60,7 @@ def test_what_was_written_for_a_quantized_model_is_read(
     control = read(files, ModelWeights(model))
 
     stored = {tensor.tensor_type.name for tensor in gguf.GGUFReader(files[0]).tensors}
-    assert stored == {"F32", "Q8_0" if file_type == "Q8_0" else "Q6_K"}
+    assert stored == {"F32", STORED[file_type]}
     assert list(control.edits) == list(edits)
     for layer, edit in edits.items():
         got = control.edits[layer].remove
@@ -97,3 +102,16 @@ def test_a_lora_is_told_from_a_control_file(tmp_path: Path) -> None:
     assert is_lora(lora)
     assert not is_lora(cvec)
     assert not is_lora(tmp_path / "native.gguf")
+
+
+def test_an_a_that_rounds_otherwise_than_the_weight_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As versions before wrote it for a model in Q4_1."""
+    model = quantized(tiny_model("llama").gguf, "Q4_1")
+    with monkeypatch.context() as patched:
+        patched.setattr("alignez_gguf.exporters.stock.carrier", lambda _: None)
+        files = written(model, {2: EDITS[2]}, tmp_path)
+
+    with pytest.raises(ControlFileError, match=r"rounds otherwise.*convert the control again"):
+        read(files, ModelWeights(model))
