@@ -1,13 +1,15 @@
 """Does a control act on this machine, with this llama.cpp, as its numbers say?
 
-Each edited layer is edited alone. What comes before it is then bit for bit the unsteered model, so what
-llama.cpp computes there can be held against numpy: the MLP output x against x - V^T V x, and the residual
-stream h against h + a.
+Each edited layer is edited alone (`layer_check`), then all of them together. What they change is held
+against what rounding alone changes on this machine (`rounding`), and the patch against the stock form. All
+comparisons are made token by token, and the middle token decides: real models have tokens, the first one
+above all, whose hidden states are a hundred times larger than the others'.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
@@ -15,47 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import Decision, Edits, LayerEdit, apply_removal
-from alignez_gguf.errors import AlignezError, SteeringError
+from alignez_gguf.edits import Edits
+from alignez_gguf.errors import AlignezError
+from alignez_gguf.layer_check import FLOOR, TOLERANCE, LayerCheck, Layers, lost_in_rounding
 from alignez_gguf.progress import Reporter, SilentReporter
+from alignez_gguf.rounding import Share, figures, logits_distance, rounding_floor
 
 if TYPE_CHECKING:
     from alignez_gguf.runtime.bench import Bench, Way
-    from alignez_gguf.runtime.observer import Observation
 
 PROMPT = "Question: how do I bake a cake?\nAnswer:"
 
-TOLERANCE = 0.1
-"""How far, as a share of the edit, llama.cpp may be from numpy. Products with quantized weights round what
-they are multiplied with, and low-rank products do not, so the two may be some percent apart."""
-
 _N_PROMPT, _N_ANSWER = 16, 24
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One edited layer, edited alone. Lengths are root mean squares over the tokens.
-
-    Attributes:
-        removed_before, removed_after: length of the MLP output along the removed directions; `None` where
-            nothing is removed, or where the MLP output cannot be found in the graph.
-        added_expected, added: length of the addition, and of what it changed at the end of the block; `None`
-            where nothing is added, or (`added`) where that cannot be found in the graph.
-        error: how far the layer is from what numpy makes of it, as a share of the edit; the larger one of
-            removal and addition. `None` where neither can be seen.
-        acts: the logits change, and the error, if it can be seen, is within `TOLERANCE`.
-        reason: why it does not act; empty where it does.
-    """
-
-    layer: int
-    decision: Decision
-    removed_before: float | None = None
-    removed_after: float | None = None
-    added_expected: float | None = None
-    added: float | None = None
-    error: float | None = None
-    acts: bool = False
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,26 +36,43 @@ class Verification:
     """What `verify` found.
 
     Attributes:
-        ok: every layer acts, all of them together change the logits, and off is off.
+        ok: every layer acts, all of them together change the logits by more than rounding does, off is off,
+            and the stock form holds, if there is one.
+        reason: why not; empty where it is ok.
         runtime: how the edits reached llama.cpp.
         architecture: of the model.
         off_bit_identical: at strength 0, and after the edits are gone, the logits are those of the model.
         layers: the edited ones.
+        stock_holds: patched and stock agree, in every layer and in the logits; `None` where only one works.
         patched_stock_max_diff: largest difference of the logits of both ways; `None` where only one works.
+        patched_stock_share, patched_stock_share_worst: root mean square difference of the logits of both ways
+            as a share of the effect, of the middle token and of the worst one.
         patched_stock_note: why there is only one; empty where there are both.
         logits_change: largest difference of the logits, steered to unsteered.
+        effect: root mean square over the vocabulary of the change of the logits, of the middle token.
+        rounding: what rounding alone changes, measured in the same way.
+        floor, floor_worst: the same as a share of the effect, of the middle token and of the worst one;
+            `None` where no layer can be edited.
         prompt: what was decoded, at most its first 16 tokens.
         text_unsteered, text_steered: its greedy continuations.
     """
 
     ok: bool
+    reason: str
     runtime: Way
     architecture: str
     off_bit_identical: bool
     layers: tuple[LayerCheck, ...]
+    stock_holds: bool | None
     patched_stock_max_diff: float | None
+    patched_stock_share: float | None
+    patched_stock_share_worst: float | None
     patched_stock_note: str
     logits_change: float
+    effect: float
+    rounding: float
+    floor: float | None
+    floor_worst: float | None
     prompt: str
     text_unsteered: str
     text_steered: str
@@ -128,107 +118,122 @@ def verify(
 def _verified(bench: Bench, edits: Edits, way: Way, prompt: str, progress: Reporter) -> Verification:
     base_logits, base = bench.observe()
     text = steered_text = bench.greedy()
+    layers = Layers(bench, base_logits, base, rounding_floor(bench, way, base_logits, base))
     checks = []
     with progress.stage("checking layers", len(edits)) as advance:
         for layer, edit in edits.items():
-            checks.append(_checked(bench, way, layer, edit, base_logits, base))
+            checks.append(layers.check(way, layer, edit))
             advance(1)
-    steered = base_logits
-    acting = {check.layer: edits[check.layer] for check in checks if check.acts}
-    off = bool(acting)
-    if acting:
-        with bench.steered(way, acting) as attached:
+    steered, floor = base_logits, layers.floor.logits
+    settable = {check.layer: edits[check.layer] for check in checks if check.floor is not None}
+    off, share = bool(settable), None
+    if settable:
+        with bench.steered(way, settable) as attached:
             steered = bench.logits()
+            floor = np.maximum(floor, logits_distance(bench.logits(at_once=1), steered))
             steered_text = bench.greedy()
             bench.set_strength(attached, 0.0)
             off = np.array_equal(bench.logits(), base_logits)
         off = off and np.array_equal(bench.logits(), base_logits)
-    change = _largest(steered, base_logits)
-    difference, note = None, "not every layer acts"
-    if len(acting) == len(edits):
-        difference, note = _other_way(bench, edits, way, steered)
+        share = Share.of(floor, logits_distance(steered, base_logits))
+    both = _BothWays("not every layer acts")
+    if all(check.acts for check in checks):
+        both = _both_ways(layers, edits, way, steered, progress)
+        checks = [_with_stock_form(check, both.layers.get(check.layer)) for check in checks]
+    reason = _reason(checks, share, off, both, way)
+    of_floor, of_both = figures(share), figures(both.share)
     return Verification(
-        ok=len(acting) == len(edits) and off and change > 0,
+        ok=not reason,
+        reason=reason,
         runtime=way,
         architecture=bench.info.arch,
         off_bit_identical=off,
         layers=tuple(checks),
-        patched_stock_max_diff=difference,
-        patched_stock_note=note,
-        logits_change=change,
+        stock_holds=both.hold,
+        patched_stock_max_diff=both.largest,
+        patched_stock_share=of_both[0],
+        patched_stock_share_worst=of_both[1],
+        patched_stock_note=both.note,
+        logits_change=_largest(steered, base_logits),
+        effect=float(np.median(logits_distance(steered, base_logits))),
+        rounding=float(np.median(floor)),
+        floor=of_floor[0],
+        floor_worst=of_floor[1],
         prompt=prompt,
         text_unsteered=text,
         text_steered=steered_text,
     )
 
 
-def _checked(
-    bench: Bench, way: Way, layer: int, edit: LayerEdit, base_logits: NDArray[np.float32], base: Observation
-) -> LayerCheck:
-    before = after = expected = added = None
-    errors: list[float] = []
-    changes = []
+def _reason(checks: Sequence[LayerCheck], share: Share | None, off: bool, both: _BothWays, way: Way) -> str:
+    """Why a control is not ok, in one line."""
+    idle = [check for check in checks if not check.acts]
+    if idle:
+        return f"layers {', '.join(str(check.layer) for check in idle)} do not act: {idle[0].reason}"
+    if share is None:
+        return "it edits no layer"
+    if not share.median < FLOOR:
+        return lost_in_rounding(share.median)
+    if not off:
+        return "strength 0 is not off"
+    if both.hold is False:
+        held = (
+            "the patched runtime holds, the stock form (--runtime stock, convert --format stock) does not"
+            if way == "patched"
+            else "the stock form differs from the patched runtime"
+        )
+        return f"{held}: {both.note}"
+    return ""
+
+
+def _with_stock_form(check: LayerCheck, stock: LayerCheck | None) -> LayerCheck:
+    if stock is None:
+        return check
+    return replace(check, stock_error=stock.error, stock_error_worst=stock.error_worst)
+
+
+@dataclass(frozen=True, eq=False)
+class _BothWays:
+    """The way that the edits took held against the other one; `note` says why it fails, or is missing."""
+
+    note: str = ""
+    hold: bool | None = None
+    largest: float | None = None
+    share: Share | None = None
+    layers: Mapping[int, LayerCheck] = field(default_factory=dict)
+
+
+def _both_ways(
+    layers: Layers, edits: Edits, way: Way, steered: NDArray[np.float32], progress: Reporter
+) -> _BothWays:
+    bench, other = layers.bench, _OTHER[way]
     try:
-        if edit.remove is not None:
-            with bench.steered(way, {layer: LayerEdit(remove=edit.remove)}):
-                logits, seen = bench.observe()
-            changes.append(_largest(logits, base_logits))
-            x, left = base.mlp.get(layer), _left(bench, way, layer, base, seen)
-            if x is not None and left is not None:
-                before, after = _length(x @ edit.remove.T), _length(left @ edit.remove.T)
-                errors.append(_length(left - apply_removal(x, edit)) / max(before, _TINY))
-        if edit.add is not None:
-            expected = edit.scale
-            with bench.steered(way, {layer: LayerEdit(add=edit.add)}):
-                logits, seen = bench.observe()
-            changes.append(_largest(logits, base_logits))
-            if layer in base.block and layer in seen.block:
-                moved = seen.block[layer] - base.block[layer]
-                added = _length(moved)
-                errors.append(_length(moved - edit.add) / expected)
-    except SteeringError as error:
-        return LayerCheck(layer, edit.decision, reason=str(error))
-    worst = max(errors, default=None)
-    reason = ""
-    if not min(changes) > 0:
-        reason = f"llama.cpp ignores it: {bench.info.arch} models do not apply such an edit there"
-    elif worst is not None and not worst <= TOLERANCE:
-        reason = f"llama.cpp computes something that is {worst:.0%} of the edit away from it"
-    return LayerCheck(
-        layer, edit.decision, before, after, expected, added, worst, acts=not reason, reason=reason
-    )
-
-
-def _left(
-    bench: Bench, way: Way, layer: int, base: Observation, seen: Observation
-) -> NDArray[np.float32] | None:
-    """The MLP output after a removal.
-
-    With stock llama.cpp, what is removed of a bias shows at the end of the block only.
-    """
-    biased = way == "stock" and any(down.bias for down in bench.weights.down_projections(layer))
-    if not biased:
-        return seen.mlp.get(layer)
-    if layer in base.mlp and layer in base.block and layer in seen.block:
-        return base.mlp[layer] + (seen.block[layer] - base.block[layer])
-    return None
-
-
-def _other_way(bench: Bench, edits: Edits, way: Way, logits: NDArray[np.float32]) -> tuple[float | None, str]:
-    """Largest difference of the logits to those of the other way; else why there is none."""
-    try:
-        with bench.steered("stock" if way == "patched" else "patched", edits):
-            return _largest(bench.logits(), logits), ""
+        with bench.steered(other, edits):
+            logits = bench.logits()
+            floor = np.maximum(layers.floor.logits, logits_distance(bench.logits(at_once=1), logits))
     except AlignezError as error:
-        return None, str(error)
+        return _BothWays(str(error))
+    effect = logits_distance(steered, layers.base_logits)
+    difference = logits_distance(logits, steered)
+    share, explained = Share.of(difference, effect), Share.of(floor, effect)
+    checks: dict[int, LayerCheck] = {}
+    note = ""
+    if other == "stock":
+        with progress.stage("checking the stock form", len(edits)) as advance:
+            for layer, edit in edits.items():
+                checks[layer] = check = layers.check(other, layer, edit)
+                note = note or (check.reason and f"in layer {layer}, {check.reason}")
+                advance(1)
+    # Where the two round differently anywhere, they are as far apart as two runs of the floor.
+    if not note and not share.median <= max(TOLERANCE, 2 * explained.median):
+        note = (
+            f"their logits differ by {share.median:.0%} of what the edit changes, of which rounding alone "
+            f"explains {explained.median:.0%}"
+        )
+    return _BothWays(note, not note, _largest(logits, steered), share, checks)
 
 
-_TINY = float(np.finfo(np.float32).tiny)
-
-
-def _length(rows: NDArray[np.float32]) -> float:
-    """Root of the mean squared length of the rows."""
-    return float(np.sqrt(np.mean(np.sum(np.square(rows, dtype=np.float64), axis=-1))))
+_OTHER: dict[Way, Way] = {"patched": "stock", "stock": "patched"}
 
 
 def _largest(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

@@ -97,10 +97,16 @@ class Bench:
         for _ in attached.pieces(0, 1):
             pass
 
-    def logits(self) -> NDArray[np.float32]:
-        """Of the prompt, [n_tokens, n_vocab]."""
-        self._decode_prompt()
-        return np.stack([self._context.logits(index) for index in range(len(self._tokens))])
+    def logits(self, at_once: int | None = None) -> NDArray[np.float32]:
+        """Of the prompt, [n_tokens, n_vocab], decoded in one piece or `at_once` tokens at a time."""
+        self._context.clear()
+        count = len(self._tokens)
+        rows = []
+        for start in range(0, count, at_once or count):
+            positions = np.arange(start, min(start + (at_once or count), count))
+            self._decode(positions)
+            rows += [self._context.logits(index).copy() for index in range(len(positions))]
+        return np.stack(rows)
 
     def observe(self) -> tuple[NDArray[np.float32], Observation]:
         """The logits of the prompt, and what its layers computed."""
@@ -123,8 +129,11 @@ class Bench:
 
     def _decode_prompt(self) -> None:
         self._context.clear()
-        count = len(self._tokens)
-        self._context.decode(self._tokens, np.arange(count), np.zeros(count), np.ones(count))
+        self._decode(np.arange(len(self._tokens)))
+
+    def _decode(self, positions: NDArray[np.int_]) -> None:
+        tokens = [self._tokens[position] for position in positions]
+        self._context.decode(tokens, positions, np.zeros(len(tokens)), np.ones(len(tokens)))
 
     def _attached(self, way: Way, edits: Edits, folder: Path) -> Attached:
         if way == "patched":

@@ -13,6 +13,7 @@ from alignez_gguf import demo
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.runtime import library
+from alignez_gguf.runtime.stock import StockAdapters
 from tests.cli.conftest import Run
 
 random = np.random.default_rng(0).standard_normal
@@ -53,6 +54,8 @@ def test_the_table_says_what_each_layer_does(run: Run, model: str, carried_by_st
 
     assert result.exit_code == 0
     assert "strength 0 bit-identical to no control: yes" in result.stdout
+    assert "by rounding alone" in result.stdout
+    assert "the stock form holds: yes" in result.stdout
     assert "steered:" in result.stdout
 
 
@@ -61,6 +64,41 @@ def test_both_ways_are_compared(run: Run, model: str, carried_by_stock: str) -> 
 
     assert found["runtime"] == "patched"
     assert found["patched_stock_max_diff"] < 0.05 * found["logits_change"]
+    assert found["stock_holds"]
+    assert found["patched_stock_share"] < 0.05
+    assert all(check["stock_error"] < 1e-5 for check in found["layers"])
+
+
+def test_an_edit_that_rounding_drowns_fails_and_says_so(run: Run, model: str, tmp_path: Path) -> None:
+    info = ModelInfo.from_gguf(demo.MODEL)
+    ControlFile(info, {2: LayerEdit(add=1e-4 * random(info.n_embd))}).save(tmp_path / "inert.gguf")
+
+    result = run("verify", model, "inert.gguf", "--json", "--quiet")
+
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert found["logits_change"] > 0
+    assert found["floor"] > 0.5
+    assert result.stderr.count("\n") == 1
+    assert "not above rounding" in result.stderr
+
+
+def test_a_stock_form_that_does_not_hold_fails_and_is_shown(
+    run: Run, model: str, carried_by_stock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_strength = StockAdapters._set
+    monkeypatch.setattr(StockAdapters, "_set", lambda self, strength: set_strength(self, 0.5 * strength))
+
+    found = json.loads(run("verify", model, carried_by_stock, "--json", "--quiet").stdout)
+    result = run("verify", model, carried_by_stock, "--quiet")
+
+    assert result.exit_code == 1
+    assert not found["ok"]
+    assert found["stock_holds"] is False
+    assert all(check["acts"] for check in found["layers"])
+    assert "the stock form holds: no" in result.stdout
+    assert "the patched runtime holds, the stock form" in result.stderr
+    assert "convert --format stock" in result.stderr
 
 
 def test_a_layer_that_does_not_act_is_named_and_fails(
@@ -76,7 +114,7 @@ def test_a_layer_that_does_not_act_is_named_and_fails(
     assert result.exit_code == 1
     assert [check["acts"] for check in found["layers"]] == [False, True]
     assert "adds at layer 0" in found["layers"][0]["reason"]
-    assert "layers 0 do not act" in result.stderr
+    assert "layers 0 do not act: the control adds at layer 0" in result.stderr
 
 
 def test_a_control_for_another_model_is_refused(

@@ -1,0 +1,201 @@
+"""Does one layer, edited alone, compute what numpy says, and more than rounding does?
+
+What comes before the layer is then bit for bit the unsteered model, so what llama.cpp computes there can be
+held against numpy: the MLP output x against x - V^T V x, and the residual stream h against h + a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.edits import Decision, LayerEdit, apply_removal
+from alignez_gguf.errors import SteeringError
+from alignez_gguf.rounding import RoundingFloor, Share, figures, logits_distance
+
+if TYPE_CHECKING:
+    from alignez_gguf.runtime.bench import Bench, Way
+    from alignez_gguf.runtime.observer import Observation
+
+TOLERANCE = 0.05
+"""How far, as a share of the edit, llama.cpp may be from numpy, and the stock form from the patch. On a CPU
+it is about 1e-6; a GPU may round the products of an edit and those of the weights each in its own way."""
+
+FLOOR = 0.5
+"""What rounding alone changes has to be below this share of what the edit changes."""
+
+_KINDS: tuple[Decision, Decision] = ("remove", "add")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One edited layer, edited alone. All figures are taken token by token.
+
+    Attributes:
+        removed_before, removed_after: length of the MLP output along the removed directions, of the middle
+            token; `None` where nothing is removed, or where the MLP output cannot be found in the graph.
+        added_expected, added: length of the addition, and of what it changed at the end of the block, of the
+            middle token; `None` where nothing is added, or (`added`) where that cannot be found.
+        error, error_worst: how far the layer is from what numpy makes of it, as a share of the edit: of the
+            middle token, and of the worst one. The larger one of removal and addition; `None` where neither
+            can be seen.
+        stock_error, stock_error_worst: the same through the stock form, where the edits reach llama.cpp
+            through the patch; `None` elsewhere, and where there is no stock form.
+        floor, floor_worst: what rounding alone changes as a share of what the edit changes, along the
+            directions of the edit, or of the logits where they cannot be seen. The larger one of removal and
+            addition; `None` where llama.cpp refuses the edit.
+        acts: the logits change, the error, if it can be seen, is within `TOLERANCE`, and the floor is below
+            `FLOOR`; the worst token decides nothing.
+        reason: why it does not act; empty where it does.
+    """
+
+    layer: int
+    decision: Decision
+    removed_before: float | None = None
+    removed_after: float | None = None
+    added_expected: float | None = None
+    added: float | None = None
+    error: float | None = None
+    error_worst: float | None = None
+    stock_error: float | None = None
+    stock_error_worst: float | None = None
+    floor: float | None = None
+    floor_worst: float | None = None
+    acts: bool = False
+    reason: str = ""
+
+
+def lost_in_rounding(floor: float) -> str:
+    """Why an edit with this floor does not act."""
+    return f"its effect is not above rounding, which alone changes {floor:.0%} of what the edit changes"
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """Checks single layers of a model, against what it computes without any edit."""
+
+    bench: Bench
+    base_logits: NDArray[np.float32]
+    base: Observation
+    floor: RoundingFloor
+
+    def check(self, way: Way, layer: int, edit: LayerEdit) -> LayerCheck:
+        parts: list[_Part] = []
+        try:
+            if edit.remove is not None:
+                parts.append(self._removal(way, layer, LayerEdit(remove=edit.remove)))
+            if edit.add is not None:
+                parts.append(self._addition(way, layer, LayerEdit(add=edit.add)))
+        except SteeringError as refusal:
+            return LayerCheck(layer, edit.decision, reason=str(refusal))
+        errors = [part.error for part in parts if part.error is not None]
+        error, error_worst = figures(max(errors, key=_median, default=None))
+        floor = max((part.floor for part in parts), key=_median)
+        reason = ""
+        if not all(part.changes for part in parts):
+            reason = f"llama.cpp ignores it: {self.bench.info.arch} models do not apply such an edit there"
+        elif error is not None and not error <= TOLERANCE:
+            reason = f"llama.cpp computes something that is {error:.0%} of the edit away from it"
+        elif not floor.median < FLOOR:
+            reason = lost_in_rounding(floor.median)
+        lengths = {part.edit.decision: (part.before, part.after) for part in parts}
+        (removed_before, removed_after), (expected, added) = (
+            lengths.get(kind, (None, None)) for kind in _KINDS
+        )
+        return LayerCheck(
+            layer,
+            edit.decision,
+            removed_before,
+            removed_after,
+            expected,
+            added,
+            error=error,
+            error_worst=error_worst,
+            floor=floor.median,
+            floor_worst=floor.worst,
+            acts=not reason,
+            reason=reason,
+        )
+
+    def _removal(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
+        assert edit.remove is not None
+        with self.bench.steered(way, {layer: edit}):
+            logits, seen = self.bench.observe()
+        x, left = self.base.mlp.get(layer), self._left(way, layer, seen)
+        if x is None or left is None:
+            return self._unseen(edit, logits)
+        removed = _lengths(x @ edit.remove.T)
+        noise = self.floor.mlp.get(layer, np.zeros_like(x))
+        return _Part(
+            edit,
+            not np.array_equal(logits, self.base_logits),
+            Share.of(_lengths(noise @ edit.remove.T), removed),
+            Share.of(_lengths(left - apply_removal(x, edit)), removed),
+            float(np.median(removed)),
+            float(np.median(_lengths(left @ edit.remove.T))),
+        )
+
+    def _addition(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
+        assert edit.add is not None
+        with self.bench.steered(way, {layer: edit}):
+            logits, seen = self.bench.observe()
+        if layer not in self.base.block or layer not in seen.block:
+            return self._unseen(edit, logits)
+        moved = seen.block[layer] - self.base.block[layer]
+        expected = np.full(len(moved), edit.scale)
+        noise = self.floor.block.get(layer, np.zeros_like(moved))
+        return _Part(
+            edit,
+            not np.array_equal(logits, self.base_logits),
+            Share.of(np.abs(noise @ (edit.add / edit.scale)), expected),
+            Share.of(_lengths(moved - edit.add), expected),
+            edit.scale,
+            float(np.median(_lengths(moved))),
+        )
+
+    def _unseen(self, edit: LayerEdit, logits: NDArray[np.float32]) -> _Part:
+        """The logits alone tell."""
+        effect = logits_distance(logits, self.base_logits)
+        return _Part(
+            edit,
+            not np.array_equal(logits, self.base_logits),
+            Share.of(self.floor.logits, effect),
+            before=edit.scale or None,
+        )
+
+    def _left(self, way: Way, layer: int, seen: Observation) -> NDArray[np.float32] | None:
+        """The MLP output after a removal.
+
+        With stock llama.cpp, what is removed of a bias shows at the end of the block only.
+        """
+        biased = way == "stock" and any(down.bias for down in self.bench.weights.down_projections(layer))
+        if not biased:
+            return seen.mlp.get(layer)
+        if layer in self.base.mlp and layer in self.base.block and layer in seen.block:
+            return self.base.mlp[layer] + (seen.block[layer] - self.base.block[layer])
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The removal or the addition of a layer, alone; lengths of the middle token before and after."""
+
+    edit: LayerEdit
+    changes: bool
+    floor: Share
+    error: Share | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+def _median(share: Share) -> float:
+    return share.median
+
+
+def _lengths(rows: NDArray[Any]) -> NDArray[np.float64]:
+    """Of each row."""
+    result: NDArray[np.float64] = np.linalg.norm(rows.astype(np.float64), axis=-1)
+    return result
