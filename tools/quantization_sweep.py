@@ -6,6 +6,10 @@ Sets up `.venv` first. The control file is made on MODEL as it is, best an F16 o
 quantized to each level, where that control file is scored, and beside it the same edit with directions that
 are fitted anew on what the quantized model itself writes. All scores are taken on queries that no fit saw. A
 second run in the same folder goes on where the first one stopped.
+
+    python3 tools/quantization_sweep.py --agreement [MODEL.gguf] [--level LEVEL]... [--out DIR] [--json]
+
+Instead, how far the patch and the stock form are from each other at each level.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import agreement
 import jobs
 import plotting
 import setup_environment
@@ -87,6 +92,8 @@ class Reference:
 def main(arguments: Sequence[str]) -> int:
     """Sweep, print and draw; return 0, or end with an error in one line."""
     options = _parse(arguments)
+    if options.agreement:
+        return _agreement(options)
     draw = None if options.no_plot else plotting.pyplot()
     from alignez_gguf.errors import AlignezError
 
@@ -110,6 +117,29 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _agreement(options: argparse.Namespace) -> int:
+    from alignez_gguf.runtime import library
+
+    library.require_patched()
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = list(agreement.agreements(options.model, _levels(options.level), options.out, options.threads))
+    if options.json:
+        print(json.dumps([asdict(one) for one in found]), flush=True)
+    else:
+        agreement.print_table(found, None if sys.stdout.isatty() else plotting.TABLE_WIDTH)
+    return 0 if all(one.holds for one in found) else 1
+
+
+def _levels(asked: Sequence[str]) -> list[str]:
+    """Those that are asked for, or all, the finest first; ends with an error where there is no such level."""
+    from alignez_gguf.runtime.quantize_file import LEVELS
+
+    unknown = sorted(set(asked) - set(LEVELS))
+    if unknown:
+        sys.exit(f"Error: there is no level {', '.join(unknown)}; choose among {', '.join(LEVELS)}")
+    return [level for level in LEVELS if not asked or level in asked]
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     root = setup_environment.ROOT
     parser = argparse.ArgumentParser(description="Does a direction hold at other quantization levels?")
@@ -122,6 +152,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-q", "--queries", help="as for export (default: default; demo for the demo model)")
     parser.add_argument("--level", action="append", default=[], help="only this one; repeatable")
+    parser.add_argument(
+        "--agreement", action="store_true", help="compare the patch and the stock form, and score nothing"
+    )
     parser.add_argument("--method", help="only this method, for the fit on MODEL (default: all)")
     parser.add_argument("--max-tokens", type=int, default=200, help="of an answer (default: 200)")
     parser.add_argument(
@@ -143,14 +176,10 @@ class Sweep:
         from alignez_gguf.pipeline import Settings
         from alignez_gguf.queries import load_queries
         from alignez_gguf.runtime import library
-        from alignez_gguf.runtime.quantize_file import LEVELS
 
         library.require_patched()
-        unknown = sorted(set(options.level) - set(LEVELS))
-        if unknown:
-            sys.exit(f"Error: there is no level {', '.join(unknown)}; choose among {', '.join(LEVELS)}")
         self._options = options
-        self._levels = [level for level in LEVELS if not options.level or level in options.level]
+        self._levels = _levels(options.level)
         self._settings = Settings(seed=options.seed, method=options.method, max_tokens=options.max_tokens)
         shipped = options.model.resolve() == demo.MODEL.resolve()
         self._fit, self._held_out = _split(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.exporters.stacked import minima
-from alignez_gguf.gguf_header import GgufError, Header, TensorInfo, Value, read_header
-from alignez_gguf.model_info import FIRST_PART, ModelInfo
+from alignez_gguf.gguf_header import TensorInfo, Value
+from alignez_gguf.model_info import ModelInfo, model_parts, read_model_header
 
 Kind = Literal["dense", "experts"]
 

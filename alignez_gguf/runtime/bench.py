@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -47,27 +47,31 @@ class Bench:
     ) -> None:
         self._path = Path(model_path)
         self._n_answer = n_answer
-        self.model = Model(model_path, n_gpu_layers=n_gpu_layers)
-        self.info = self.model.info
-        self._tokens = self.model.tokenize(prompt)[:n_prompt]
-        if not self._tokens:
-            self.model.close()
-            raise QueryError("the prompt is empty, and this model has no token to begin with; give it text")
-        self._observer = LayerObserver(len(self._tokens), self.info.n_embd)
-        self._context = Context(
-            self.model,
-            n_ctx=len(self._tokens) + n_answer,
-            n_threads=n_threads,
-            on_node=self._observer.on_node,
-        )
+        with ExitStack() as opened:
+            self.model = opened.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
+            self.info = self.model.info
+            self._tokens = self.model.tokenize(prompt)[:n_prompt]
+            if not self._tokens:
+                raise QueryError(
+                    "the prompt is empty, and this model has no token to begin with; give it text"
+                )
+            self._observer = LayerObserver(len(self._tokens), self.info.n_embd)
+            self._context = opened.enter_context(
+                Context(
+                    self.model,
+                    n_ctx=len(self._tokens) + n_answer,
+                    n_threads=n_threads,
+                    on_node=self._observer.on_node,
+                )
+            )
+            self._opened = opened.pop_all()
 
     @cached_property
     def weights(self) -> ModelWeights:
         return ModelWeights(self._path)
 
     def close(self) -> None:
-        self._context.close()
-        self.model.close()
+        self._opened.close()
 
     def __enter__(self) -> Bench:
         return self

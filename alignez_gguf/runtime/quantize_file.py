@@ -12,9 +12,13 @@ from alignez_gguf.runtime.log import captured_log
 
 LEVELS = {
     "F16": llama.LLAMA_FTYPE_MOSTLY_F16,
+    "BF16": llama.LLAMA_FTYPE_MOSTLY_BF16,
     "Q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0,
     "Q6_K": llama.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "Q5_1": llama.LLAMA_FTYPE_MOSTLY_Q5_1,
     "Q5_K_M": llama.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "Q5_0": llama.LLAMA_FTYPE_MOSTLY_Q5_0,
+    "Q4_1": llama.LLAMA_FTYPE_MOSTLY_Q4_1,
     "Q4_K_M": llama.LLAMA_FTYPE_MOSTLY_Q4_K_M,
     "Q4_0": llama.LLAMA_FTYPE_MOSTLY_Q4_0,
     "IQ4_XS": llama.LLAMA_FTYPE_MOSTLY_IQ4_XS,

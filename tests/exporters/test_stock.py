@@ -16,7 +16,7 @@ from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
 from alignez_gguf.model_info import ModelInfo
 from tests.exporters.adapted import adapters, logits, written
-from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, tiny_model
+from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime.context import Context, rows
 from tests.runtime.oracle import hooked_logits
 
@@ -123,6 +123,19 @@ def test_what_stock_cannot_carry_is_refused_with_the_mend_and_nothing_is_written
         written(tiny_model("llama", **config).gguf, edits, tmp_path)
 
     assert "--layers 1-" in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_type_that_no_lora_meets_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantization of a later llama.cpp, say."""
+    monkeypatch.setattr("alignez_gguf.exporters.stacked._CARRIERS", {"Q5_1": ("Q4_1", "Q5_1")})
+    model = quantized(tiny_model("llama").gguf, "Q8_0")
+
+    with pytest.raises(SteeringError, match=r"blk\.1\.ffn_down\.weight: .* Q8_0.*--format merged"):
+        written(model, {1: LayerEdit(remove=vectors(1))}, tmp_path)
+
     assert not list(tmp_path.iterdir())
 
 

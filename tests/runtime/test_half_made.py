@@ -9,6 +9,7 @@ import pytest
 
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.runtime.bench import Bench
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.sampling import Sampler
@@ -54,6 +55,13 @@ def test_context_is_freed(freed: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(KeyboardInterrupt):
             Context(model, n_ctx=16)
     assert freed == ["llama_free", "llama_free", "llama_model_free"]
+
+
+def test_model_of_a_verification_is_freed(freed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "llama_state_seq_get_size", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(tiny_model("llama").gguf, "a", n_prompt=4, n_answer=1)
+    assert freed == ["llama_free", "llama_model_free"]
 
 
 def test_sampler_is_freed(freed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
