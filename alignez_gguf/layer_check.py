@@ -48,7 +48,8 @@ class LayerCheck:
             directions of the edit, or of the logits where they cannot be seen. The larger one of removal and
             addition; `None` where llama.cpp refuses the edit.
         acts: the logits change, the error, if it can be seen, is within `TOLERANCE`, and the floor is below
-            `FLOOR`; the worst token decides nothing.
+            `FLOOR`; the worst token decides nothing. A removal from an MLP output that cannot be found does
+            not: branches that do not meet may each be edited, but nothing proves it.
         reason: why it does not act; empty where it does.
     """
 
@@ -95,7 +96,9 @@ class Layers:
         error, error_worst = figures(max(errors, key=_median, default=None))
         floor = max((part.floor for part in parts), key=_median)
         reason = ""
-        if not all(part.changes for part in parts):
+        if edit.remove is not None and layer not in self.base.mlp:
+            reason = "its MLP output cannot be found in the graph, so that nothing proves the removal"
+        elif not all(part.changes for part in parts):
             reason = f"llama.cpp ignores it: {self.bench.info.arch} models do not apply such an edit there"
         elif error is not None and not error <= TOLERANCE:
             reason = f"llama.cpp computes something that is {error:.0%} of the edit away from it"
