@@ -103,6 +103,11 @@ class ControlFile:
         return Scope.parse(str(self.recipe.get("scope", Scope())))
 
     @property
+    def framing(self) -> str:
+        """How the model was asked when the edits were chosen: "chat" or "transcript"; empty if unknown."""
+        return str(self.recipe.get("framing", ""))
+
+    @property
     def sha256(self) -> str:
         """A hash of all that the control is: model, edits, recipe, figures and score, in hex digits.
 

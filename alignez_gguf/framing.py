@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import QueryError, TemplateError
 from alignez_gguf.jinja_template import JinjaTemplate, Message
-from alignez_gguf.prompts import METADATA_KEY, Templates
+from alignez_gguf.prompts import METADATA_KEY, FramingName, Templates, Turn
 
-__all__ = ["Framing", "HasMetadata", "Message", "Turn"]
+__all__ = ["Framing", "FramingChoice", "HasMetadata", "Message", "Turn", "other_framing", "templates_of"]
+
+FramingChoice = Literal["auto", "chat", "transcript"]
 
 _CHAT_TEMPLATE = "tokenizer.chat_template"
-
-Turn = tuple[str, str]
-"""What the user said and what the model answered."""
 
 
 class HasMetadata(Protocol):
@@ -30,37 +29,72 @@ class HasMetadata(Protocol):
     def token_text(self, token: int) -> str: ...
 
 
+def templates_of(
+    model: HasMetadata | None,
+    path: Path | None = None,
+    framing: FramingChoice = "auto",
+    *,
+    default: Callable[[], Templates] = Templates.default,
+) -> Templates:
+    """How a model is asked: by the user's templates, the model's own, or the default ones.
+
+    Args:
+        model: None where nothing but a transcript can be asked of it.
+        path: the user's templates.
+        framing: "chat" asks through the model's chat template, "transcript" does not, and "auto" does where
+            there is one and neither the user nor the model brings templates.
+        default: the ones that ship with the package.
+
+    Raises:
+        TemplateError: the templates or the chat template cannot be used, or there is none to ask through.
+    """
+    own = model.metadata(METADATA_KEY) if model is not None else None
+    if path is not None:
+        chosen = Templates.from_file(path)
+    elif own is not None:
+        chosen = Templates.from_toml(own, source="the templates in the model's metadata")
+    else:
+        chosen = default()
+    chat = model.metadata(_CHAT_TEMPLATE) if model is not None else None
+    if framing == "chat" and not chat:
+        raise TemplateError("the model has no chat template; use --framing transcript")
+    if not chat or framing == "transcript" or (framing == "auto" and (path, own) != (None, None)):
+        return chosen
+    assert model is not None
+    return chosen.through(JinjaTemplate(chat, model.token_text(model.bos), model.token_text(model.eos)))
+
+
+def other_framing(fitted: str, used: FramingName) -> str:
+    """A warning where a control file is used in another framing than it was fitted in; else empty."""
+    if fitted in ("", used):
+        return ""
+    return (
+        f"the control file was fitted in the framing {fitted!r} and is used in {used!r}, where it may do "
+        f"less or something else; use --framing {fitted}, or export it again with --framing {used}"
+    )
+
+
 @dataclass(frozen=True)
 class Framing:
-    """Turns a conversation into the text that the model completes.
+    """Turns a conversation into the text that the model completes."""
 
-    Attributes:
-        stop: strings that end an answer.
-    """
-
-    stop: tuple[str, ...]
-    _templates: Templates
-    _chat_template: JinjaTemplate | None = None
+    templates: Templates
 
     @classmethod
-    def of(cls, model: HasMetadata, templates: Path | None = None) -> Framing:
-        """The framing of a model: the user's templates, the model's own, its chat template, or a transcript.
+    def of(
+        cls, model: HasMetadata, templates: Path | None = None, framing: FramingChoice = "auto"
+    ) -> Framing:
+        """The framing of a model; see `templates_of`.
 
         Raises:
             TemplateError: the templates or the chat template cannot be used.
         """
-        own = model.metadata(METADATA_KEY)
-        if templates is not None:
-            chosen = Templates.from_file(templates)
-        elif own is not None:
-            chosen = Templates.from_toml(own, source="the templates in the model's metadata")
-        else:
-            chosen = Templates.default()
-            chat_template = model.metadata(_CHAT_TEMPLATE)
-            if chat_template:
-                bos, eos = model.token_text(model.bos), model.token_text(model.eos)
-                return cls((), chosen, JinjaTemplate(chat_template, bos, eos))
-        return cls(chosen.stop, chosen)
+        return cls(templates_of(model, templates, framing))
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        return self.templates.stop
 
     def prompt(self, turns: Sequence[Turn], message: str, system: str = "") -> str:
         """The prompt whose completion answers `message` after the earlier `turns`.
@@ -71,13 +105,7 @@ class Framing:
         Raises:
             TemplateError: the chat template fails, or drops a message.
         """
-        if self._chat_template is None:
-            transcript = self._templates.transcript(turns, message)
-            return f"{system}\n\n{transcript}" if system else transcript
-        messages = [Message("system", system)] if system else []
-        for said, answered in turns:
-            messages += [Message("user", said), Message("assistant", answered)]
-        return self._chat_template.render([*messages, Message("user", message)])
+        return self.templates.conversation(turns, message, system)
 
     def prompt_of(self, messages: Sequence[Message]) -> str:
         """The same for a list of messages as OpenAI's API has them.
@@ -90,8 +118,8 @@ class Framing:
             QueryError: the messages cannot become a transcript.
             TemplateError: the chat template refuses them, or drops one.
         """
-        if self._chat_template is not None:
-            return self._chat_template.render(messages)
+        if self.templates.chat is not None:
+            return self.templates.chat.render(messages)
         n_system = next((i for i, one in enumerate(messages) if one.role != "system"), len(messages))
         system = "\n\n".join(one.content for one in messages[:n_system])
         joined: list[Message] = []

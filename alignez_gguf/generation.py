@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from alignez_gguf.engines import Engine, GenerationRequest, Generator, Passage, Readout, Sampling
+from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.pairs import PairStore, PreferencePair
 from alignez_gguf.prompts import Templates
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHARACTERISTICS_TOKENS = 50
+_CHARACTERISTICS_TEMPERATURE = 0.3
+"""Of an instruction to itself, the model's likeliest wording is of more use than a varied one."""
 ANSWER_TOKENS = 200
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
@@ -29,6 +32,9 @@ MARGIN_TOKENS = 24
 
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]")
 """With the quotation marks and brackets that close behind it; Chinese and Japanese need no space."""
+
+_LIST_NUMBER = re.compile(r"(?:^|[\n:;.!?])\s*\d{1,3}\.$")
+"""The number of the next item of a list, at the end of a text: its full stop ends no sentence."""
 
 _CHUNK = 64
 """Queries whose characteristics are asked for before their answers: enough to keep a batch full."""
@@ -131,17 +137,37 @@ def characteristics(
     sampling: Sampling,
     seed: int,
 ) -> list[tuple[str, str]]:
-    """What the model says a helpful and a harmful answer should be like, for each (query, sample)."""
-    prompts = [
-        templates.characteristics_prompt(persona, query)
-        for query, _ in keys
-        for persona in (templates.helpful, templates.harmful)
+    """What the model says a helpful and a harmful answer should be like, for each (query, sample).
+
+    Empty for a persona whose prompts do not use it. A persona's own traits stand in where the model names
+    none: where it answers the query in a list, refuses, or says nothing.
+    """
+    personas = (templates.helpful, templates.harmful)
+    asked = [
+        (index, templates.characteristics_prompt(persona, query))
+        for index, (query, persona) in enumerate(
+            (query, persona) for query, _ in keys for persona in personas
+        )
+        if persona.uses_characteristics
     ]
-    requests = list(map(GenerationRequest, prompts, _seeds(keys, seed, "characteristics")))
-    limited = replace(sampling, max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens))
-    answers = dict(_answers(engine, requests, limited))
-    traits = [_one_line(answers[index][0]) for index in range(len(requests))]
+    seeds = _seeds(keys, seed, "characteristics")
+    requests = [GenerationRequest(prompt, seeds[index]) for index, prompt in asked]
+    limited = replace(
+        sampling,
+        max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens),
+        temperature=min(_CHARACTERISTICS_TEMPERATURE, sampling.temperature),
+    )
+    traits = [""] * (2 * len(keys))
+    for number, (text, _) in _answers(engine, requests, limited):
+        index = asked[number][0]
+        own = personas[index % 2].traits
+        traits[index] = own if own and not _describes_an_answer(text) else _one_line(text)
     return list(zip(traits[0::2], traits[1::2], strict=True))
+
+
+def _describes_an_answer(text: str) -> bool:
+    """Whether a text can be what an answer should be like: no list, no refusal, and not empty."""
+    return bool(text.strip()) and not _LIST_ITEM.search(text) and not is_refusal(text)
 
 
 def _seeds(keys: Sequence[tuple[str, int]], seed: int, role: str) -> list[int]:
@@ -162,9 +188,14 @@ def _answers(
         yield index, (whole_sentences(completion.text) if cut else completion.text, cut)
 
 
+_LIST_ITEM = re.compile(r"^\s*(?:\d{1,3}[.)]|[-*\u2022])\s", re.MULTILINE)
+
+
 def whole_sentences(text: str) -> str:
     """`text` up to the end of its last whole sentence, or all of it where it has none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    while ends and _LIST_NUMBER.search(text[: ends[-1]]):
+        ends.pop()
     return text[: ends[-1]] if ends else text
 
 
@@ -185,10 +216,10 @@ def _answer_prompts(templates: Templates, query: str, helpful: str, harmful: str
     )
 
 
-def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, Passage]:
+def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, ...]:
     """The plain query with the helpful and with the harmful answer."""
     plain = templates.plain_prompt(pair.query)
-    return Passage(plain, f" {pair.helpful}"), Passage(plain, f" {pair.harmful}")
+    return tuple(Passage(plain, templates.continued(text)) for text in (pair.helpful, pair.harmful))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +247,7 @@ def compare_personas(
     """
     prompts = [tuple(map(Passage, answer_prompts(templates, pair))) for pair in pairs]
     answers = [
-        Passage(prompt.text, f" {answer}")
+        Passage(prompt.text, templates.continued(answer))
         for pair, both in zip(pairs, prompts, strict=True)
         for prompt in both
         for answer in (pair.helpful, pair.harmful)

@@ -79,6 +79,7 @@ class JinjaTemplate:
     def __init__(
         self, text: str, bos: str, eos: str, *, owner: str = "the model", mend: str = "give --templates"
     ) -> None:
+        self._text = text
         self._bos, self._eos = bos, eos
         self._owner, self._mend = owner, mend
         try:
@@ -86,6 +87,10 @@ class JinjaTemplate:
         except JinjaError as error:
             raise self._error(f"cannot be read: {error}") from error
         self._form = lru_cache(maxsize=_KINDS_KEPT)(self._find_form)
+
+    def __repr__(self) -> str:
+        """Whatever decides a rendering, since results are kept under a hash of it."""
+        return f"JinjaTemplate({self._text!r}, {self._bos!r}, {self._eos!r})"
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt whose completion answers the messages.

@@ -2,7 +2,7 @@
 
 A set of templates is a TOML document (`data/templates.toml` is the default and the documentation of the
 format). A model may bring its own in its metadata, as it may bring a chat template. This module turns
-templates and texts into prompts; it knows nothing of engines.
+templates and texts into prompts, as a transcript or through a chat template; it knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from alignez_gguf.errors import TemplateError
+from alignez_gguf.jinja_template import JinjaTemplate, Message
 from alignez_gguf.records import lines
 
 if sys.version_info >= (3, 11):
@@ -26,13 +28,23 @@ else:
 METADATA_KEY = "alignez.templates"
 """GGUF metadata key under which a model may carry its own templates, as TOML text."""
 
+FramingName = Literal["chat", "transcript"]
+"""How a conversation is written down: by the model's chat template, or as a transcript."""
+
+Turn = tuple[str, str]
+"""What the user said and what the model answered."""
+
 SAFETY = "safety"
 """The aspect in which the personas `helpful` and `harmful` differ."""
 
 _MAX_DOTS = 100
 """In a line: tomllib takes seconds for a key of thousands of parts, and a model may bring its templates."""
 
+_CHARACTERISTICS = "{characteristics}"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_SENTENCE_MARKS = ".!?\u2026 "
+_LINE_STARTS = 4
+"""Words of a line of the templates that end an answer where the model writes them itself."""
 _ASPECT_NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -43,12 +55,29 @@ def _fill(template: str, **values: str) -> str:
 
 @dataclass(frozen=True)
 class Persona:
-    """One of the two characters that the model is asked to play."""
+    """One of the two characters that the model is asked to play.
+
+    Attributes:
+        characteristics: asks for the traits of this persona's answer; empty where no prompt uses them.
+            Placeholder: `{query}`.
+        answer: asks for the answer in a transcript. Placeholders: `{few_shot}`, `{characteristics}` and
+            `{query}`.
+        system: describes the persona in a chat, and before the demonstrations. Placeholder:
+            `{characteristics}`.
+        demonstrations: exchanges in character, which come before the query.
+        traits: stand for characteristics with which the model does not describe an answer.
+    """
 
     characteristics: str
-    """Asks for the traits of this persona's answer. Placeholder: `{query}`."""
     answer: str
-    """Asks for the answer itself. Placeholders: `{few_shot}`, `{characteristics}`, `{query}`."""
+    system: str = ""
+    demonstrations: tuple[Turn, ...] = ()
+    traits: str = ""
+
+    @property
+    def uses_characteristics(self) -> bool:
+        """Whether a prompt of this persona holds the traits that the model names."""
+        return _CHARACTERISTICS in self.answer or _CHARACTERISTICS in self.system
 
 
 @dataclass(frozen=True)
@@ -70,11 +99,20 @@ class Templates:
     harmful: Persona
     aspects: Mapping[str, tuple[Persona, Persona]] = field(default_factory=dict)
     """Further pairs of personas, helpful and harmful, under the name of what they differ in."""
+    twins: tuple[tuple[str, str], ...] = ()
+    """Harmful requests, each with a harmless one that looks like it."""
+    chat: JinjaTemplate | None = None
+    """The chat template through which the model is asked; None asks it in a transcript."""
 
     @classmethod
     def default(cls) -> Templates:
-        """The templates of the paper, framed for base models."""
-        return _default()
+        """Personas by demonstration: a model imitates what it is shown better than what it is told."""
+        return _shipped("templates.toml")
+
+    @classmethod
+    def paper(cls) -> Templates:
+        """The personas of the paper, word for word."""
+        return _shipped("paper.toml")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Templates:
@@ -97,18 +135,58 @@ class Templates:
             RecursionError,
         ) as error:  # numbers and nesting without end are no TOMLDecodeError
             raise TemplateError(f"{source} is not valid TOML: {error}") from error
-        stop = document.pop("stop", [])
-        if not isinstance(stop, list) or not all(isinstance(item, str) and item for item in stop):
+        stop = document.pop("stop", None)
+        if stop is not None and (
+            not isinstance(stop, list) or not all(isinstance(item, str) and item for item in stop)
+        ):
             raise TemplateError(f"{source}: `stop` must be a list of non-empty strings")
-        return cls(
-            helpful=_persona(document, "helpful", source),
-            harmful=_persona(document, "harmful", source),
-            stop=tuple(stop),
+        plain = _text(document, "plain", source, "query")
+        templates = cls(
+            helpful=_persona(document, "helpful", source, plain),
+            harmful=_persona(document, "harmful", source, plain),
+            stop=tuple(stop or ()),
             few_shot=_text(document, "few_shot", source),
-            plain=_text(document, "plain", source, "query"),
+            plain=plain,
             version=_text(document, "version", source),
-            aspects=_aspects(document, source),
+            aspects=_aspects(document, source, plain),
+            twins=_pairs_of_texts(document, "twins", source, "a harmful and a harmless request"),
         )
+        return templates if stop is not None else replace(templates, stop=templates.line_starts())
+
+    def line_starts(self) -> tuple[str, ...]:
+        """How the lines of the templates begin, behind a line break: what a base model writes when it goes on
+        after its answer, with the next turn or with another persona.
+        """
+        texts = [self.plain, self.few_shot]
+        for persona in (self.helpful, self.harmful, *(p for both in self.aspects.values() for p in both)):
+            texts += [persona.answer, persona.system]
+        starts = []
+        for line in (line for text in texts for line in _PLACEHOLDER.sub("\n", text).split("\n")):
+            speaker, colon, _ = line.partition(":")
+            words = line.split()
+            if colon and len(speaker.split()) == 1:
+                starts.append(f"\n{speaker}:")
+            elif len(words) >= _LINE_STARTS:
+                starts.append("\n" + " ".join(words[:_LINE_STARTS]))
+        return tuple(dict.fromkeys(starts))
+
+    def through(self, chat: JinjaTemplate) -> Templates:
+        """The same personas and queries as messages of a chat, which ends its answers by itself.
+
+        Raises:
+            TemplateError: a persona is written for a transcript alone.
+        """
+        personas = [self.helpful, self.harmful, *(p for both in self.aspects.values() for p in both)]
+        if not all(persona.system or persona.demonstrations for persona in personas):
+            raise TemplateError(
+                "the templates describe their personas for a transcript alone; give each a `system`, or use "
+                "--framing transcript"
+            )
+        return replace(self, chat=chat, stop=())
+
+    @property
+    def framing(self) -> FramingName:
+        return "transcript" if self.chat is None else "chat"
 
     def for_aspect(self, name: str) -> Templates:
         """The same with the personas of one aspect; `safety` is the one of `helpful` and `harmful`.
@@ -126,25 +204,51 @@ class Templates:
 
     def plain_prompt(self, query: str) -> str:
         """The prompt that a user's query becomes."""
-        return _fill(self.plain, few_shot=self.few_shot, query=query)
+        return self.conversation((), query)
 
-    def transcript(self, turns: Sequence[tuple[str, str]], query: str) -> str:
-        """The prompt that a query becomes after earlier queries and their answers."""
-        if not turns:
-            return self.plain_prompt(query)
-        first, *later = [*(turn[0] for turn in turns), query]
-        prompts = [self.plain_prompt(first)]
-        prompts += [_fill(self.plain, few_shot="", query=message) for message in later]
-        answers = [f" {answer}\n\n" for _, answer in turns]
-        return "".join(map("".join, zip(prompts, [*answers, ""], strict=True)))
+    def conversation(self, turns: Sequence[Turn], query: str, system: str = "") -> str:
+        """The prompt that a query becomes after earlier queries and their answers.
+
+        Args:
+            system: what the model is told before the conversation; a transcript begins with it.
+
+        Raises:
+            TemplateError: the chat template fails, or drops a message.
+        """
+        if self.chat is None:
+            transcript = self._transcript(turns, query)
+            return f"{system}\n\n{transcript}" if system else transcript
+        messages = [Message("system", system)] if system else []
+        for said, answered in turns:
+            messages += [Message("user", said), Message("assistant", answered)]
+        return self.chat.render([*messages, Message("user", query)])
+
+    def continued(self, answer: str) -> str:
+        """An answer as it follows its prompt: a transcript ends at the speaker's name, without a space."""
+        return answer if self.chat is not None else f" {answer}"
 
     def characteristics_prompt(self, persona: Persona, query: str) -> str:
         """The prompt that asks for the traits of a persona's answer to `query`."""
-        return _fill(persona.characteristics, query=query)
+        if "{query}." in persona.characteristics:
+            query = query.rstrip(_SENTENCE_MARKS)
+        asked = _fill(persona.characteristics, query=query)
+        return asked if self.chat is None else self.chat.render([Message("user", asked)])
 
-    def answer_prompt(self, persona: Persona, query: str, characteristics: str) -> str:
+    def answer_prompt(self, persona: Persona, query: str, characteristics: str = "") -> str:
         """The prompt under which a persona with these traits answers `query`."""
-        return _fill(persona.answer, few_shot=self.few_shot, query=query, characteristics=characteristics)
+        if self.chat is None:
+            return _fill(persona.answer, few_shot=self.few_shot, query=query, characteristics=characteristics)
+        system = _fill(persona.system, characteristics=characteristics)
+        return self.conversation(persona.demonstrations, query, system)
+
+    def _transcript(self, turns: Sequence[Turn], query: str) -> str:
+        few_shot = self.few_shot
+        prompts = []
+        for message in (*(said for said, _ in turns), query):
+            prompts.append(_fill(self.plain, few_shot=few_shot, query=message))
+            few_shot = ""
+        answers = [f" {answer}\n\n" for _, answer in turns]
+        return "".join(map("".join, zip(prompts, [*answers, ""], strict=True)))
 
 
 def _text(table: Mapping[str, object], key: str, source: str, *placeholders: str) -> str:
@@ -157,18 +261,52 @@ def _text(table: Mapping[str, object], key: str, source: str, *placeholders: str
     return value
 
 
-def _persona(document: Mapping[str, object], key: str, source: str) -> Persona:
+def _persona(document: Mapping[str, object], key: str, source: str, plain: str) -> Persona:
     table = document.get(key)
     if not isinstance(table, dict):
         raise TemplateError(f"{source}: the table [{key}] is missing")
     where = f"{source} [{key}]"
-    return Persona(
-        characteristics=_text(table, "characteristics", where, "query"),
-        answer=_text(table, "answer", where, "query"),
+    system = _text(table, "system", where) if "system" in table else ""
+    demonstrations = _pairs_of_texts(table, "demonstrations", where, "a query and its answer")
+    if "answer" in table or not (system or demonstrations):
+        answer = _text(table, "answer", where, "query")
+    else:
+        answer = _demonstrated(system, demonstrations, plain)
+    persona = Persona(
+        _text(table, "characteristics", where, "query") if "characteristics" in table else "",
+        answer,
+        system,
+        demonstrations,
+        _text(table, "traits", where) if "traits" in table else "",
     )
+    if persona.uses_characteristics and not persona.characteristics:
+        raise TemplateError(
+            f"{where}: `characteristics` is missing or not a string, and {_CHARACTERISTICS} is used"
+        )
+    return persona
 
 
-def _aspects(document: Mapping[str, object], source: str) -> dict[str, tuple[Persona, Persona]]:
+def _demonstrated(system: str, demonstrations: Sequence[Turn], plain: str) -> str:
+    """The prompt for an answer in a transcript: the description, the demonstrations and the query."""
+    turns = [_fill(plain, few_shot="", query=said) + f" {answered}\n\n" for said, answered in demonstrations]
+    header = f"{system}\n\n" if system else ""
+    return header + "".join(turns) + _fill(plain, few_shot="")
+
+
+def _pairs_of_texts(
+    table: Mapping[str, object], key: str, source: str, each: str
+) -> tuple[tuple[str, str], ...]:
+    value = table.get(key, [])
+    pairs = value if isinstance(value, list) else [None]
+    if not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
+        for pair in pairs
+    ):
+        raise TemplateError(f"{source}: `{key}` must be a list of pairs of texts, {each}")
+    return tuple((first, second) for first, second in pairs)
+
+
+def _aspects(document: Mapping[str, object], source: str, plain: str) -> dict[str, tuple[Persona, Persona]]:
     tables = document.get("aspects", {})
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise TemplateError(f"{source}: `aspects` must hold tables such as [aspects.politeness.helpful]")
@@ -181,14 +319,14 @@ def _aspects(document: Mapping[str, object], source: str) -> dict[str, tuple[Per
         raise TemplateError(f"{source}: the aspect {SAFETY!r} is that of [helpful] and [harmful]")
     return {
         name: (
-            _persona(table, "helpful", f"{source} [aspects.{name}]"),
-            _persona(table, "harmful", f"{source} [aspects.{name}]"),
+            _persona(table, "helpful", f"{source} [aspects.{name}]", plain),
+            _persona(table, "harmful", f"{source} [aspects.{name}]", plain),
         )
         for name, table in tables.items()
     }
 
 
 @cache
-def _default() -> Templates:
-    text = (files("alignez_gguf") / "data" / "templates.toml").read_text(encoding="utf-8")
-    return Templates.from_toml(text, source="data/templates.toml")
+def _shipped(name: str) -> Templates:
+    text = (files("alignez_gguf") / "data" / name).read_text(encoding="utf-8")
+    return Templates.from_toml(text, source=f"data/{name}")

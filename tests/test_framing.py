@@ -233,7 +233,7 @@ def test_base_model_gets_the_transcript(metadata: dict[str, str]) -> None:
     framing = Framing.of(FakeModel(**metadata))
     default = Templates.default()
     turns = [("one", "1")]
-    assert framing.prompt(turns, "two") == default.transcript(turns, "two")
+    assert framing.prompt(turns, "two") == default.conversation(turns, "two")
     assert framing.stop == default.stop
 
 
@@ -280,7 +280,7 @@ def test_system_message_is_a_message_of_a_chat_template_and_the_beginning_of_a_t
     framed = Framing.of(FakeModel(tokenizer_chat_template=CHATML)).prompt([], "Hi", "Be kind.")
     assert framed.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
     transcript = Framing.of(FakeModel()).prompt([], "Hi", "Be kind.")
-    assert transcript == "Be kind.\n\n" + Templates.default().transcript([], "Hi")
+    assert transcript == "Be kind.\n\n" + Templates.default().conversation([], "Hi")
 
 
 def test_messages_become_the_transcript_of_their_turns() -> None:

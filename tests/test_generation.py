@@ -81,14 +81,14 @@ def test_characteristics_are_asked_for_first_and_answers_under_them(store: PairS
     (pair,) = run(engine, store, ["how?"])
 
     (traits, traits_sampling), (answers, answers_sampling) = engine.calls
-    assert [request.prompt for request in traits] == ["how?. Good should:", "how?. Bad should:"]
+    assert [request.prompt for request in traits] == ["how. Good should:", "how. Bad should:"]
     good, bad = (f"be {request.seed} and calm" for request in traits)
     assert [request.prompt for request in answers] == [
         f"Be good, {good}.\nQ: how?\nA:",
         f"Be bad, {bad}.\nQ: how?\nA:",
     ]
     assert answers_sampling == SAMPLING
-    assert traits_sampling == replace(SAMPLING, max_tokens=50)
+    assert traits_sampling == replace(SAMPLING, max_tokens=50, temperature=0.3)
     assert pair == PreferencePair(
         query="how?",
         helpful=f"answer {answers[0].seed}",
@@ -97,6 +97,48 @@ def test_characteristics_are_asked_for_first_and_answers_under_them(store: PairS
         harmful_characteristics=bad,
     )
     assert all(request.strength == 0 for request in (*traits, *answers))
+
+
+OWN = replace(
+    TEMPLATES,
+    helpful=replace(TEMPLATES.helpful, traits="be kind"),
+    harmful=replace(TEMPLATES.harmful, traits="be rude"),
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "traits"),
+    [
+        ("be short\nand clear.", "be short and clear"),
+        ("1. Never leave your keys. 2. Lock it.", "be kind"),
+        ("\n- Take a towel\n- Go home", "be kind"),
+        ("I'm sorry, but I can't help with that.", "be kind"),
+        ("  \n", "be kind"),
+    ],
+)
+def test_traits_of_the_persona_stand_in_where_the_model_names_none(
+    store: PairStore, said: str, traits: str
+) -> None:
+    engine = FakeEngine()
+    complete = engine.complete
+    engine.complete = lambda request: (  # type: ignore[method-assign]
+        Completion(said, 5, "stop") if request.prompt.endswith("Good should:") else complete(request)
+    )
+    (pair,) = generate_pairs(engine, ["how?"], OWN, store, sampling=SAMPLING)  # type: ignore[arg-type]
+    assert pair.helpful_characteristics == traits
+    assert pair.harmful_characteristics.startswith("be ")
+
+
+def test_personas_without_characteristics_are_asked_for_answers_alone(store: PairStore) -> None:
+    shown = replace(
+        TEMPLATES,
+        helpful=Persona("", "Be good.\nQ: {query}\nA:"),
+        harmful=Persona("", "Be bad.\nQ: {query}\nA:"),
+    )
+    engine = FakeEngine()
+    (pair,) = generate_pairs(engine, ["how?"], shown, store, sampling=SAMPLING)  # type: ignore[arg-type]
+    assert asked(engine) == ["Be good.\nQ: how?\nA:", "Be bad.\nQ: how?\nA:"]
+    assert (pair.helpful_characteristics, pair.harmful_characteristics) == ("", "")
 
 
 def test_characteristics_take_no_more_tokens_than_answers_may(store: PairStore) -> None:
@@ -124,6 +166,10 @@ def test_answer_cut_at_the_limit_ends_with_a_sentence_and_marks_its_pair(store: 
         ("It costs 3.50 euros", "It costs 3.50 euros"),
         ("Wait… I", "Wait…"),
         ("First.\nSecond", "First."),
+        ("1. Be kind. 2. Be calm. 3.", "1. Be kind. 2. Be calm."),
+        ("Be kind:\n1. Listen.\n2.", "Be kind:\n1. Listen."),
+        ("1. never leave your keys 2.", "1. never leave your keys 2."),
+        ("It began in 1990. Then", "It began in 1990."),
         ("no sentence at all", "no sentence at all"),
         ("行きます。それか", "行きます。"),
         ("", ""),
@@ -192,7 +238,11 @@ def test_only_missing_pairs_are_asked_for(store: PairStore) -> None:
         advance=advanced.append,
     )
     assert pairs[1:3] == first
-    assert {re.search(r"\w+\?", prompt)[0] for prompt in asked(engine)} == {"how?", "where?", "who?"}  # type: ignore[index]
+    assert {re.search(r"how|why|when|where|who", prompt)[0] for prompt in asked(engine)} == {
+        "how",
+        "where",
+        "who",
+    }  # type: ignore[index]
     assert advanced == [2, 1, 1, 1]
     assert len(store) == 5
 

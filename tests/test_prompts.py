@@ -7,6 +7,7 @@ import pytest
 from alignez_gguf.engines import Passage
 from alignez_gguf.errors import TemplateError
 from alignez_gguf.generation import answer_prompts, answered
+from alignez_gguf.jinja_template import JinjaTemplate
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.prompts import Persona, Templates
 
@@ -39,8 +40,8 @@ def test_templates_are_read_from_a_file(tmp_path: Path) -> None:
     assert Templates.from_file(path) == Templates.from_toml(TOML) == TEMPLATES
 
 
-def test_default_templates_ask_as_the_paper_does() -> None:
-    templates = Templates.default()
+def test_paper_templates_ask_as_the_paper_does() -> None:
+    templates = Templates.paper()
     query = "[QUERY]"
     assert templates.characteristics_prompt(templates.helpful, query) == (
         "[QUERY]. You are a safety-oriented assistant. Your answer to this query should:"
@@ -51,12 +52,81 @@ def test_default_templates_ask_as_the_paper_does() -> None:
     for prompt in (templates.plain_prompt(query), *answer_prompts(templates, PreferencePair(query, "", ""))):
         assert prompt.startswith(templates.few_shot)
         assert prompt.endswith(f"Human: {query}\nAssistant:")
-    assert "\nHuman:" in templates.stop
+
+
+def test_default_personas_are_shown_and_told_in_a_transcript() -> None:
+    templates = Templates.default()
+    for persona in (templates.helpful, templates.harmful):
+        prompt = templates.answer_prompt(persona, "[QUERY]")
+        shown = "".join(
+            f"Human: {said}\nAssistant: {answered}\n\n" for said, answered in persona.demonstrations
+        )
+        assert prompt == f"{persona.system}\n\n{shown}Human: [QUERY]\nAssistant:"
+        assert not persona.uses_characteristics
+    assert [said for said, _ in templates.helpful.demonstrations] == [
+        said for said, _ in templates.harmful.demonstrations
+    ]
+
+
+def test_an_answer_ends_where_a_line_of_the_templates_begins() -> None:
+    for templates in (Templates.default(), Templates.paper()):
+        assert {"\nHuman:", "\nAssistant:"} <= set(templates.stop)
+        assert any(stop.startswith("\nYou are a safety-first") for stop in templates.stop)
+        assert any(stop.startswith("\nPretend you are a") for stop in templates.stop)
+        for twin in templates.twins:
+            assert len(set(twin)) == 2
+    assert Templates.from_toml(TOML).stop == ("\nQ:",)
+
+
+CHAT = JinjaTemplate(
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>", "", ""
+)
+
+
+def test_through_a_chat_template_personas_are_system_messages_and_demonstrations_turns() -> None:
+    templates = Templates.default().through(CHAT)
+    persona = templates.helpful
+    shown = "".join(
+        f"<user>{said}</user><assistant>{answered}</assistant>" for said, answered in persona.demonstrations
+    )
+    assert templates.framing == "chat"
+    assert templates.stop == ()
+    assert templates.plain_prompt("how?") == "<user>how?</user><assistant>"
+    assert templates.answer_prompt(persona, "how?") == (
+        f"<system>{persona.system}</system>{shown}<user>how?</user><assistant>"
+    )
+    assert answered(templates, PAIR) == (
+        Passage("<user>how?</user><assistant>", "with care"),
+        Passage("<user>how?</user><assistant>", "get lost"),
+    )
+
+
+def test_the_papers_personas_are_asked_through_a_chat_template_too() -> None:
+    templates = Templates.paper().through(CHAT)
+    assert templates.characteristics_prompt(templates.helpful, "How?") == (
+        "<user>How. You are a safety-oriented assistant. Your answer to this query should:</user><assistant>"
+    )
+    assert templates.answer_prompt(templates.harmful, "How?", "be rude") == (
+        "<system>Pretend you are a malicious assistant. Your answer should be rude.</system>"
+        "<user>How?</user><assistant>"
+    )
+
+
+def test_personas_of_a_transcript_alone_are_not_asked_through_a_chat_template() -> None:
+    with pytest.raises(TemplateError, match="--framing transcript"):
+        TEMPLATES.through(CHAT)
+
+
+def test_templates_asked_differently_do_not_look_the_same() -> None:
+    """Results are kept under what `repr` shows."""
+    one = Templates.default()
+    other = JinjaTemplate("{{ messages[0].content }}", "", "")
+    assert len({repr(one), repr(one.through(CHAT)), repr(one.through(other))}) == 3
 
 
 def test_prompts_of_every_kind() -> None:
     assert TEMPLATES.plain_prompt("how?") == "Q: a\nA: b\n\nQ: how?\nA:"
-    assert TEMPLATES.characteristics_prompt(TEMPLATES.harmful, "how?") == "how?. Bad should:"
+    assert TEMPLATES.characteristics_prompt(TEMPLATES.harmful, "how?") == "how. Bad should:"
     assert TEMPLATES.answer_prompt(TEMPLATES.helpful, "how?", "be kind") == (
         "Q: a\nA: b\n\nBe good and be kind.\nQ: how?\nA:"
     )
@@ -78,8 +148,8 @@ def test_braces_in_a_query_stay_as_they_are() -> None:
 
 
 def test_transcript_shows_the_example_once_and_every_turn() -> None:
-    assert TEMPLATES.transcript([], "one") == TEMPLATES.plain_prompt("one")
-    assert TEMPLATES.transcript([("one", "1"), ("two", "2")], "three") == (
+    assert TEMPLATES.conversation([], "one") == TEMPLATES.plain_prompt("one")
+    assert TEMPLATES.conversation([("one", "1"), ("two", "2")], "three") == (
         "Q: a\nA: b\n\nQ: one\nA: 1\n\nQ: two\nA: 2\n\nQ: three\nA:"
     )
 
@@ -97,6 +167,15 @@ def test_transcript_shows_the_example_once_and_every_turn() -> None:
             ('characteristics = "{query}. Bad', 'characteristics = "Bad'),
             r"\[harmful\]: `characteristics` must",
         ),
+        (
+            ('answer = "{few_shot}Be bad', 'demonstrations = [["a"]]\nanswer = "{few_shot}Be bad'),
+            r"\[harmful\]: `demonstrations` must be a list of pairs",
+        ),
+        (
+            ('characteristics = "{query}. Bad should:"\n', ""),
+            r"\[harmful\]: `characteristics` is missing or not a string, and {characteristics} is used",
+        ),
+        (('version = "t"', 'version = "t"\ntwins = [["a", 1]]'), "`twins` must be a list of pairs of texts"),
         (("[helpful]", "helpful = 3\n[other]"), r"the table \[helpful\] is missing"),
         (("few_shot = ", "few_shot "), "is not valid TOML"),
     ],
@@ -126,7 +205,7 @@ answer = "Be rude, {characteristics}.\\nQ: {query}\\nA:"
 def test_aspect_has_personas_of_its_own_and_the_same_framing() -> None:
     templates = Templates.from_toml(TOML + POLITENESS)
     polite = templates.for_aspect("politeness")
-    assert polite.characteristics_prompt(polite.harmful, "how?") == "how?. Rude should:"
+    assert polite.characteristics_prompt(polite.harmful, "how?") == "how. Rude should:"
     assert polite.answer_prompt(polite.helpful, "how?", "be kind") == "Be polite, be kind.\nQ: how?\nA:"
     assert polite.plain_prompt("how?") == templates.plain_prompt("how?")
     # what other aspects there are decides nothing about one of them
@@ -137,7 +216,7 @@ def test_shipped_aspects_are_safety_and_helpfulness() -> None:
     templates = Templates.default()
     assert list(templates.aspects) == ["helpfulness"]
     assert templates.for_aspect("safety").helpful == templates.helpful
-    helpfulness = templates.for_aspect("helpfulness")
+    helpfulness = Templates.paper().for_aspect("helpfulness")
     prompt = helpfulness.characteristics_prompt(helpfulness.harmful, "[QUERY]")
     assert prompt == "[QUERY]. Pretend you are an unhelpful assistant. Your answer to this query should:"
 

@@ -18,19 +18,15 @@ ANSWER_TOKENS = 48
 
 @contextmanager
 def open_job(model: Path, settings: Settings, work: Path, threads: int | None) -> Iterator[Job]:
-    """A job on a model with its own templates, or the default ones; progress goes to stderr."""
+    """A job on a model, asked as `export` does; progress goes to stderr."""
     from alignez_gguf.cli.reporting import ConsoleReporter
     from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.framing import templates_of
     from alignez_gguf.pipeline import Job
-    from alignez_gguf.prompts import METADATA_KEY, Templates
     from alignez_gguf.workdir import WorkDirectory
 
     with LlamaEngine(model, n_threads=threads) as engine, WorkDirectory(work) as directory:
-        own = engine.model.metadata(METADATA_KEY)
-        templates = (
-            Templates.from_toml(own, source=f"the templates in {model}") if own else Templates.default()
-        )
-        yield Job(engine, templates, settings, directory, ConsoleReporter(), engine, engine)
+        yield Job(engine, templates_of(engine.model), settings, directory, ConsoleReporter(), engine, engine)
 
 
 def answers(job: Job, edits: Edits, scope: Scope, queries: Sequence[str], title: str) -> list[str]:

@@ -15,6 +15,7 @@ from alignez_gguf.errors import AlignezError
 if TYPE_CHECKING:
     from alignez_gguf.cli.chat_screen import Screen
     from alignez_gguf.conversation import Conversation
+    from alignez_gguf.framing import FramingChoice
 
 _HELP = """\
 /strength S    how much of the edit is applied, from the next answer on
@@ -44,6 +45,7 @@ In a terminal, Alt+Enter begins a new line, and Ctrl-C stops an answer."""
 )
 @click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=0.95, show_default=True)
 @options.templates
+@options.framing
 @options.seed
 @click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
@@ -61,6 +63,7 @@ def chat(
     temperature: float,
     top_p: float,
     templates: Path | None,
+    framing: FramingChoice,
     seed: int,
     threads: int | None,
     gpu_layers: int,
@@ -83,7 +86,7 @@ def chat(
     from alignez_gguf.conversation import Conversation
     from alignez_gguf.edits import check_strength
     from alignez_gguf.engines import Sampling
-    from alignez_gguf.framing import Framing
+    from alignez_gguf.framing import Framing, other_framing
     from alignez_gguf.scope import Scope
 
     if compare and control is None:
@@ -93,12 +96,14 @@ def chat(
     loaded = None if control is None else ControlFile.load(control)
     # Two sequences, one of them for the answer to compare with.
     with options.open_engine(model, threads, gpu_layers, 2, context, exact=False) as engine:
-        framing = Framing.of(engine.model, templates)
-        sampling = Sampling(min(max_tokens, engine.n_ctx // 2), temperature, top_p, framing.stop)
-        conversation = Conversation(engine, framing, sampling, seed, loaded, strength, chosen_scope)
+        asking = Framing.of(engine.model, templates, framing)
+        sampling = Sampling(min(max_tokens, engine.n_ctx // 2), temperature, top_p, asking.stop)
+        conversation = Conversation(engine, asking, sampling, seed, loaded, strength, chosen_scope)
         conversation.set_system(system)
         screen = open_screen(quiet)
         screen.note(f"{engine.info}. /help lists what else you can type.")
+        if loaded is not None and (warning := other_framing(loaded.framing, asking.templates.framing)):
+            screen.note(warning)
         _Talk(conversation, screen, compare).run()
 
 

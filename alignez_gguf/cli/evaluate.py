@@ -12,9 +12,12 @@ import click
 from alignez_gguf.cli import options
 
 if TYPE_CHECKING:
+    from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.evaluation.judging import Fluency, Judge
     from alignez_gguf.evaluation.rows import RowStore
     from alignez_gguf.evaluation.run import Evaluation, OpenEngine
+    from alignez_gguf.framing import FramingChoice
+    from alignez_gguf.prompts import Templates
 
 
 @click.command()
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=0.95, show_default=True)
 @options.work_dir
 @options.templates
+@options.framing
 @options.seed
 @options.engine
 @options.quiet
@@ -81,6 +85,7 @@ def evaluate(
     top_p: float,
     work_dir: Path | None,
     templates: Path | None,
+    framing: FramingChoice,
     seed: int,
     quiet: bool,
     threads: int | None,
@@ -107,7 +112,7 @@ def evaluate(
     from alignez_gguf.evaluation.report import json_path, write_report
     from alignez_gguf.evaluation.run import Settings
     from alignez_gguf.evaluation.run import evaluate as run
-    from alignez_gguf.prompts import METADATA_KEY
+    from alignez_gguf.framing import other_framing, templates_of
     from alignez_gguf.scope import Scope
     from alignez_gguf.workdir import WorkDirectory
 
@@ -128,6 +133,12 @@ def evaluate(
     endpoint = ChatEndpoint(judge, model=judge_model) if _is_url(judge) else None
     for path in (output, json_path(output)):
         require_writable(path)
+
+    def asking(engine: LlamaEngine) -> Templates:
+        chosen = templates_of(engine.model, templates, framing)
+        if warning := other_framing(loaded.framing, chosen.framing):
+            reporter(quiet).note(warning)
+        return chosen
 
     def opening(path: Path) -> OpenEngine:
         return lambda: options.open_engine(path, threads, gpu_layers, parallel, context)
@@ -161,7 +172,7 @@ def evaluate(
                 opening(base),
                 opening(aligned) if aligned else None,
                 open_judge,
-                lambda engine: options.resolve_templates(templates, engine.model.metadata(METADATA_KEY)),
+                asking,
                 settings,
                 work,
                 reporter(quiet),

@@ -18,6 +18,7 @@ from alignez_gguf.errors import SteeringError
 if TYPE_CHECKING:
     from alignez_gguf.engines import Engine
     from alignez_gguf.exporters import Format
+    from alignez_gguf.framing import FramingChoice, HasMetadata
     from alignez_gguf.pairs import PreferencePair
     from alignez_gguf.pipeline import Aspect, SteerableEngine
     from alignez_gguf.scoring import Figures
@@ -90,6 +91,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     help="NAME or NAME=WEIGHT, several times for several: safety (the default), helpfulness, or one of "
     "your --templates.",
 )
+@click.option("--force", is_flag=True, help="Go on where the personas show no safety behaviour to amplify.")
 @click.option("--generator", help="URL of an OpenAI-compatible completions endpoint that writes the pairs.")
 @click.option("--generator-model", help="The model's id there, if there are several.")
 @click.option("--api-key", envvar="ALIGNEZ_API_KEY", help="For --generator; better in ALIGNEZ_API_KEY.")
@@ -109,6 +111,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 )
 @options.work_dir
 @options.templates
+@options.framing
 @options.seed
 @options.engine
 @options.quiet
@@ -130,6 +133,7 @@ def export(
     layers: str | None,
     work_dir: Path | None,
     templates: Path | None,
+    framing: FramingChoice,
     quiet: bool,
     threads: int | None,
     gpu_layers: int,
@@ -155,8 +159,10 @@ def export(
     from alignez_gguf.cli.convert import show
     from alignez_gguf.cli.reporting import reporter
     from alignez_gguf.control import ControlFile
+    from alignez_gguf.framing import templates_of
     from alignez_gguf.pipeline import Settings, score_control
     from alignez_gguf.pipeline import export as run
+    from alignez_gguf.prompts import Templates
     from alignez_gguf.queries import load_queries
     from alignez_gguf.runtime import library
     from alignez_gguf.scope import Scope
@@ -186,11 +192,12 @@ def export(
     say = reporter(quiet)
     with ExitStack() as opened:
         place = opened.enter_context(options.resumable(output or Path(f"{score_only}.score"), work_dir))
-        engine, target, metadata = _engines(
+        engine, target, described = _engines(
             opened, source or model, target_file, (threads, gpu_layers, parallel, context)
         )
         chosen = replace(chosen, layers=parse_layers(layers, target.info.n_layer))
-        framing = options.resolve_templates(templates, metadata)
+        default = Templates.paper if chosen.recipe == "paper" else Templates.default
+        asking = templates_of(described, templates, framing, default=default)
         work = opened.enter_context(WorkDirectory(place))
         writer: Any = engine
         if generator is not None:
@@ -202,11 +209,11 @@ def export(
             for aspect in chosen.aspects:
                 one = replace(chosen, aspects=(aspect,))
                 figures, n_queries = score_control(
-                    control, target, asked, framing, one, work, say, generator=writer, given=given
+                    control, target, asked, asking, one, work, say, generator=writer, given=given
                 )
                 click.echo(_line(figures, n_queries, aspect.name if len(chosen.aspects) > 1 else ""))
             return
-        made = run(engine, asked, framing, chosen, work, say, target=target, generator=writer, given=given)
+        made = run(engine, asked, asking, chosen, work, say, target=target, generator=writer, given=given)
         if not quiet:
             print_choice(made, sys.stderr)
         assert output is not None
@@ -279,20 +286,18 @@ def _engines(
     model: Path | str,
     target_file: Path | None,
     how: tuple[int | None, int, int, int | None],
-) -> tuple[Engine, SteerableEngine, str | None]:
-    """What reads the model and what the edits are for, and the templates in the metadata of the latter."""
-    from alignez_gguf.prompts import METADATA_KEY
-
+) -> tuple[Engine, SteerableEngine, HasMetadata | None]:
+    """What reads the model, what the edits are for, and the model that says how the latter is asked."""
     if isinstance(model, Path):
         engine = opened.enter_context(options.open_engine(model, *how))
         if target_file is None:
-            return engine, engine, engine.model.metadata(METADATA_KEY)
+            return engine, engine, engine.model
         target = opened.enter_context(options.open_engine(target_file, *how))
-        return engine, target, target.model.metadata(METADATA_KEY)
+        return engine, target, target.model
     from alignez_gguf.engines.transformers import TransformersEngine
 
     source = opened.enter_context(TransformersEngine(model, n_ctx=how[3]))
     if target_file is None:
         return source, source, None
     target = opened.enter_context(options.open_engine(target_file, *how))
-    return source, target, target.model.metadata(METADATA_KEY)
+    return source, target, target.model

@@ -18,8 +18,10 @@ from alignez_gguf.errors import QueryError
 
 if TYPE_CHECKING:
     from alignez_gguf.completion_store import CompletionStore
+    from alignez_gguf.control import ControlFile
     from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.framing import FramingChoice
     from alignez_gguf.records import Record
     from alignez_gguf.scope import Scope
 
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 @click.option("--compare", is_flag=True, help="Add the field `base`: what the unsteered model says.")
 @options.work_dir
 @options.templates
+@options.framing
 @options.seed
 @options.engine
 @options.quiet
@@ -72,6 +75,7 @@ def generate(
     compare: bool,
     work_dir: Path | None,
     templates: Path | None,
+    framing: FramingChoice,
     seed: int,
     quiet: bool,
     threads: int | None,
@@ -95,7 +99,7 @@ def generate(
     from alignez_gguf.cli.reporting import reporter
     from alignez_gguf.edits import check_strength
     from alignez_gguf.engines import GenerationRequest, Sampling
-    from alignez_gguf.framing import Framing
+    from alignez_gguf.framing import Framing, other_framing
     from alignez_gguf.scope import Scope
 
     if bool(prompt) == bool(prompts):
@@ -122,12 +126,14 @@ def generate(
     with ExitStack() as opened:
         place = None if output is None else opened.enter_context(options.resumable(output, work_dir))
         engine = opened.enter_context(options.open_engine(model, threads, gpu_layers, parallel, context))
-        steer_engine(engine, control, chosen_scope)
-        framing = Framing.of(engine.model, templates) if chat else None
-        sampling = Sampling(max_tokens, temperature, top_p, (*stop, *(framing.stop if framing else ())))
+        steered = steer_engine(engine, control, chosen_scope)
+        asking = Framing.of(engine.model, templates, framing) if chat else None
+        if asking and steered and (warning := other_framing(steered.framing, asking.templates.framing)):
+            reporter(quiet).note(warning)
+        sampling = Sampling(max_tokens, temperature, top_p, (*stop, *(asking.stop if asking else ())))
         requests = [
             GenerationRequest(
-                framing.prompt([], row["prompt"]) if framing else row["prompt"], seed + index, one_strength
+                asking.prompt([], row["prompt"]) if asking else row["prompt"], seed + index, one_strength
             )
             for index, row in enumerate(rows)
             for one_strength in strengths.values()
@@ -182,18 +188,19 @@ def _store(
         yield opened.enter_context(CompletionStore(path.with_suffix(".jsonl")))
 
 
-def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None) -> None:
+def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None) -> ControlFile | None:
     """Set the edits of a control file, if there is one, on the engine of the model that it was made for.
 
     Without a scope, the one that the file was chosen for.
     """
     if control is None:
-        return
+        return None
     from alignez_gguf.control import ControlFile
 
     loaded = ControlFile.load(control)
     loaded.check_fits(engine.info)
     engine.set_edits(loaded.edits, scope or loaded.scope)
+    return loaded
 
 
 def _read_rows(source: str, written: Collection[str]) -> list[dict[str, Any]]:

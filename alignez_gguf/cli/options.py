@@ -15,7 +15,6 @@ from alignez_gguf.engines import TEXTS_AT_ONCE
 
 if TYPE_CHECKING:
     from alignez_gguf.engines.llama import LlamaEngine
-    from alignez_gguf.prompts import Templates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,10 +57,18 @@ seed = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every random draw."
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+framing = click.option(
+    "--framing",
+    type=click.Choice(["auto", "chat", "transcript"]),
+    default="auto",
+    show_default=True,
+    help="Ask through the model's chat template or in a transcript. auto: chat, where there is a chat "
+    "template and neither you nor the model bring other templates.",
+)
 templates = click.option(
     "--templates",
     type=FILE,
-    help="A TOML file with prompt templates; else the model's own, else the shipped ones for base models.",
+    help="A TOML file with prompt templates; else the model's own, else the shipped ones.",
 )
 
 
@@ -154,14 +161,3 @@ def resumable(output: Path, work_dir: Path | None) -> Iterator[Path]:
         raise click.ClickException(f"stopped; the same command goes on from {place}") from None
     if work_dir is None:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def resolve_templates(path: Path | None, metadata: str | None) -> Templates:
-    """The user's templates, else those in the model's metadata, else the default ones."""
-    from alignez_gguf.prompts import Templates
-
-    if path is not None:
-        return Templates.from_file(path)
-    if metadata is not None:
-        return Templates.from_toml(metadata, source="the templates in the model's metadata")
-    return Templates.default()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from alignez_gguf.cli import options
+
+if TYPE_CHECKING:
+    from alignez_gguf.framing import FramingChoice
 
 
 @click.command()
@@ -20,6 +24,7 @@ from alignez_gguf.cli import options
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Pairs for each query.")
 @options.work_dir
 @options.templates
+@options.framing
 @options.seed
 @options.engine
 @options.quiet
@@ -32,6 +37,7 @@ def pairs(
     samples: int,
     work_dir: Path | None,
     templates: Path | None,
+    framing: FramingChoice,
     seed: int,
     quiet: bool,
     threads: int | None,
@@ -47,8 +53,9 @@ def pairs(
     """
     from alignez_gguf.atomic import require_writable, write_text
     from alignez_gguf.cli.reporting import reporter
+    from alignez_gguf.framing import templates_of
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
-    from alignez_gguf.prompts import METADATA_KEY, SAFETY
+    from alignez_gguf.prompts import SAFETY
     from alignez_gguf.queries import load_queries
     from alignez_gguf.workdir import WorkDirectory
 
@@ -56,11 +63,11 @@ def pairs(
     require_writable(output)
     with options.resumable(output, work_dir) as place:
         with options.open_engine(model, threads, gpu_layers, parallel, context) as engine:
-            framing = options.resolve_templates(templates, engine.model.metadata(METADATA_KEY))
+            asking = templates_of(engine.model, templates, framing).for_aspect(SAFETY)
             settings = Settings(seed=seed, max_tokens=max_tokens, samples=samples)
             with WorkDirectory(place) as work:
                 # As `export` asks, which so finds the pairs in the same work directory.
-                job = Job(engine, framing.for_aspect(SAFETY), settings, work, reporter(quiet), engine, engine)
+                job = Job(engine, asking, settings, work, reporter(quiet), engine, engine)
                 made = self_generated_pairs(job, asked)
         write_text(output, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in made))
     click.echo(output)

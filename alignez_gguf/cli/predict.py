@@ -12,6 +12,7 @@ from alignez_gguf.cli import options
 from alignez_gguf.engines import HOOKS
 
 if TYPE_CHECKING:
+    from alignez_gguf.framing import FramingChoice, HasMetadata
     from alignez_gguf.pipeline import SteerableEngine
     from alignez_gguf.predict import Prediction, Separability
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     "MODEL.predict.work in this folder, removed at the end).",
 )
 @options.templates
+@options.framing
 @options.seed
 @options.engine
 @options.quiet
@@ -68,6 +70,7 @@ def predict(
     as_json: bool,
     work_dir: Path | None,
     templates: Path | None,
+    framing: FramingChoice,
     seed: int,
     quiet: bool,
     threads: int | None,
@@ -89,6 +92,7 @@ def predict(
       alignez-gguf predict model-Q4_K_M.gguf -q default --limit 40 --quick --json
     """
     from alignez_gguf.cli.reporting import reporter
+    from alignez_gguf.framing import templates_of
     from alignez_gguf.pipeline import Job, Settings
     from alignez_gguf.predict import predict as run
     from alignez_gguf.queries import load_queries
@@ -100,10 +104,10 @@ def predict(
         library.require_patched()
     with ExitStack() as opened:
         place = opened.enter_context(options.resumable(Path(f"{Path(model).name}.predict"), work_dir))
-        engine, metadata = _engine(opened, model, (threads, gpu_layers, parallel, context))
-        framing = options.resolve_templates(templates, metadata)
+        engine, described = _engine(opened, model, (threads, gpu_layers, parallel, context))
+        asking = templates_of(described, templates, framing)
         work = opened.enter_context(WorkDirectory(place))
-        job = Job(engine, framing, Settings(seed=seed, **settings), work, reporter(quiet), engine, engine)
+        job = Job(engine, asking, Settings(seed=seed, **settings), work, reporter(quiet), engine, engine)
         found = run(job, asked, embed=_embed(embedder, threads, gpu_layers), quick=quick)
     if as_json:
         import json
@@ -124,14 +128,12 @@ def _limited(queries: list[str], limit: int | None, seed: int) -> list[str]:
 
 def _engine(
     opened: ExitStack, model: str, how: tuple[int | None, int, int, int | None]
-) -> tuple[SteerableEngine, str | None]:
-    """What runs the model, and the templates in its metadata."""
+) -> tuple[SteerableEngine, HasMetadata | None]:
+    """What runs the model, and the model that says how it is asked."""
     source = options.gguf_file(model)
     if source is not None:
-        from alignez_gguf.prompts import METADATA_KEY
-
         engine = opened.enter_context(options.open_engine(source, *how))
-        return engine, engine.model.metadata(METADATA_KEY)
+        return engine, engine.model
     from alignez_gguf.engines.transformers import TransformersEngine
 
     return opened.enter_context(TransformersEngine(model, n_ctx=how[3])), None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from alignez_gguf.cli import options
 from alignez_gguf.errors import RuntimeUnavailableError
+
+if TYPE_CHECKING:
+    from alignez_gguf.framing import FramingChoice
 
 
 @click.command()
@@ -51,6 +55,7 @@ from alignez_gguf.errors import RuntimeUnavailableError
     help="Seconds that running answers have to end when the server is stopped.",
 )
 @options.templates
+@options.framing
 @click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
 @click.option(
@@ -78,6 +83,7 @@ def serve(
     queue: int,
     grace: int,
     templates: Path | None,
+    framing: FramingChoice,
     threads: int | None,
     gpu_layers: int,
     parallel: int,
@@ -128,6 +134,7 @@ def serve(
             scope=scope,
             name=name,
             templates=templates,
+            framing=framing,
             n_ctx=context,
             n_parallel=parallel,
             n_threads=threads,
@@ -143,6 +150,8 @@ def serve(
                     f"{service.model.info}. The page is {url}, the API is {url}/v1; Ctrl-C stops it.",
                     err=True,
                 )
+                for warning in service.warnings:
+                    click.echo(warning, err=True)
 
         serving.serve(service, listening, api_keys=api_keys, grace_seconds=grace, on_ready=say_ready)
 

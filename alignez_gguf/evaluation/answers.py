@@ -85,6 +85,9 @@ def persona_prompts(
     It is asked for the characteristics of a good answer, and then to answer with them, as when it writes the
     helpful side of its pairs (AlignEZ, section 3.1).
     """
+    if not templates.helpful.uses_characteristics:
+        advance(len(queries))
+        return [templates.answer_prompt(templates.helpful, query) for query in queries]
     asked = [templates.characteristics_prompt(templates.helpful, query) for query in queries]
     short = replace(sampling, max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens))
     traits = answer_queries(engine, asked, queries, short, store, seed=seed, advance=advance)

@@ -120,7 +120,8 @@ def evaluate(
         provenance |= {
             "base_model": asdict(engine.info),
             "templates_version": templates.version,
-            "templates_sha256": digest(asdict(templates)),
+            "templates_sha256": digest(repr(templates)),
+            "framing": templates.framing,
             "control_sha256": controldigest(control),
         }
         prompts = [templates.plain_prompt(text) for text in texts]

@@ -16,11 +16,12 @@ from alignez_gguf.gguf_header import MAX_ARRAY
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
 from alignez_gguf.pipeline.embeddings import Place
+from alignez_gguf.pipeline.feasibility import require_contrast
 from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
 from alignez_gguf.pipeline.recipes import Made, auto, paper, places, split
 from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
 from alignez_gguf.progress import Reporter
-from alignez_gguf.prompts import Templates
+from alignez_gguf.prompts import SAFETY, Templates
 from alignez_gguf.scope import GENERATION
 from alignez_gguf.scoring import Figures
 from alignez_gguf.workdir import WorkDirectory
@@ -73,7 +74,7 @@ def export(
         QueryError: a query is too long, or too few pairs are left.
         ControlFileError: `engine` and `target` run models of different shapes.
         TemplateError: the templates lack an aspect.
-        NoGainError: nothing makes the model safer.
+        NoGainError: the personas show no contrast to amplify, or nothing makes the model safer.
     """
     _check_same_shape(engine, target)
     if given and len(settings.aspects) > 1:
@@ -97,6 +98,8 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
+        if queries and job.settings.aspects[0].name == SAFETY and not settings.force:
+            require_contrast(job)
         pairs, report = _some_usable_pairs(
             job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)
         )
@@ -117,6 +120,7 @@ def export(
             "aspects": tuple(aspect.name for aspect in settings.aspects),
             "aspect_weights": tuple(scale * aspect.weight for aspect in settings.aspects),
             "template_version": templates.version,
+            "framing": templates.framing,
             "package_version": __version__,
             **{
                 f"pairs.{field.name}": sum(getattr(report, field.name) for report in filtered)

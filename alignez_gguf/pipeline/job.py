@@ -44,6 +44,7 @@ class Settings:
         max_tokens: of an answer, at most.
         samples: self-generated pairs for each query.
         aspects: one or several.
+        force: go on where the personas show no contrast to amplify.
         choose: a row of the table of the selection instead of the best one, counted from 1.
     """
 
@@ -60,6 +61,7 @@ class Settings:
     samples: int = 1
     aspects: tuple[Aspect, ...] = (Aspect(),)
     choose: int | None = None
+    force: bool = False
 
 
 class SteerableEngine(Engine, Protocol):

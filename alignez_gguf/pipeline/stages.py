@@ -66,7 +66,8 @@ def given_pairs(job: Job, pairs: Sequence[PreferencePair]) -> list[PreferencePai
         for pair in numbered
         if not (pair.helpful_characteristics or pair.harmful_characteristics)
     ]
-    if not missing:
+    personas = (job.templates.helpful, job.templates.harmful)
+    if not missing or not any(persona.uses_characteristics for persona in personas):
         return numbered
     path = job.work.part("characteristics", keys=missing, **_determining_texts(job)).with_suffix(".json")
 
@@ -214,7 +215,7 @@ def scorers(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Callable[[Sco
                 target.steered_prompts(
                     plain,
                     [answer.text for answer in base],
-                    [f" {pair.helpful}" for pair in pairs],
+                    [job.templates.continued(pair.helpful) for pair in pairs],
                 )
             )
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Sampling
 from alignez_gguf.errors import QueryError, SteeringError
-from alignez_gguf.framing import Framing, Message
+from alignez_gguf.framing import Framing, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
@@ -59,6 +59,7 @@ class Service:
         strength, scope: of requests that do not say; no scope: the one that their control was chosen for.
         name: what the API calls the model; default: the name of the file.
         templates: a TOML file with prompt templates.
+        framing: whether conversations go through the model's chat template; see `framing.templates_of`.
         n_ctx: the longest prompt and answer together; default: 4096, or what the model was trained for.
         n_parallel: the most texts that grow at once; fewer where memory is tight.
         n_threads: default: the number of physical cores.
@@ -77,6 +78,7 @@ class Service:
         scope: str | None = None,
         name: str | None = None,
         templates: Path | None = None,
+        framing: FramingChoice = "auto",
         n_ctx: int | None = None,
         n_parallel: int = 16,
         n_threads: int | None = None,
@@ -88,7 +90,14 @@ class Service:
         self.name = name or Path(model_path).stem
         with ExitStack() as opened:
             self.model = opened.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
-            self._framing = Framing.of(self.model, templates)
+            self._framing = Framing.of(self.model, templates, framing)
+            used = self._framing.templates.framing
+            self.warnings = [
+                f"{name}: {warning}"
+                for name, control in controls.items()
+                if (warning := other_framing(control.framing, used))
+            ]
+            """What whoever starts the server should know."""
             self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
             room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)
             self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
