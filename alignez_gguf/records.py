@@ -70,10 +70,10 @@ def read(path: str | PathLike[str]) -> Table:
 def parse(data: bytes, name: str) -> Table:
     """The rows of a file's content, in the form that the ending of `name` says.
 
-    The endings are .csv, .tsv, .json (a list of objects, or JSONL), .jsonl, .ndjson and .parquet, in any case
-    and also with .gz or .txt behind them. Anything else is plain text, a row per line that is not blank,
-    unless it is a list of JSON objects or at least half of its lines are JSON objects: then it is read as
-    that.
+    The endings are .csv, .tsv, .json (a list of objects, or objects one after the other), .jsonl, .ndjson and
+    .parquet, in any case and also with .gz or .txt behind them. Anything else is plain text, a row per line
+    that is not blank, unless it is a list of JSON objects, JSON over several lines, or at least half of its
+    lines are JSON objects: then it is read as that.
 
     Raises:
         QueryError: the content is not of that form, or pyarrow is needed and not installed.
@@ -102,8 +102,12 @@ def is_blank(text: str) -> bool:
 
 
 def truth(value: object) -> bool | None:
-    """What a field says that is true, false, 1 or 0, as JSON or as a text; `None` where it is neither."""
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    """What a field says that is true, false, 1 or 0, as JSON or as a text; `None` where it is neither.
+
+    Tables in which a label is missing have 1.0 and 0.0: pandas makes such a column one of floats.
+    """
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    return known.get(str(value).strip().lower())
 
 
 _INVISIBLE = ("Cc", "Cf", "Mn", "Me")
@@ -262,16 +266,51 @@ def _cells_of_any_length(longest: int) -> Iterator[None]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is an object or a list of objects in JSON, or at least half of its lines are objects."""
-    if text.lstrip()[:1] in ("[", "{"):
-        whole = _loaded_or_none(text)
-        if isinstance(whole, dict) or (
-            isinstance(whole, list) and any(isinstance(row, dict) for row in whole)
-        ):
-            return True
+    """Whether a text is an object or a list of objects in JSON, or JSON whose values go over several lines, or
+    at least half of its lines are objects."""
+    values = _values(text)
+    if _go_over_lines(values) or (len(values) == 1 and _holds_objects(values[0].value)):
+        return True
     filled = [line for line in lines(text) if not is_blank(line)]
     n_objects = sum(line.lstrip()[:1] == "{" and isinstance(_loaded_or_none(line), dict) for line in filled)
     return n_objects > 0 and 2 * n_objects >= len(filled)
+
+
+class _Value(NamedTuple):
+    line: int
+    """The line of the file on which it begins."""
+    source: str
+    value: object
+
+
+def _values(text: str) -> list[_Value]:
+    """The objects and lists of which a text consists from end to end; none where there is anything else."""
+    text = "\n".join(lines(text))
+    values, position, line = [], 0, 1
+    try:
+        while start := _NO_SPACE.search(text, position):
+            line += text.count("\n", position, start.start())
+            value, position = json.JSONDecoder().raw_decode(text, start.start())
+            if not isinstance(value, (dict, list)):
+                return []
+            values.append(_Value(line, text[start.start() : position], value))
+            line += text.count("\n", start.start(), position)
+    except (ValueError, RecursionError):
+        return []
+    return values
+
+
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
+
+
+def _go_over_lines(values: Sequence[_Value]) -> bool:
+    return any("\n" in one.source for one in values)
+
+
+def _holds_objects(value: object) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(one, dict) for one in value)
+    )
 
 
 def _loaded_or_none(text: str) -> object:
@@ -288,10 +327,15 @@ def _from_json(text: str, name: str, mend: str = "write one object per line") ->
         for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
             yield _object(row, f"{name}, row {number}")
         return
-    for number, line in enumerate(lines(text), start=1):
-        if not is_blank(line):
+    # jq and editors write an object over several lines.
+    if _go_over_lines(values := _values(text)):
+        numbered = [(one.line, one.source) for one in values]
+    else:
+        numbered = list(enumerate(lines(text), start=1))
+    for number, source in numbered:
+        if not is_blank(source):
             where = f"{name}, line {number}"
-            yield _object(_loads(line, where, mend), where)
+            yield _object(_loads(source, where, mend), where)
 
 
 def _from_parquet(data: bytes, name: str) -> Iterator[Record]:

@@ -105,6 +105,22 @@ def test_some_json_in_a_text_leaves_it_a_text(write: Write) -> None:
     assert load_queries(write("q.txt", '["a", "list"]')) == ['["a", "list"]']
 
 
+@pytest.mark.parametrize("name", ["q.txt", "q", "q.json", "q.jsonl"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_objects_over_several_lines_are_read_as_such(write: Write, name: str, line_end: str) -> None:
+    objects = [json.dumps(row, indent=2).replace("\n", line_end) for row in ROWS]  # as `jq .` writes them
+    assert load_queries(write(name, line_end.join(objects) + line_end)) == QUERIES
+    assert load_queries(write(name, objects[0])) == QUERIES[:1]
+    second = json.dumps({"prompt": 5}, indent=2).replace("\n", line_end)
+    with pytest.raises(QueryError, match=f"{name}, line 6: the query is not a string"):
+        load_queries(write(name, f"{line_end}{objects[0]}{line_end}{second}"))
+
+
+def test_a_list_over_several_lines_is_not_taken_as_lines(write: Write) -> None:
+    with pytest.raises(QueryError, match=r"q.txt, row 1 is not a JSON object"):
+        load_queries(write("q.txt", json.dumps(QUERIES, indent=1)))
+
+
 @pytest.mark.parametrize("ending", [".txt", ""])
 def test_lines_end_at_line_feeds_and_carriage_returns_only(write: Write, ending: str) -> None:
     kept = [f"How can I{char}fly?" for char in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]

@@ -54,6 +54,16 @@ def test_labels_are_read_from_csv(tmp_path: Path) -> None:
     assert [query.harmful for query in load_evaluation_queries(str(path))] == [True, False, None]
 
 
+def test_labels_are_read_from_a_column_of_floats(tmp_path: Path) -> None:
+    """As pandas writes it where a label is missing."""
+    path = tmp_path / "queries.csv"
+    path.write_text("query,harmful\na,1.0\nb,0.0\nc,\n")
+    assert [query.harmful for query in load_evaluation_queries(str(path))] == [True, False, None]
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"query": "a", "harmful": 1.0}\n{"query": "b", "harmful": 0.0}\n')
+    assert [query.harmful for query in load_evaluation_queries(str(path))] == [True, False]
+
+
 def test_label_that_is_neither_is_refused_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"query": "a", "harmful": true}\n{"query": "b", "harmful": "perhaps"}\n')
