@@ -8,11 +8,12 @@ writing its messages down that keeps them all. Knows nothing of models.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError as JinjaError
 from jinja2 import nodes
@@ -23,7 +24,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from alignez_gguf.errors import TemplateError
 
 _KINDS_KEPT = 256
-"""Kinds of conversations whose form is remembered; finding one takes up to four renderings."""
+"""Kinds of conversations whose form is remembered; finding one takes up to six renderings."""
+
+_PART_AS_DATA = re.compile(r"""['"]text['"]:\s*['"]probe-\d+-text""")
+"""A typed part that a template has written into the prompt as if it were a text."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,28 @@ class Message:
     content: str
 
 
+_System = Literal["kept", "joined", "in the user's message"]
+"""What becomes of the system messages at the beginning; joined, they are one."""
+
+
 @dataclass(frozen=True)
 class _Form:
     """How messages are written down for a template.
 
     Attributes:
         typed: contents are lists of typed parts, as vision models want them, and not strings.
-        merged: the system messages at the beginning are part of the user's first message.
+        system: where the system messages at the beginning are.
     """
 
     typed: bool
-    merged: bool
+    system: _System
 
     def written(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        if self.merged:
-            n_merged = _n_system([one.role for one in messages]) + 1
+        if self.system != "kept":
+            is_joined = self.system == "joined"
+            n_merged = _n_system([one.role for one in messages]) + (not is_joined)
             merged = "\n\n".join(one.content for one in messages[:n_merged])
-            messages = [Message("user", merged), *messages[n_merged:]]
+            messages = [Message("system" if is_joined else "user", merged), *messages[n_merged:]]
         return [
             {
                 "role": one.role,
@@ -95,9 +104,9 @@ class JinjaTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt whose completion answers the messages.
 
-        Contents are strings, or typed parts where the template keeps them only so. System messages at the
-        beginning become part of the user's first message where the template refuses or drops them, as
-        llama.cpp does it (common/chat.cpp, system_message_not_supported).
+        Contents are strings, or typed parts where the template keeps them only so. Where the template refuses
+        or drops system messages at the beginning, they become one, or else part of the user's first message,
+        as llama.cpp does it (common/chat.cpp, system_message_not_supported).
 
         Raises:
             TemplateError: the template fails, or drops a message whatever its form.
@@ -112,13 +121,17 @@ class JinjaTemplate:
         """The first form in which probe texts of these roles all come through. Raises `TemplateError`."""
         probes = [Message(role, f"probe-{index}-text") for index, role in enumerate(roles)]
         n_system = _n_system(roles)
-        mergeable = n_system > 0 and roles[n_system : n_system + 1] == ("user",)
+        ways: list[_System] = ["kept"]
+        if n_system > 1:
+            ways.append("joined")
+        if n_system > 0 and roles[n_system : n_system + 1] == ("user",):
+            ways.append("in the user's message")
         reason = ""
-        for merged in (False, True) if mergeable else (False,):
+        for system in ways:
             for typed in (False, True):
-                form = _Form(typed, merged)
+                form = _Form(typed, system)
                 try:
-                    text = self._rendered(form.written(probes)).casefold()
+                    text = _PART_AS_DATA.sub("", self._rendered(form.written(probes)).casefold())
                 except Exception as error:  # a template is a program of its own
                     problem = f"fails: {error}"
                 else:

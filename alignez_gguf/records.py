@@ -266,8 +266,11 @@ def _cells_of_any_length(longest: int) -> Iterator[None]:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is an object or a list of objects in JSON, or JSON whose values go over several lines, or
-    at least half of its lines are objects."""
+    """Whether a text is to be read as JSON.
+
+    So it is where it is one object or a list of objects, where it is JSON whose values go over several lines,
+    and where at least half of its lines are objects.
+    """
     values = _values(text)
     if _go_over_lines(values) or (len(values) == 1 and _holds_objects(values[0].value)):
         return True

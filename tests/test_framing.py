@@ -98,6 +98,17 @@ WITHOUT_SYSTEM = (
     "{% for message in messages if message['role'] != 'system' %}"
     "[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
 )
+ONE_SYSTEM_MESSAGE = (
+    "{% if messages[0]['role'] == 'system' %}<sys>{{ messages[0]['content'] }}</sys>"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{% for message in messages if message['role'] != 'system' %}"
+    "[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+)
+"""As gpt-oss, DeepSeek R1 and MiniMax have it."""
+PARTS_OF_SYSTEM_ALONE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }}\n"
+    "{% else %}[{{ message['role'] }}] {{ message['content'] }}\n{% endif %}{% endfor %}"
+)
 LAST_TURN_ONLY = "User: {{ messages[-1]['content'] }}\nAssistant:"
 TEMPLATES = {
     "ChatML": CHATML,
@@ -198,6 +209,22 @@ def test_system_message_that_a_template_refuses_or_drops_begins_the_users_first_
     assert framing.prompt_of(messages) == expected(
         template, [{"role": "user", "content": "Be\n\nkind.\n\na"}]
     )
+
+
+@pytest.mark.parametrize("more", [[], [Message("assistant", "b"), Message("user", "c")]])
+def test_system_messages_become_one_where_a_template_knows_one(more: list[Message]) -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=ONE_SYSTEM_MESSAGE))
+    later = [Message("user", "a"), *more]
+    prompt = framing.prompt_of([Message("system", "Be"), Message("system", "kind."), *later])
+    assert prompt == expected(
+        ONE_SYSTEM_MESSAGE,
+        [{"role": one.role, "content": one.content} for one in (Message("system", "Be\n\nkind."), *later)],
+    )
+
+
+def test_typed_parts_are_not_written_into_a_prompt_as_data() -> None:
+    framing = Framing.of(FakeModel(tokenizer_chat_template=PARTS_OF_SYSTEM_ALONE))
+    assert framing.prompt([], "a", "Be kind.") == "[user] Be kind.\n\na\n"
 
 
 def test_template_that_drops_a_message_is_refused_with_the_mend() -> None:
