@@ -72,6 +72,9 @@ class Model:
         """Of all weights, in every part of a split model."""
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
+        self._adds_end = bool(
+            llama.llama_vocab_get_add_eos(self._vocab) or llama.llama_vocab_get_add_sep(self._vocab)
+        )
         self.bos = int(llama.llama_vocab_bos(self._vocab))
         self.eos = int(llama.llama_vocab_eos(self._vocab))
 
@@ -117,9 +120,12 @@ class Model:
         data = text.encode("utf-8", errors="replace")
         pointer, n_tokens = self.pointer and self._vocab, len(data) + 2
         tokens = (llama.llama_token * n_tokens)()
-        count = llama.llama_tokenize(pointer, data, len(data), tokens, n_tokens, True, True)
+        # llama.cpp warns of a second start token at every prompt (llama-vocab.cpp, check_double_bos_eos).
+        brings_bos = self.adds_bos and text.startswith(self.token_text(self.bos))
+        wants_bos = not brings_bos or self._adds_end
+        count = llama.llama_tokenize(pointer, data, len(data), tokens, n_tokens, wants_bos, True)
         found: list[int] = tokens[:count]
-        return found[1:] if self.adds_bos and found[:2] == [self.bos, self.bos] else found
+        return found[1:] if wants_bos and self.adds_bos and found[:2] == [self.bos, self.bos] else found
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token, which need not be whole characters; none for a special token."""

@@ -9,6 +9,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 
+from alignez_gguf import demo
 from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
@@ -128,6 +129,20 @@ def test_special_tokens_in_a_text_are_read_and_have_no_text(model: Model) -> Non
     assert model.detokenize(tokens) == "x"
     assert model.ends_text(1)
     assert not model.ends_text(tokens[1])
+
+
+def test_text_that_brings_the_start_token_gets_no_second_one_and_no_warning(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with Model(demo.MODEL) as model:
+        assert model.adds_bos
+        start = model.token_text(model.bos)
+        plain, brought, spaced = (model.tokenize(f"{bos}How can I") for bos in ("", start, f"{start} "))
+        assert (plain[0], brought[0]) == (model.bos, model.bos)
+        assert model.bos not in (*plain[1:], *brought[1:], *spaced[1:])
+        assert model.detokenize(brought) == model.detokenize(plain)
+        assert model.tokenize(start + start)[:2] == [model.bos, model.bos]
+    assert capfd.readouterr().err == ""
 
 
 def test_metadata_of_the_file_can_be_looked_up(model: Model) -> None:
