@@ -11,8 +11,8 @@ from pathlib import Path
 
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Sampling
-from alignez_gguf.errors import QueryError, SteeringError
-from alignez_gguf.framing import Framing, FramingChoice, Message, other_framing
+from alignez_gguf.errors import AlignezError, QueryError, SteeringError
+from alignez_gguf.framing import Framing, Message
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
@@ -136,7 +136,11 @@ class Service:
     def chat_jobs(self, body: ChatBody, steering: SteeringChoice) -> list[Job]:
         """A job for each choice of a chat request. Raises a 400."""
         messages = [Message(_ROLES.get(one.role, one.role), one.text) for one in body.messages]
-        tokens = self._tokens(self._framing.prompt_of(messages), "messages")
+        try:
+            prompt = self._framing.prompt_of(messages)
+        except AlignezError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        tokens = self._tokens(prompt, "messages")
         stop = (*body.stop_strings, *self._framing.stop)
         self._check_wanted(body.max_tokens)
         wanted = body.max_completion_tokens or body.max_tokens

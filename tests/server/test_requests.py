@@ -193,6 +193,12 @@ def test_unknown_field_of_a_message_is_refused_by_name(server: Server) -> None:
     assert param == "messages[0].images"
 
 
+def test_conversation_that_does_not_fit_the_model_is_told_where(server: Server) -> None:
+    param, text = refused(ask(server, "/v1/chat/completions", messages=TALK[:2]))
+    assert param == "messages"
+    assert "has to begin and to end with a message of the user" in text
+
+
 def test_messages_as_the_official_client_gives_them_back_are_taken(server: Server) -> None:
     plain = said(ask(server, "/v1/chat/completions"))
     fields = ChatCompletionMessage(role="assistant", content="Sure.").model_dump()
