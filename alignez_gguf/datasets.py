@@ -164,6 +164,8 @@ def load_dataset_rows(source: str) -> list[DatasetRow]:
     name, _, path = source.partition("=")
     if name not in SOURCES:
         raise QueryError(f"no data set is named {name}; there are {', '.join(NAMES)}")
+    if source == f"{name}=":
+        raise QueryError(f"{source} names no file; give {name}=FILE, or {name} alone for the Hub")
     published = SOURCES[name]
     rows = _local(name, published, Path(path)) if "=" in source else _hub(name, published)
     found = unanimous(_rows(published, rows))

@@ -215,3 +215,12 @@ def test_arguments_are_those_of_the_library_and_none_lets_it_run_code() -> None:
         )
         assert bound.arguments.get("name") == source.config
     assert int(library.__version__.partition(".")[0]) >= 4
+
+
+def test_name_without_the_file_does_not_read_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("buy milk\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QueryError, match=r"malicious-instruct= names no file; give malicious-instruct=FILE"):
+        load_dataset_rows("malicious-instruct=")
