@@ -189,6 +189,7 @@ class Service:
         n_alternatives: int | None,
     ) -> list[Job]:
         n_choices = body.n
+        param = "messages" if isinstance(body, ChatBody) else "prompt"
         if n_choices * len(prompts) > self.limits.queue:
             raise ApiError(
                 400,
@@ -200,7 +201,7 @@ class Service:
         jobs = []
         for tokens in prompts:
             sampling = Sampling(
-                self._max_tokens(len(tokens), wanted, default),
+                self._max_tokens(len(tokens), wanted, default, param),
                 body.temperature,
                 body.top_p,
                 stop,
@@ -220,21 +221,24 @@ class Service:
             ]
         return jobs
 
-    def _max_tokens(self, n_prompt: int, wanted: int | None, default: int) -> int:
+    def _max_tokens(self, n_prompt: int, wanted: int | None, default: int, param: str) -> int:
         """How long an answer may become. Raises a 400 where it cannot be as long as is wanted."""
         limit = self.limits.max_prompt_tokens
         if limit is not None and n_prompt > limit:
-            raise _too_long(f"the prompt has {n_prompt} tokens, more than the {limit} that this server takes")
+            message = f"the prompt has {n_prompt} tokens, more than the {limit} that this server takes"
+            raise _too_long(message, param)
         room = self.n_ctx - n_prompt
         if wanted is None:
             if room < 1:
-                raise _too_long(f"the prompt has {n_prompt} tokens, but the context only {self.n_ctx}")
+                message = f"the prompt has {n_prompt} tokens, but the context only {self.n_ctx}"
+                raise _too_long(message, param)
             return min(default, self.limits.max_tokens, room)
         self._check_wanted(wanted)
         if wanted > room:
             raise _too_long(
                 f"the prompt has {n_prompt} tokens, which with {wanted} for the answer are more than the "
-                f"context of {self.n_ctx}"
+                f"context of {self.n_ctx}",
+                param,
             )
         return wanted
 
@@ -246,7 +250,8 @@ class Service:
 
     def _tokens(self, prompt: str, param: str) -> tuple[int, ...]:
         if len(prompt) > self._max_characters:
-            raise _too_long(f"the prompt has {len(prompt)} characters, and the context {self.n_ctx} tokens")
+            message = f"the prompt has {len(prompt)} characters, and the context {self.n_ctx} tokens"
+            raise _too_long(message, param)
         try:
             tokens = tuple(self.model.tokenize(prompt))
         except QueryError as error:
@@ -263,5 +268,5 @@ class Service:
         return tuple(tokens)
 
 
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, f"{message}; shorten it", code="context_length_exceeded", param="messages")
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, f"{message}; shorten it", code="context_length_exceeded", param=param)

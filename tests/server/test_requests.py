@@ -199,6 +199,19 @@ def test_conversation_that_does_not_fit_the_model_is_told_where(server: Server) 
     assert "has to begin and to end with a message of the user" in text
 
 
+@pytest.mark.parametrize(
+    ("path", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")]
+)
+@pytest.mark.parametrize("n_words", [300, 10_000])
+@pytest.mark.parametrize("more", [{}, {"max_tokens": None}])
+def test_text_that_is_too_long_is_told_where(
+    server: Server, path: str, param: str, n_words: int, more: dict[str, None]
+) -> None:
+    text = "hi " * n_words
+    given: Any = text if param == "prompt" else [{"role": "user", "content": text}]
+    assert refused(ask(server, path, **{param: given}, **more))[0] == param
+
+
 def test_messages_as_the_official_client_gives_them_back_are_taken(server: Server) -> None:
     plain = said(ask(server, "/v1/chat/completions"))
     fields = ChatCompletionMessage(role="assistant", content="Sure.").model_dump()
