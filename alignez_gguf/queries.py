@@ -12,8 +12,6 @@ from alignez_gguf import datasets, records
 from alignez_gguf.errors import QueryError
 
 _SHIPPED = {"default": "data/queries.txt", "demo": "demo/fit_queries.txt"}
-_TEXT_COLUMNS = ("query", "prompt", "instruction", "goal", "question", "text")
-"""Columns that are looked for, in this order, where none is named."""
 
 
 def load_queries(source: str | PathLike[str], column: str | None = None) -> list[str]:
@@ -86,12 +84,14 @@ def _read(name: str) -> bytes:
 def _text(record: records.Record, column: str | None) -> str:
     value = record.fields[_column(record, column)]
     if not isinstance(value, str):
-        raise QueryError(f"{record.where}: the query is not a string")
+        raise QueryError(
+            f"{record.where}: the query is not a string; name the column with texts with --column"
+        )
     return value
 
 
 def _column(record: records.Record, column: str | None) -> str:
-    for candidate in _TEXT_COLUMNS if column is None else (column,):
+    for candidate in records.TEXT_COLUMNS if column is None else (column,):
         if candidate in record.fields:
             return candidate
     missing = f"no column {column!r}" if column else "no column with a usual name"

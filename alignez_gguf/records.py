@@ -27,6 +27,9 @@ from alignez_gguf.errors import QueryError
 LINE = "text"
 """The name of the one field that a line of plain text has."""
 
+TEXT_COLUMNS = ("query", "prompt", "instruction", "goal", "question", LINE)
+"""Columns that are looked for, in this order, where none is named."""
+
 
 class Record(NamedTuple):
     """A row, and where it stands, as an error names it.
@@ -73,7 +76,8 @@ def parse(data: bytes, name: str) -> Table:
     The endings are .csv, .tsv, .json (a list of objects, or objects one after the other), .jsonl, .ndjson and
     .parquet, in any case and also with .gz or .txt behind them. Anything else is plain text, a row per line
     that is not blank, unless it is a list of JSON objects, JSON over several lines, or at least half of its
-    lines are JSON objects: then it is read as that.
+    lines are JSON objects: then it is read as that. So is a table whose first line names the usual columns:
+    spreadsheets save TAB-delimited text as .txt.
 
     Raises:
         QueryError: the content is not of that form, or pyarrow is needed and not installed.
@@ -88,6 +92,8 @@ def parse(data: bytes, name: str) -> Table:
     if _is_json(text):
         mend = "it is read as JSON, since most of it is, so write one object per line"
         return Table(_from_json(text, name, mend), has_columns=True)
+    if _has_header(text):
+        return Table(_from_csv(text, name), has_columns=True)
     return Table(_from_lines(text, name), has_columns=False)
 
 
@@ -199,6 +205,13 @@ def _from_csv(text: str, name: str, usual: str = ",") -> Iterator[Record]:
     ]
     for line, cells in rows:
         yield Record(f"{name}, line {line}", {title: cells[index] for index, title in kept}, name)
+
+
+def _has_header(text: str) -> bool:
+    """Whether the first line of a text names several columns and nothing else, a usual one among them."""
+    first = next((line for line in lines(text) if not is_blank(line)), "")
+    names = [name.strip().strip('"').lower() for name in re.split(r"[,;\t]", first)]
+    return len(names) > 1 and all(map(str.isidentifier, names)) and not set(TEXT_COLUMNS).isdisjoint(names)
 
 
 def _check_columns(titles: Sequence[str], where: str) -> None:

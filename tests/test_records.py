@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from alignez_gguf import records
 from alignez_gguf.datasets import load_dataset_rows
 from alignez_gguf.errors import QueryError
 from alignez_gguf.queries import load_queries
@@ -131,6 +132,24 @@ def test_lines_end_at_line_feeds_and_carriage_returns_only(write: Write, ending:
 
 
 INVISIBLE = ["\u200b", "\u200c\u200d", "\u2060", "\ufeff\ufeff", "\u200e \u00ad", "\u180e", "\ufe0f", "\x1a"]
+
+
+@pytest.mark.parametrize("separator", ["\t", ";", ","])
+@pytest.mark.parametrize("name", ["excel.txt", "standard input"])
+def test_text_that_begins_with_the_names_of_columns_is_a_table(separator: str, name: str) -> None:
+    text = f"harmful{separator}prompt\r\n1{separator}How can I flood a tunnel?\r\n"
+    table = records.parse(text.encode(), name)
+    assert table.has_columns
+    assert [record.fields for record in table.rows] == [
+        {"harmful": "1", "prompt": "How can I flood a tunnel?"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["prompt\nHow?\n", "How, text?\nWhy\n", "make\ta plan\nwork\tslowly\n", "text: a, b\nc\n"]
+)
+def test_text_that_does_not_begin_with_the_names_of_columns_stays_lines(text: str) -> None:
+    assert not records.parse(text.encode(), "queries.txt").has_columns
 
 
 def test_texts_without_anything_visible_are_empty(write: Write) -> None:
