@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -17,8 +19,10 @@ from tests.models import tiny_model
 
 
 @pytest.fixture
-def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The functions of llama.cpp that freed something, in order."""
+    gc.collect()
+    gc.disable()  # what other tests have left behind is freed before or after
     names: list[str] = []
 
     def watch(name: str) -> None:
@@ -32,7 +36,8 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("llama_free", "llama_model_free", "llama_sampler_free"):
         watch(name)
-    return names
+    yield names
+    gc.enable()
 
 
 def interrupt(*_: Any) -> Any:

@@ -31,6 +31,7 @@ def another_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _forget() -> None:
     library._library.cache_clear()
+    library.ggml_base.cache_clear()
     model._initialise.cache_clear()
 
 
