@@ -76,7 +76,7 @@ class SteeredModel:
         self._n_detached = 0
         self._cached: list[tuple[float, ...]] = [()] * llm.n_tokens
         """Strengths that each cached token was computed under, by control."""
-        self._foreign = range(0)
+        self._foreign = self._unknown(llm.n_tokens)
         """From the first cached token that somebody else computed to the last; their ids mean nothing."""
         self._original: dict[str, Callable[..., Any]] = {name: getattr(llm, name) for name in _REPLACED}
         self._generate_signature = inspect.signature(llm.generate)
@@ -148,6 +148,10 @@ class SteeredModel:
         self._foreign = range((kept or added).start, n_tokens if added else kept.stop)
         self._cached += map(self._strengths, added)
 
+    def _unknown(self, n_tokens: int) -> range:
+        """Which of so many tokens, cached while nothing was attached, somebody else may have computed."""
+        return range(n_tokens if self._llm.chat_handler is not None else 0)
+
     def _can_go_on_from(self, length: int) -> bool:
         """Whether the cache has all that a token at position `length` attends to.
 
@@ -189,13 +193,8 @@ class SteeredModel:
         llm = self._llm
         cached: list[int] = llm.input_ids[: llm.n_tokens].tolist()
         length = self._n_cached_with(lambda position, strengths: strengths == self._strengths(position))
-        if prompt == cached and self._foreign:
-            if length < self._foreign.stop or (length < len(cached) and not self._can_go_on_from(length)):
-                raise SteeringError(
-                    "the prompt holds an image or other input that only its chat handler can compute, and it "
-                    "was computed under another steering or cannot be cut; ask again through the chat handler"
-                )
-        elif self._foreign:
+        goes_on = bool(self._foreign) and prompt[: len(cached)] == cached
+        if self._foreign and not goes_on:
             length = min(length, self._foreign.start)
         same = (ours == theirs for ours, theirs in zip(cached[:length], prompt, strict=False))
         length = next(
@@ -204,6 +203,12 @@ class SteeredModel:
         # A last token whose logits are gone is computed again, as by `Llama.generate`.
         if length == len(prompt) and (length < len(cached) or llm._requires_eval):
             length -= 1
+        is_cut = length < len(cached)
+        if goes_on and (length < self._foreign.stop or (is_cut and not self._can_go_on_from(length))):
+            raise SteeringError(
+                "the prompt holds an image or other input that only its chat handler can compute, and it "
+                "was computed under another steering or cannot be cut; ask again through the chat handler"
+            )
         return length
 
     def _generate(self, *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -263,6 +268,7 @@ class SteeredModel:
     def _reset(self) -> None:
         self._original["reset"]()
         self._cached.clear()
+        self._foreign = range(0)
         if not self._computes and self._llm.chat_handler is not None:
             self._begin_part()
 
@@ -283,7 +289,7 @@ class SteeredModel:
     def _load_state(self, state: Any) -> None:
         saved = getattr(state, _ATTRIBUTE, None)
         strengths: tuple[tuple[float, ...], ...] = ((0.0,) * len(self.controls),) * state.n_tokens
-        foreign = range(0)
+        foreign = self._unknown(state.n_tokens) if saved is None else range(0)
         if saved is not None and saved.digests == self._digests():
             strengths, foreign = saved.strengths, saved.foreign
             state = copy.copy(state)

@@ -186,3 +186,58 @@ def test_a_text_with_the_ids_of_an_image_is_not_answered_about_the_image(
         logits = hooked_logits(model, seen, EDITS, strengths("generation", 1.0, len(ids), len(seen)))
 
     assert np.abs(llm.scores[len(ids) - 1 : len(seen)] - logits[len(ids) - 1 :]).max() < PARITY
+
+
+def assert_goes_on_as_pytorch(
+    model: TinyModel, llm: Any, said: Sequence[int], scope: str, strength: float
+) -> None:
+    """A prompt of all that the cache holds and of `MORE`, asked without the chat handler."""
+    prompt = [*llm.input_ids[: llm.n_tokens].tolist(), *MORE]
+    more = answer(llm, prompt)
+    embed = model.hf.get_input_embeddings()
+    parts = [*llm.chat_handler.parts, [*said, *MORE, *more[:-1]]]
+    with torch.no_grad():
+        seen = torch.cat([embed(torch.tensor(p)) if isinstance(p, list) else torch.tensor(p) for p in parts])
+    logits = hooked_logits(model, seen, EDITS, strengths(scope, strength, len(prompt), len(seen)))
+    assert np.abs(llm.scores[len(prompt) - 1 : len(seen)] - logits[len(prompt) - 1 :]).max() < PARITY
+
+
+@with_each_runtime
+@pytest.mark.parametrize("scope", ["generation", "all", "first:2"])
+def test_a_prompt_that_goes_on_from_an_answer_about_an_image_still_holds_the_image(
+    model: TinyModel, llm: Llama, control: ControlFile, scope: str, runtime: Runtime
+) -> None:
+    with steer(llm, control, strength=0.7, scope=scope, runtime=runtime):
+        assert_goes_on_as_pytorch(model, llm, ask(llm), scope, 0.7)
+
+
+def test_what_was_seen_before_the_model_is_steered_is_not_forgotten(
+    model: TinyModel, llm: Llama, control: ControlFile
+) -> None:
+    said = ask(llm)
+    state = llm.save_state()
+    with steer(llm, control, scope="all"):
+        prompt = [*llm.input_ids[: llm.n_tokens].tolist(), *MORE]
+        for _ in range(2):
+            with pytest.raises(SteeringError, match="ask again through the chat handler"):
+                answer(llm, prompt)
+            llm.load_state(state)
+    llm.load_state(state)
+    with steer(llm, control, scope="generation", strength=0.7):
+        assert_goes_on_as_pytorch(model, llm, said, "generation", 0.7)
+
+
+def test_a_longer_image_than_the_text_before_the_last_one_is_seen_as_a_whole(
+    model: TinyModel, llm: Any, control: ControlFile
+) -> None:
+    llm.input_ids[:] = MORE[0]
+    with steer(llm, control):
+        ask(llm)
+        llm.chat_handler.parts = [np.concatenate([IMAGE, IMAGE]), PROMPT]
+        ask(llm)
+        ids = [*llm.input_ids[: len(PARTS[0])].tolist(), *MORE]
+        said = answer(llm, ids)
+        seen = [*ids, *said[:-1]]
+        logits = hooked_logits(model, seen, EDITS, strengths("generation", 1.0, len(ids), len(seen)))
+
+    assert np.abs(llm.scores[len(ids) - 1 : len(seen)] - logits[len(ids) - 1 :]).max() < PARITY
