@@ -52,7 +52,7 @@ class Model:
         if not self.uses_gpu and many_at_once and _better_as_they_are(self.info.quantization):
             parameters.use_extra_bufts = False
         with captured_log() as log:
-            self._pointer = llama.llama_model_load_from_file(str(path).encode(), parameters)
+            self._pointer = llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._pointer:
             raise ModelFileError(
                 f"llama.cpp cannot load {path}: {log.reason()}; convert the model for llama-cpp-python "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def logits_are_finite(model_path: str) -> bool:
     bindings.llama_backend_init()
     model_params = bindings.llama_model_default_params()
     model_params.n_gpu_layers = 0
-    model = bindings.llama_model_load_from_file(model_path.encode(), model_params)
+    model = bindings.llama_model_load_from_file(os.fsencode(model_path), model_params)
     if model is None:
         raise RuntimeError("llama.cpp cannot load the probe's model")
     params = bindings.llama_context_default_params()

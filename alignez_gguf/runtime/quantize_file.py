@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import llama_cpp.llama_cpp as llama
@@ -48,7 +49,7 @@ def quantize_file(source: Path, target: Path, level: str, *, n_threads: int = 1)
     parameters.allow_requantize = True
     with captured_log() as log:
         status = llama.llama_model_quantize(
-            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+            os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
         )
     if status != 0:
         target.unlink(missing_ok=True)

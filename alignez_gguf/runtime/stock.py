@@ -7,6 +7,7 @@ of scale 0 and a control vector without data from its graph, so strength 0 is th
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class StockAdapters:
 
     def _loaded(self, model: Any, path: Path) -> Any:
         with captured_log() as log:
-            adapter = self._llama.llama_adapter_lora_init(model, str(path).encode())
+            adapter = self._llama.llama_adapter_lora_init(model, os.fsencode(path))
         if not adapter:
             raise SteeringError(f"llama.cpp cannot load the LoRA of the edit: {log.reason()}")
         return adapter

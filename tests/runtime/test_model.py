@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,14 @@ def model() -> Iterator[Model]:
 def test_missing_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"nowhere\.gguf"):
         Model(tmp_path / "nowhere.gguf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_file_whose_name_is_not_utf_8_is_opened(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    path.symlink_to(tiny_model("llama").gguf)
+    with Model(path) as model:
+        assert model.n_vocab > 0
 
 
 def test_file_that_is_not_a_gguf_is_an_error(tmp_path: Path) -> None:
