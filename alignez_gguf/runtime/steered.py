@@ -28,7 +28,7 @@ from alignez_gguf.runtime.attached import Attached
 from alignez_gguf.scope import Scope
 
 _ATTRIBUTE = "_alignez_steering"
-_REPLACED = ("generate", "eval", "embed", "reset", "save_state", "load_state")
+_REPLACED = ("generate", "eval", "sample", "embed", "reset", "save_state", "load_state")
 
 
 class Control:
@@ -73,6 +73,8 @@ class SteeredModel:
         self._llm = llm
         self._computes = False
         """Whether a replaced method is under way, so that those it calls belong to its request."""
+        self._is_part = False
+        """Whether the last `eval` is taken for a part of a prompt, whose last token is not steered yet."""
         self._n_detached = 0
         self._cached: list[tuple[float, ...]] = [()] * llm.n_tokens
         """Strengths that each cached token was computed under, by control."""
@@ -121,9 +123,11 @@ class SteeredModel:
     def _begin_part(self) -> None:
         """Start a prompt whose end is not known yet: only a scope of all tokens steers it."""
         self._begin(self._llm.n_ctx() + 1)
+        self._is_part = True
 
     def _begin(self, n_prompt: int) -> None:
         """Start a request whose prompt ends at position `n_prompt`."""
+        self._is_part = False
         for control in self.controls:
             first, end = control.scope.positions(n_prompt)
             control.steer(range(first, self._llm.n_ctx() if end is None else end))
@@ -252,6 +256,16 @@ class SteeredModel:
         for length in self.controls[0].attached.pieces(first, len(tokens)):
             self._original["eval"](tokens[done : done + length])
             done += length
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw a token, unless it would follow one that should be steered and is not."""
+        waits = any(control.strength and not control.positions for control in self.controls)
+        if self._is_part and waits and not self._computes:
+            raise SteeringError(
+                "what eval computes for a model with a chat handler is taken for a part of a prompt, whose "
+                "end is not steered yet; use generate, or load the model without the handler"
+            )
+        return self._original["sample"](*args, **kwargs)
 
     def _embed(self, *args: Any, **kwargs: Any) -> Any:
         steered = [control.positions for control in self.controls]

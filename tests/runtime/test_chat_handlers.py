@@ -241,3 +241,19 @@ def test_a_longer_image_than_the_text_before_the_last_one_is_seen_as_a_whole(
         logits = hooked_logits(model, seen, EDITS, strengths("generation", 1.0, len(ids), len(seen)))
 
     assert np.abs(llm.scores[len(ids) - 1 : len(seen)] - logits[len(ids) - 1 :]).max() < PARITY
+
+
+def test_no_token_is_drawn_by_hand_after_what_is_taken_for_a_part_of_a_prompt(
+    model: TinyModel, llm: Llama, control: ControlFile
+) -> None:
+    with steer(llm, control, scope="generation") as steering:
+        llm.eval(PROMPT)
+        with pytest.raises(SteeringError, match="use generate"):
+            llm.sample(temp=0.0)
+        steering.strength = 0.0
+        assert llm.sample(temp=0.0) == hooked_logits(model, PROMPT, {})[-1].argmax()
+    with steer(llm, control, scope="all"):
+        llm.reset()
+        llm.eval(PROMPT)
+        assert llm.sample(temp=0.0) == hooked_logits(model, PROMPT, EDITS)[-1].argmax()
+    assert llm.sample.__func__ is Llama.sample
