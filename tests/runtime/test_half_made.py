@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -21,8 +20,7 @@ from tests.models import tiny_model
 @pytest.fixture
 def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The functions of llama.cpp that freed something, in order."""
-    gc.collect()
-    gc.disable()  # what other tests have left behind is freed before or after
+    gc.collect()  # a Llama of a test before is in a cycle, and would be freed in the middle of this one
     names: list[str] = []
 
     def watch(name: str) -> None:
