@@ -132,10 +132,16 @@ def is_orthonormal(rows: ArrayLike, tolerance: float = ORTHONORMAL_TOLERANCE) ->
     return bool(np.abs(gram - np.eye(len(gram))).max() <= tolerance)
 
 
+_MAX_STRENGTH = float(np.finfo(np.float32).max)
+
+
 def check_strength(strength: float) -> float:
-    """`strength` as a float. Raises `SteeringError` where it is negative or not finite."""
-    value = float(strength)
-    if not math.isfinite(value) or value < 0:
+    """`strength` as a float. Raises `SteeringError` where it is no number from 0 on that float32 can hold."""
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 <= value <= _MAX_STRENGTH:
         raise SteeringError(
             f"the strength is {strength}; give a finite number that is not negative (0 is off)"
         )

@@ -100,10 +100,10 @@ class Layers:
             reason = "its MLP output cannot be found in the graph, so that nothing proves the removal"
         elif not all(part.changes for part in parts):
             reason = f"llama.cpp ignores it: {self.bench.info.arch} models do not apply such an edit there"
-        elif error is not None and not error <= TOLERANCE:
-            reason = f"llama.cpp computes something that is {error:.0%} of the edit away from it"
         elif not floor.median < FLOOR:
             reason = lost_in_rounding(floor.median)
+        elif error is not None and not error <= TOLERANCE:
+            reason = f"llama.cpp computes something that is {error:.0%} of the edit away from it"
         lengths = {part.edit.decision: (part.before, part.after) for part in parts}
         (removed_before, removed_after), (expected, added) = (
             lengths.get(kind, (None, None)) for kind in _KINDS

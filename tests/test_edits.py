@@ -131,7 +131,7 @@ def test_malformed_edits_are_refused(arguments, message):
         LayerEdit(**arguments)
 
 
-@pytest.mark.parametrize("strength", [-0.1, np.nan, np.inf])
+@pytest.mark.parametrize("strength", [-0.1, np.nan, np.inf, 1e39, "x", None])
 def test_negative_and_non_finite_strengths_are_refused(strength):
     with pytest.raises(SteeringError, match="strength"):
         check_strength(strength)

@@ -83,7 +83,7 @@ def _receive(level: int, text: bytes, _: object) -> None:
 
 
 def _begin() -> None:
-    """Put our callback in the place of the one that is there, for the first capture."""
+    """Put our callback in the place of the one that is there."""
     import llama_cpp
 
     global _n_captures, _callback, _former, _former_data

@@ -12,7 +12,7 @@ from pathlib import Path
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Sampling
 from alignez_gguf.errors import AlignezError, QueryError, SteeringError
-from alignez_gguf.framing import Framing, Message
+from alignez_gguf.framing import Framing, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError

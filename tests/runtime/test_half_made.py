@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -20,7 +21,8 @@ from tests.models import tiny_model
 @pytest.fixture
 def freed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The functions of llama.cpp that freed something, in order."""
-    gc.collect()  # a Llama of a test before is in a cycle, and would be freed in the middle of this one
+    gc.collect()
+    gc.disable()  # what other tests have left behind is freed before or after
     names: list[str] = []
 
     def watch(name: str) -> None:
