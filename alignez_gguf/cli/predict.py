@@ -81,10 +81,10 @@ def predict(
 ) -> None:
     """Predict whether MODEL can align itself, before anyone spends an hour on it.
 
-    MODEL writes pairs of answers as it does for export. Then a logistic regression tries to tell the helpful
-    from the harmful ones, on queries that it has not seen: by the model's embeddings, layer by layer, and by
-    the length and the first word alone. A quick search scores the best edit on held-out queries. Exits 0
-    whatever the verdict.
+    MODEL is first asked whether its personas differ at all, which takes a minute. Then it writes pairs of
+    answers as it does for export, and a logistic regression tries to tell the helpful from the harmful ones,
+    on queries that it has not seen: by the model's embeddings, layer by layer, and by the length and the
+    first word alone. A quick search scores the best edit on held-out queries. Exits 0 whatever the verdict.
 
     \b
     Examples:
@@ -154,7 +154,8 @@ def _print(found: Prediction) -> None:
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
-    console.print(str(found.pairs))
+    if found.pairs.total:
+        console.print(str(found.pairs))
     if found.own is not None and found.surface is not None:
         table = Table(
             "told apart by",

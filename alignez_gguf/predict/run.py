@@ -16,6 +16,7 @@ from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.feasibility import declined, no_contrast
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.recipes import auto, paper_place, places
 from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
@@ -45,7 +46,8 @@ class Prediction:
     Attributes:
         model: which one.
         reading, hook: where its embeddings were read.
-        pairs: how many it wrote, and how many are of use.
+        pairs: how many it wrote, and how many are of use; none where its personas show no contrast, which is
+            asked first.
         unfiltered: accuracy of the best layer for all pairs with two answers, as the paper counts; `None`
             where there are too few.
         own: of usable pairs, by the model's own embeddings, layer by layer; `None` where there are too few.
@@ -112,6 +114,19 @@ def predict(
             f"{len(queries)} queries are too few to predict anything; give at least {MIN_QUERIES}"
         )
     place = paper_place(job.settings)
+    if job.templates.twins and not job.settings.force and (reason := no_contrast(*declined(job))):
+        return Prediction(
+            model=job.engine.info,
+            reading=place.reading,
+            hook=place.hook,
+            pairs=PairFilterReport(0, 0),
+            unfiltered=None,
+            own=None,
+            surface=None,
+            embedder=None,
+            held_out=None,
+            verdict=Verdict("unlikely", (reason,)),
+        )
     generated = self_generated_pairs(job, queries)
     searched = () if quick else places(_quick(job))
     usable, report = usable_pairs(job, generated, (), [place, *searched])
