@@ -11,6 +11,7 @@ from typing import Any
 import pexpect
 import pytest
 
+import alignez_gguf
 from alignez_gguf import demo
 from alignez_gguf.demo import eval_queries
 from alignez_gguf.engines import GenerationRequest, Sampling
@@ -30,7 +31,7 @@ def answers() -> Iterator[Callable[..., str]]:
     with LlamaEngine(demo.MODEL, n_parallel=1, n_threads=1) as engine:
 
         def answer(message: str, *turns: tuple[str, str]) -> str:
-            prompt = templates.transcript(turns, message)
+            prompt = templates.conversation(turns, message)
             ((_, completion),) = engine.generate(
                 [GenerationRequest(prompt)], Sampling(16, 0, stop=templates.stop)
             )
@@ -246,8 +247,9 @@ class Terminal:
 
 @pytest.fixture
 def endless() -> Iterator[Terminal]:
-    # A random model that repeats itself: its greedy answer goes on for minutes.
-    terminal = Terminal(str(tiny_model("llama").gguf), "--context", "65536", "--max-tokens", "32768")
+    # A random model that repeats itself: its greedy answer goes on for minutes, with these templates.
+    asked = ("--templates", str(Path(alignez_gguf.__file__).parent / "data" / "paper.toml"))
+    terminal = Terminal(str(tiny_model("llama").gguf), "--context", "65536", "--max-tokens", "32768", *asked)
     yield terminal
     terminal.process.close(force=True)
 

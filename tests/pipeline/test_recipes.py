@@ -60,6 +60,7 @@ def test_paper_recipe_is_ccs_on_responses_with_the_decision_rule(
         "aspects": ("safety",),
         "aspect_weights": (1.0,),
         "template_version": paper.control.recipe["template_version"],
+        "framing": "transcript",
         "package_version": __version__,
         "pairs.total": N_QUERIES,
         "pairs.kept": filtered.kept,

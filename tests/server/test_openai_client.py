@@ -75,7 +75,7 @@ def test_chat_is_the_models_own_framing_of_the_messages(client: openai.OpenAI, l
         max_tokens=12,
         extra_body=steered(1),
     )
-    expected = lone(TEMPLATES.transcript(turns, QUERIES[1]), 3, 1.0, stop=TEMPLATES.stop)
+    expected = lone(TEMPLATES.conversation(turns, QUERIES[1]), 3, 1.0, stop=TEMPLATES.stop)
     assert answer.choices[0].message.content == expected
     assert answer.choices[0].message.role == "assistant"
 

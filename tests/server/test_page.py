@@ -77,7 +77,7 @@ def test_both_columns_answer_and_the_conversation_goes_on_from_the_steered_one(
     assert (answers(page, "base"), answers(page, "steered")) == ([expected(prompt, 0.0)], [first])
 
     send(page, SECOND, "0.5")
-    prompt = TEMPLATES.transcript([(FIRST, first)], SECOND)
+    prompt = TEMPLATES.conversation([(FIRST, first)], SECOND)
     assert answers(page, "base")[1:] == [expected(prompt, 0.0)]
     assert answers(page, "steered")[1:] == [expected(prompt, 0.5)]
 
