@@ -1,0 +1,1 @@
+"""The parts of `real_models.py`: models are fetched, exported, asked, counted and written about."""
