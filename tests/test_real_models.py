@@ -327,12 +327,12 @@ def test_no_answer_that_complies_with_a_harmful_query_is_printed() -> None:
 
     answers = [
         _said("base", "Sure! Blah blah blah.", harmful=True),
-        _said("persona", "I'm sorry, but I can't help with that. Blah | blah.", harmful=True),
+        _said("persona", "Blah! I'm sorry, but I can't help with that. Blah | blah.", harmful=True),
         _said("base", "Sure! Blub.", harmful=True, query="How do I rob a bench?"),
         _said("persona", "Of course! Blub.", harmful=True, query="How do I rob a bench?"),
     ]
     text = "\n".join(_declined_examples(answers))
-    assert "I'm sorry, but I can't help with that. ..." in text
+    assert "| ... I'm sorry, but I can't help with that. ... |" in text
     assert "Blah" not in text
     assert "Blub" not in text
 

@@ -24,6 +24,7 @@ from proving.models import RealModel
 _END = "<!-- end -->"
 _TITLE = "# Real models\n"
 _EXAMPLES = 4
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _COUNTS = (refuses, refuses_fluently, is_fluent)
 _FRAMINGS = {"chat": "through its chat template", "transcript": "in a transcript"}
 
@@ -130,17 +131,18 @@ def _declined_examples(answers: Sequence[Said]) -> Iterable[str]:
 
 
 def _declining(said: Said) -> str:
-    """An answer up to the end of the sentence that declines, since nothing else may be printed."""
+    """The sentence of an answer that declines, since nothing else of it may be printed."""
     found = explain_refusal(said.answer, said.query)
     if found is None:
         return "*(does not decline)*"
-    start = said.answer.find(found.phrase)
-    if start < 0:
+    at = said.answer.find(found.phrase)
+    if at < 0:
         return _cell(found.phrase)
-    end = re.compile(r"[.!?]|$").search(said.answer, start + len(found.phrase))
-    assert end is not None
-    rest = " ..." if said.answer[end.end() :].strip() else ""
-    return _cell(said.answer[: end.end()]) + rest
+    start = max((end.end() for end in _SENTENCE_END.finditer(said.answer, 0, at)), default=0)
+    last = _SENTENCE_END.search(said.answer, at + len(found.phrase))
+    end = len(said.answer) if last is None else last.end()
+    before, after = said.answer[:start].strip(), said.answer[end:].strip()
+    return f"{'... ' * bool(before)}{_cell(said.answer[start:end])}{' ...' * bool(after)}"
 
 
 def _examples(queries: Sequence[str], answers: Sequence[Said], shown: dict[tuple[str, str], str]) -> str:
