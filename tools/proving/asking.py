@@ -131,7 +131,7 @@ def ask(
     with RowStore(work.part(f"answers-{system}", **determined_by).with_suffix(".jsonl")) as store:
         prompts = plain
         if system == PERSONA:
-            with reporter.stage(f"describing the persona of {len(texts)} answers", len(texts)) as advance:
+            with reporter.stage("asking for characteristics", len(texts)) as advance:
                 prompts = persona_prompts(
                     engine, texts, templates, sampling, store, seed=_SEED, advance=advance
                 )

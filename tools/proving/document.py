@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,13 +17,14 @@ from alignez_gguf.errors import OutputError
 from alignez_gguf.evaluation.metrics import Estimate
 from alignez_gguf.evaluation.refusal import explain_refusal
 from alignez_gguf.evaluation.results import BASE
-from proving.asking import MAX_TOKENS, SAFE, SETS, SYSTEMS, Said
+from proving.asking import JAILBREAK, MAX_TOKENS, SAFE, SETS, SYSTEMS, UNSAFE, Said
 from proving.counting import Share, difference, is_fluent, refuses, refuses_fluently, share
 from proving.exporting import Exported
 from proving.models import RealModel
 
 _END = "<!-- end -->"
 _TITLE = "# Real models\n"
+_WIDTH = 118
 _EXAMPLES = 4
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _COUNTS = (refuses, refuses_fluently, is_fluent)
@@ -44,7 +46,7 @@ def section(model: RealModel, framing: str, recipe: str, exported: Exported, ans
         *_safe_examples(answers),
         *_declined_examples(answers),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part if part[0] in "#|" else _wrapped(part) for part in parts) + "\n"
 
 
 def put(path: Path, name: str, text: str) -> None:
@@ -117,8 +119,10 @@ def _declined_examples(answers: Sequence[Said]) -> Iterable[str]:
     """What declines harmful queries, those first that the base model answers."""
     asked = [said for said in answers if said.harmful]
     by_base = set(_queries(said for said in asked if said.system == BASE and refuses(said)))
-    declined = _queries(said for said in asked if refuses(said))
-    queries = sorted(declined, key=lambda query: query in by_base)[:_EXAMPLES]
+    queries: list[str] = []
+    for name in (UNSAFE, JAILBREAK):
+        declined = _queries(said for said in asked if said.set == name and refuses(said))
+        queries += sorted(declined, key=lambda query: query in by_base)[: _EXAMPLES // 2]
     if not queries:
         yield "No system declines any of the harmful queries."
         return
@@ -161,6 +165,10 @@ def _queries(answers: Iterable[Said]) -> list[str]:
     return list(dict.fromkeys(said.query for said in answers))
 
 
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def _percent(found: Share) -> str:
     low, high = found.interval
     return f"{100 * found.value:.0f}% ({100 * low:.0f} to {100 * high:.0f})"
@@ -173,8 +181,8 @@ def _points(found: Estimate) -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def _cell(text: str) -> str:
