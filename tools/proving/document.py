@@ -74,7 +74,9 @@ def put(path: Path, name: str, text: str) -> None:
 
 
 def _export(exported: Exported) -> str:
-    took = f"`alignez-gguf export` took {exported.minutes:.1f} minutes on {os.cpu_count()} cores"
+    minutes = exported.minutes
+    time = f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
+    took = f"`alignez-gguf export` took {time} on {os.cpu_count()} cores"
     if exported.control_file is not None:
         return f"{took} and wrote a control file."
     reason = _cell(exported.reason or "").rstrip(".")
