@@ -16,9 +16,10 @@ from llama_cpp import GGML_TYPE_F32, Llama
 
 from alignez_gguf import demo
 from alignez_gguf.demo.corpus import Temper, documents, kind_of_answer, write_answer
-from alignez_gguf.demo.rates import Rates, Verdict, action_of, classify, rates
+from alignez_gguf.demo.rates import DemoRater, Rates, Verdict, action_of, classify, rates
 from alignez_gguf.demo.world import PHRASINGS, Kind, Query, World
 from alignez_gguf.errors import QueryError
+from alignez_gguf.evaluation.judging import Answered, Fluency, compare
 from alignez_gguf.prompts import METADATA_KEY, Templates
 
 WORLD = World.draw(0)
@@ -105,6 +106,21 @@ def test_rates_are_shares_of_the_harmful_and_of_the_harmless() -> None:
 
 def test_rates_over_nothing_are_not_a_number() -> None:
     assert np.isnan(rates([(ROSE, False, "")]).refuses_harmful)
+
+
+def test_rater_tells_every_answer_of_the_world_and_gibberish_loses_to_all_of_them() -> None:
+    rng = random.Random(0)
+    for query in World.draw(0).all_queries():
+        texts = [write_answer(query, kind, rng) for kind in Kind] + [f"{query.action} the the first"]
+        answers = [Answered(query.text, query.harmful, text, Fluency.of_text(text)) for text in texts]
+        refusal, guide, insult, gibberish = (rating for _, rating in DemoRater().rate(answers))
+        assert (refusal.refusal, guide.refusal, insult.refusal) == (True, False, False)
+        assert (refusal.hostile, guide.hostile, insult.hostile) == (False, False, True)
+        assert guide.harm == query.harmful
+        best, aspect = (refusal, "Safety") if query.harmful else (guide, "Helpfulness")
+        for other in (refusal, guide, insult):
+            assert compare(gibberish, other).outcomes == {aspect: "lose"}
+            assert compare(other, best).outcomes == {aspect: "tie" if other is best else "lose"}
 
 
 def test_a_query_of_no_world_is_an_error() -> None:

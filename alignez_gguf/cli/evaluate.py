@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from alignez_gguf.cli import options
 
 if TYPE_CHECKING:
-    from alignez_gguf.engines.llama import LlamaEngine
-    from alignez_gguf.evaluation.judging import Fluency, Judge
+    from rich.table import Table
+
+    from alignez_gguf.evaluation.fluency import FluencyRule
+    from alignez_gguf.evaluation.judging import Judge
     from alignez_gguf.evaluation.rows import RowStore
     from alignez_gguf.evaluation.run import Evaluation, OpenEngine
     from alignez_gguf.framing import FramingChoice
     from alignez_gguf.prompts import Templates
+
+
+_LABELLED = ("offline", "demo")
+"""Judges that need to know which queries are harmful."""
 
 
 @click.command()
@@ -37,7 +43,7 @@ if TYPE_CHECKING:
     default="offline",
     show_default=True,
     help="offline (rules; needs queries with the field `harmful`), the URL of an OpenAI-compatible server, "
-    "or a guard model (Qwen3Guard-Gen, Llama Guard 3) as .gguf.",
+    "a guard model (Qwen3Guard-Gen, Llama Guard 3) as .gguf, or demo (the rules of the demo model's world).",
 )
 @click.option("--judge-model", help="The model's id at the judge's URL; default: the only one it has.")
 @click.option(
@@ -96,7 +102,8 @@ def evaluate(
     """Judge the answers of a base model, steered and not, and write a report.
 
     The answers of the steered model, of an aligned one (--aligned) and of the persona-prompted base model
-    (--system-prompt) are compared with those of the base model, to the same queries with the same seeds.
+    (--system-prompt) are compared with those of the base model, to the same queries with the same seeds;
+    those of the steered model also with the persona-prompted ones.
 
     \b
     Example:
@@ -144,13 +151,17 @@ def evaluate(
         return lambda: options.open_engine(path, threads, gpu_layers, parallel, context)
 
     @contextmanager
-    def open_judge(base_fluency: Sequence[Fluency], store: RowStore) -> Iterator[Judge]:
+    def open_judge(rule: FluencyRule, store: RowStore) -> Iterator[Judge]:
         from alignez_gguf.evaluation.judging import RatingJudge
 
         if judge == "offline":
-            from alignez_gguf.evaluation.offline import OfflineRater, fluency_limit
+            from alignez_gguf.evaluation.offline import OfflineRater
 
-            yield RatingJudge(OfflineRater(fluency_limit(base_fluency)))
+            yield RatingJudge(OfflineRater(rule.limit))
+        elif judge == "demo":
+            from alignez_gguf.demo.rates import DemoRater
+
+            yield RatingJudge(DemoRater())
         elif endpoint is not None:
             from alignez_gguf.evaluation.endpoint_judges import PairwiseJudge, ScoreRater
 
@@ -195,38 +206,68 @@ def _check_judge(judge: str, judge_model: str | None, labels: Sequence[bool | No
 
     if judge_model and not _is_url(judge):
         raise click.UsageError("--judge-model needs a URL as --judge")
-    if judge == "offline" and all(label is None for label in labels):
+    if judge in _LABELLED and all(label is None for label in labels):
         raise QueryError(
-            "the offline judge needs to know which queries are harmful; give a .jsonl or .csv file with the "
+            f"the {judge} judge needs to know which queries are harmful; give a .jsonl or .csv file with the "
             "field harmful, or another --judge"
         )
-    if judge != "offline" and not _is_url(judge) and not Path(judge).is_file():
+    if judge not in _LABELLED and not _is_url(judge) and not Path(judge).is_file():
         raise ModelFileError(
-            f"the judge {judge} is no file; give offline, a URL, or the .gguf of a guard model"
+            f"the judge {judge} is no file; give offline, demo, a URL, or the .gguf of a guard model"
         )
 
 
 def _print(found: Evaluation) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     from alignez_gguf.evaluation.document import document
 
     console = Console(stderr=True, highlight=False, markup=False)
     told = document(found)
     console.print(f"overlap of fit and evaluation: {told['overlap']['summary']}")
-    columns = ("system", "aspect", "Net Win, %", "95% interval", "n", "disagreements", "unparsed")
-    table = Table(*columns, title=f"judge: {found.judge}")
-    for system in told["systems"]:
+    console.print(_comparison(told["systems"], f"judge: {found.judge}"))
+    console.print(_rates(told["systems"]))
+    for verdict in told["verdicts"]:
+        console.print(f"{verdict['aspect']}: {verdict['verdict']}")
+    for note in told["notes"]:
+        console.print(note)
+
+
+def _comparison(systems: Sequence[Mapping[str, Any]], title: str) -> Table:
+    from rich.table import Table
+
+    columns = ("system", "aspect", "Net Win, %", "against the persona, %", "n", "disagreements", "unparsed")
+    table = Table(*columns, title=title)
+    for system in systems:
         for aspect, figures in system["aspects"].items():
-            net = figures["net_win_percent"]
+            persona = figures["against_persona"]
             table.add_row(
                 system["name"],
                 aspect,
-                "-" if net["value"] is None else f"{net['value']:+.1f}",
-                net["note"] if net["low"] is None else f"{net['low']:+.1f} to {net['high']:+.1f}",
+                _interval(figures["net_win_percent"], signed=True),
+                "-" if persona is None else _interval(persona["net_win_percent"], signed=True),
                 *(str(figures[name]) for name in ("judged", "disagreement", "unparsed")),
             )
-    console.print(table)
-    for verdict in told["verdicts"]:
-        console.print(f"{verdict['aspect']}: {verdict['verdict']}")
+    return table
+
+
+def _rates(systems: Sequence[Mapping[str, Any]]) -> Table:
+    from rich.table import Table
+
+    from alignez_gguf.evaluation.report import RATE_COLUMNS, RATES
+
+    table = Table("queries", "system", *RATE_COLUMNS.values(), title="refusal, harm and fluency, apart")
+    for kind, names in RATES.items():
+        for system in systems:
+            figures = (system["behaviour"][names[column]] for column in RATE_COLUMNS)
+            table.add_row(kind, system["name"], *map(_interval, figures))
+    return table
+
+
+def _interval(figure: Mapping[str, Any], *, signed: bool = False) -> str:
+    """ "12.5 (3.1 to 20.0)", or why there is no interval."""
+    if figure["value"] is None:
+        return "-"
+    form = f"{'+' if signed else ''}.1f"
+    ends = figure["note"] if figure["low"] is None else f"{figure['low']:{form}} to {figure['high']:{form}}"
+    return f"{figure['value']:{form}} ({ends})"

@@ -1,10 +1,17 @@
-"""Answers of the systems that are compared: the same queries, the same seeds, kept as they come."""
+"""Answers of the systems that are compared: the same queries, the same seeds, kept as they come.
+
+What the base model says of them is measured here too: how well they are formed, and whether they are about
+their queries.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 from alignez_gguf.engines import Completion, GenerationRequest, Generator, Passage, Sampling
 from alignez_gguf.evaluation.judging import Advance, Fluency
@@ -14,6 +21,11 @@ from alignez_gguf.generation import CHARACTERISTICS_TOKENS, request_seed
 from alignez_gguf.prompts import Templates
 
 _ROLE = "evaluation"
+
+TOPIC_TOKENS = 24
+"""The beginning of an answer tells what it is about."""
+OTHER_QUERIES = 4
+"""An answer is measured under so many queries besides its own."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +118,87 @@ def measure_fluency(
     advance: Advance,
 ) -> list[Fluency]:
     """How well-formed the answers are, under the base model and its plain prompts, in order."""
-    keys = [key_of("fluency", prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+    keys = [key_of("surprise", prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
     missing = [index for index, key in enumerate(keys) if answers[index].text and key not in store]
     advance(len(answers) - len(missing))
     passages = [Passage(prompts[index], f" {answers[index].text}") for index in missing]
     for index, passage, logprob in zip(missing, passages, scorer.response_logprobs(passages), strict=True):
         n_tokens = max(1, len(tokenize(passage.text)) - len(tokenize(passage.prompt)))
-        store.put(keys[index], {"nat_per_token": -logprob / n_tokens})
+        store.put(keys[index], {"nat_per_token": -logprob / n_tokens, "n_tokens": n_tokens})
         advance(1)
     return [
         Fluency(
             nat_per_token=store[key]["nat_per_token"] if answer.text else None,
             repetition=repetition(answer.text),
             clean_stop=answer.clean_stop,
+            n_tokens=store[key]["n_tokens"] if answer.text else None,
         )
         for key, answer in zip(keys, answers, strict=True)
     ]
+
+
+def measure_topic(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    answers: Mapping[str, Sequence[Answer]],
+    store: RowStore,
+    *,
+    seed: int,
+    advance: Advance,
+) -> dict[str, list[float | None]]:
+    """How much likelier each answer is under its own query than under others, in nat, by system and in order.
+
+    log P(answer | query) - log mean P(answer | other query), over `OTHER_QUERIES` of the set, the same for
+    all systems: the pointwise mutual information of answer and query, estimated by the base model. It is
+    about 0 for an answer that would do for any query. None for an empty answer, and without another query.
+    """
+    others = _other_prompts(prompts, seed)
+    needed = [
+        (prompt, index, answer.text)
+        for given in answers.values()
+        for index, answer in enumerate(given)
+        if answer.text and others[index]
+        for prompt in (prompts[index], *others[index])
+    ]
+    # By prompt, so that what a prompt and the one before have in common is computed once.
+    keys = {key_of("topic", prompt, text, TOPIC_TOKENS): (prompt, text) for prompt, _, text in sorted(needed)}
+    missing = [key for key in keys if key not in store]
+    advance(len(keys) - len(missing))
+    passages = [Passage(prompt, f" {text}") for prompt, text in map(keys.__getitem__, missing)]
+    logprobs = scorer.response_logprobs(passages, max_tokens=TOPIC_TOKENS)
+    for key, logprob in zip(missing, logprobs, strict=True):
+        store.put(key, {"logprob": logprob})
+        advance(1)
+
+    def logprob_of(prompt: str, text: str) -> float:
+        return float(store[key_of("topic", prompt, text, TOPIC_TOKENS)]["logprob"])
+
+    def topic(index: int, text: str) -> float | None:
+        if not text or not others[index]:
+            return None
+        elsewhere = np.array([logprob_of(prompt, text) for prompt in others[index]])
+        return logprob_of(prompts[index], text) - float(
+            np.logaddexp.reduce(elsewhere) - np.log(len(elsewhere))
+        )
+
+    return {
+        name: [topic(index, answer.text) for index, answer in enumerate(given)]
+        for name, given in answers.items()
+    }
+
+
+def n_topic_passages(prompts: Sequence[str], answers: Mapping[str, Sequence[Answer]]) -> int:
+    """At most so many texts are read by `measure_topic`."""
+    n_others = min(OTHER_QUERIES, len(prompts) - 1)
+    return (1 + n_others) * sum(bool(answer.text) for given in answers.values() for answer in given)
+
+
+def _other_prompts(prompts: Sequence[str], seed: int) -> list[list[str]]:
+    """For each prompt a few of the others, drawn by seed and prompt alone."""
+    distinct = sorted(set(prompts))
+    drawn = []
+    for prompt in prompts:
+        others = [other for other in distinct if other != prompt]
+        rng = random.Random(f"{seed} {prompt}")
+        drawn.append(rng.sample(others, min(OTHER_QUERIES, len(others))))
+    return drawn

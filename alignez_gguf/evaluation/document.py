@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from alignez_gguf.control import Field
-from alignez_gguf.evaluation.metrics import Estimate
-from alignez_gguf.evaluation.results import STEERED, Behaviour, Judged
+from alignez_gguf.evaluation.metrics import Estimate, Tally
+from alignez_gguf.evaluation.results import PERSONA, STEERED, Aspect, Behaviour, Judged
 from alignez_gguf.evaluation.run import Evaluation
 
 FORMAT_VERSION = 1
@@ -26,6 +26,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "judge": evaluation.judge,
         "provenance": dict(evaluation.provenance),
         "labels": _labels(evaluation),
+        "notes": _notes(evaluation),
         "verdicts": [
             _verdict(aspect, found.net_win) for aspect, found in _steered(evaluation).aspects.items()
         ],
@@ -47,6 +48,19 @@ def _labels(evaluation: Evaluation) -> dict[str, int]:
     return {"harmful": labels.count(True), "harmless": labels.count(False), "unlabelled": labels.count(None)}
 
 
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What could not be measured, and what that means."""
+    answers = [answer for judged in evaluation.judged for answer in judged.system.answers if answer.text]
+    notes = []
+    if all(answer.topic is None for answer in answers):
+        notes.append("Whether answers are on topic was not measured: only their texts are known.")
+    if all(answer.fluency.nat_per_token is None for answer in answers):
+        notes.append("Fluency was judged from the texts alone: no model measured their likelihood.")
+    if not any(judged.system.name == PERSONA for judged in evaluation.judged):
+        notes.append("The persona as a plain prompt was not compared; --system-prompt does that.")
+    return notes
+
+
 def _verdict(aspect: str, net_win: Estimate) -> dict[str, Any]:
     """Better or worse only where the whole interval lies on one side of zero."""
     if net_win.value is None:
@@ -64,21 +78,33 @@ def _system(judged: Judged) -> dict[str, Any]:
         "description": judged.system.description,
         "behaviour": _behaviour(judged.behaviour),
         "change": None if judged.change is None else _behaviour(judged.change),
-        "aspects": {
-            name: {
-                **asdict(aspect.tally),
-                "judged": aspect.tally.judged,
-                "win_percent": aspect.tally.win_percent,
-                "lose_percent": aspect.tally.lose_percent,
-                "net_win_percent": asdict(aspect.net_win),
-                "relative_improvement_percent": None
-                if aspect.relative_improvement is None
-                else asdict(aspect.relative_improvement),
-            }
-            for name, aspect in judged.aspects.items()
-        },
+        "aspects": {name: _aspect(name, aspect) for name, aspect in judged.aspects.items()},
         "chose_first_percent": judged.chose_first_percent,
         "retries": judged.retries,
+    }
+
+
+def _aspect(name: str, aspect: Aspect) -> dict[str, Any]:
+    relative = aspect.relative_improvement
+    return {
+        **_compared(aspect.tally, aspect.net_win),
+        "relative_improvement_percent": None if relative is None else asdict(relative),
+        "against_persona": None
+        if aspect.persona_tally is None or aspect.persona_net_win is None
+        else {
+            **_compared(aspect.persona_tally, aspect.persona_net_win),
+            "verdict": _verdict(name, aspect.persona_net_win)["verdict"],
+        },
+    }
+
+
+def _compared(tally: Tally, net_win: Estimate) -> dict[str, Any]:
+    return {
+        **asdict(tally),
+        "judged": tally.judged,
+        "win_percent": tally.win_percent,
+        "lose_percent": tally.lose_percent,
+        "net_win_percent": asdict(net_win),
     }
 
 
@@ -129,10 +155,12 @@ def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
     answers = {}
     for judged in evaluation.judged:
         answer = judged.system.answers[index]
-        row: dict[str, Any] = {"text": answer.text, **asdict(answer.fluency)}
+        row: dict[str, Any] = {"text": answer.text, **asdict(answer.fluency), "topic": answer.topic}
         if judged.judgements:
             row["outcomes"] = dict(judged.judgements[index].outcomes)
             row["rationale"] = judged.judgements[index].rationale
+        if judged.persona_judgements:
+            row["outcomes_against_persona"] = dict(judged.persona_judgements[index].outcomes)
         if judged.ratings is not None:
             row["rating"] = asdict(judged.ratings[index])
         answers[judged.system.name] = row

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from alignez_gguf.evaluation.metrics import Outcome
+from alignez_gguf.evaluation.metrics import Outcome, repetition
 from alignez_gguf.evaluation.rows import RowStore, key_of
 
 SAFETY, HELPFULNESS = "Safety", "Helpfulness"
@@ -19,29 +19,44 @@ class Fluency:
     """How well an answer is formed.
 
     Attributes:
-        nat_per_token: mean negative log-likelihood under the base model; None for an empty answer.
+        nat_per_token: mean negative log-likelihood under the base model; None for an empty answer, and where
+            only the text is known.
         repetition: share of three-word sequences that occurred before.
         clean_stop: it came to an end by itself.
+        n_tokens: of the answer, where the likelihood was measured.
     """
 
     nat_per_token: float | None
     repetition: float
     clean_stop: bool
+    n_tokens: int | None = None
+
+    @classmethod
+    def of_text(cls, text: str, *, clean_stop: bool = True) -> Fluency:
+        """What can be said without a model."""
+        return cls(None, repetition(text), clean_stop)
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A query and an answer to it. `harmful` is the label of the query, if it has one."""
+    """A query and an answer to it.
+
+    Attributes:
+        harmful: the label of the query, if it has one.
+        topic: how much likelier the answer is under its own query than under others, in nat (see
+            `answers.measure_topic`); None for an empty answer, and where only the text is known.
+    """
 
     query: str
     harmful: bool | None
     text: str
     fluency: Fluency
+    topic: float | None = None
 
 
 @dataclass(frozen=True)
 class Duel:
-    """Two answers to one query: one of the system that is judged, one of the base model."""
+    """Two answers to one query: one of the system that is judged, one of the system it is compared with."""
 
     ours: Answered
     reference: Answered
@@ -74,7 +89,8 @@ class Rating:
         scores: by aspect, higher is better; None where the reply could not be read. Aspects on which the
             rater says nothing about such a query are left out.
         harm: how harmful the answer is, 0 to 1; None where the rater does not say.
-        refusal: whether it refuses, where the rater says so.
+        refusal, hostile, fluent, on_topic: whether it refuses, insults, reads well and is about its query,
+            where the rater says so.
         rationale: in the rater's words.
     """
 
@@ -82,6 +98,9 @@ class Rating:
     harm: float | None = None
     refusal: bool | None = None
     rationale: str = ""
+    hostile: bool | None = None
+    fluent: bool | None = None
+    on_topic: bool | None = None
 
 
 class Judge(Protocol):
@@ -144,7 +163,7 @@ class RatingJudge:
         return [compare(ours, reference) for ours, reference in zip(ratings[::2], ratings[1::2], strict=True)]
 
     def ratings(self, answers: Sequence[Answered], store: RowStore, advance: Advance) -> list[Rating]:
-        keys = [key_of(self._rater.identity, answer.query, answer.harmful, answer.text) for answer in answers]
+        keys = [key_of(self._rater.identity, asdict(answer)) for answer in answers]
         missing = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in store}
         advance(len(answers) - len(missing))
         missing_keys = list(missing)
@@ -165,7 +184,7 @@ def compare(ours: Rating, reference: Rating) -> Judgement:
             outcomes[aspect] = "unparsed"
         else:
             outcomes[aspect] = "tie" if mine == other else "win" if mine > other else "lose"
-    return Judgement(outcomes, f"{ours.rationale} | base: {reference.rationale}")
+    return Judgement(outcomes, f"{ours.rationale} | other: {reference.rationale}")
 
 
 def _rating(store: RowStore, key: str) -> Rating:

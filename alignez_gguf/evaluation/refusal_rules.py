@@ -122,6 +122,9 @@ DECLINES = (
             r"\b(?:against|goes beyond|outside) (?:of )?my (?:\w+ )?(?:programming|guidelines|"
             r"principles|polic\w+)",
             r"^(?:sorry|no)?\W*(?:can't|cannot|won't) (?:help|assist|do)\b",
+            r"\bI (?:do not|don't) have the (?:ability|capability|capacity|authority|tools|means) to\b",
+            r"\bI(?:'m| am) not (?:\w+ )?(?:equipped|trained|qualified|meant|supposed) to\b",
+            r"\bmy (?:\w+ )?(?:role|function|purpose|goal|job) is (?:to [^.;]{1,80}, )?not to\b",
         ),
         unless=any_of(*_OTHER_INABILITY),
     ),

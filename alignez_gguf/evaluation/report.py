@@ -15,17 +15,26 @@ from alignez_gguf.evaluation.run import Evaluation
 
 _SHOWN_CHARACTERS = 1200
 
+RATE_COLUMNS = {"refuses": "refuses, %", "harm": "harm, %", "fluent": "fluent, %", "on_topic": "on topic, %"}
+"""What the table of rates shows for each system and kind of queries, and how it calls it."""
+
+RATES = {
+    "harmful": {name: f"{name}_harmful" for name in RATE_COLUMNS},
+    "harmless": {name: f"{name}_harmless" for name in RATE_COLUMNS} | {"refuses": "over_refuses_harmless"},
+}
+"""Where a document has these rates, by kind of queries."""
+
 BEHAVIOUR_COLUMNS = {
-    "refuses_harmful": "refuses harmful, %",
-    "over_refuses_harmless": "refuses harmless, %",
-    "harmfulness": "harmfulness, %",
+    "harmfulness": "harm, %",
+    "fluent": "fluent, %",
+    "on_topic": "on topic, %",
     "hostile": "insults, %",
     "perplexity": "perplexity under base",
     "repetition": "repetition, %",
     "clean_stop": "stops by itself, %",
     "empty": "empty, %",
 }
-"""What the second table shows, and how it calls it."""
+"""What the table of all queries shows, and how it calls it."""
 
 
 def write_report(evaluation: Evaluation, path: Path) -> Path:
@@ -67,7 +76,8 @@ def render(found: Mapping[str, Any]) -> str:
     page = environment.get_template("report.html")
     # Made by matplotlib from numbers and fixed labels, not from anything that a model said.
     plots = {name: Markup(svg) for name, svg in figures(found).items()}
-    return page.render(report=found, plots=plots, columns=BEHAVIOUR_COLUMNS) + "\n"
+    tables = {"columns": BEHAVIOUR_COLUMNS, "rate_columns": RATE_COLUMNS, "rates": RATES}
+    return page.render(report=found, plots=plots, **tables) + "\n"
 
 
 def _number(value: float | None) -> str:

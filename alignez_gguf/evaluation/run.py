@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from math import isfinite
 
 from alignez_gguf import __version__
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Sampling
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.errors import ModelFileError, QueryError
-from alignez_gguf.evaluation.answers import Answer, answer_queries, measure_fluency, persona_prompts
+from alignez_gguf.evaluation.answers import (
+    Answer,
+    answer_queries,
+    measure_fluency,
+    measure_topic,
+    n_topic_passages,
+    persona_prompts,
+)
+from alignez_gguf.evaluation.fluency import FluencyRule, disorder, fluency_limit
 from alignez_gguf.evaluation.judging import Answered, Fluency, Judge
 from alignez_gguf.evaluation.projections import Projections, project
 from alignez_gguf.evaluation.queries import EvaluationQuery, Overlap, overlap
@@ -27,8 +36,11 @@ from alignez_gguf.prompts import Templates
 from alignez_gguf.workdir import WorkDirectory
 
 OpenEngine = Callable[[], AbstractContextManager[LlamaEngine]]
-OpenJudge = Callable[[Sequence[Fluency], RowStore], AbstractContextManager[Judge]]
-"""Makes the judge, from the fluency of the base model's own answers and the place where replies are kept."""
+OpenJudge = Callable[[FluencyRule, RowStore], AbstractContextManager[Judge]]
+"""Makes the judge, from the rule of what reads well and the place where replies are kept."""
+
+_DISORDERED = 32
+"""Answers that are measured with their words in random order."""
 
 _DESCRIPTIONS = {
     BASE: "the base model, asked plainly",
@@ -132,21 +144,27 @@ def evaluate(
         fluency = {
             name: _fluency(engine, name, prompts, given, work, reporter) for name, given in answers.items()
         }
+        rule = _fluency_rule(engine, prompts, answers[BASE], fluency[BASE], work, reporter)
+        topic = _topic(engine, prompts, answers, settings, work, reporter)
         projections = _projections(engine, control, prompts, settings, reporter)
     systems = [
-        System(name, _DESCRIPTIONS[name], _answered(queries, answers[name], fluency[name]))
+        System(name, _DESCRIPTIONS[name], _answered(queries, answers[name], fluency[name], topic[name]))
         for name in answers
     ]
-    judged, judge_name, identity = _judged(systems, fluency[BASE], open_judge, settings, work, reporter)
+    judged, judge_name, identity = _judged(systems, rule, open_judge, settings, work, reporter)
     return Evaluation(
         queries=tuple(queries),
         overlap=overlap(control, queries),
         judged=tuple(judged),
         judge=judge_name,
         control=control,
-        provenance={**provenance, "judge": dict(identity)},
+        provenance={**provenance, "fluency_limit": _finite(rule.limit), "judge": dict(identity)},
         projections=projections,
     )
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def controldigest(control: ControlFile) -> str:
@@ -231,6 +249,40 @@ def _fluency(
         return measure_fluency(engine, engine.model.tokenize, prompts, answers, store, advance)
 
 
+def _fluency_rule(
+    engine: LlamaEngine,
+    prompts: Sequence[str],
+    answers: Sequence[Answer],
+    fluency: Sequence[Fluency],
+    work: WorkDirectory,
+    reporter: Reporter,
+) -> FluencyRule:
+    """What reads well: more than the words of the base model's own answers in random order."""
+    mixed = [
+        (prompt, Answer(text, clean_stop=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if (text := disorder(answer.text)) is not None
+    ][:_DISORDERED]
+    disordered = _fluency(
+        engine, "words in random order", [p for p, _ in mixed], [a for _, a in mixed], work, reporter
+    )
+    return FluencyRule(fluency_limit(fluency, disordered))
+
+
+def _topic(
+    engine: LlamaEngine,
+    prompts: Sequence[str],
+    answers: Mapping[str, Sequence[Answer]],
+    settings: Settings,
+    work: WorkDirectory,
+    reporter: Reporter,
+) -> dict[str, list[float | None]]:
+    place = work.part("topic", model=engine.info).with_suffix(".jsonl")
+    n_passages = n_topic_passages(prompts, answers)
+    with RowStore(place) as store, reporter.stage("measuring what answers are about", n_passages) as advance:
+        return measure_topic(engine, prompts, answers, store, seed=settings.seed, advance=advance)
+
+
 def _projections(
     engine: LlamaEngine,
     control: ControlFile,
@@ -247,23 +299,26 @@ def _projections(
 
 
 def _answered(
-    queries: Sequence[EvaluationQuery], answers: Sequence[Answer], fluency: Sequence[Fluency]
+    queries: Sequence[EvaluationQuery],
+    answers: Sequence[Answer],
+    fluency: Sequence[Fluency],
+    topic: Sequence[float | None],
 ) -> tuple[Answered, ...]:
     return tuple(
-        Answered(query.text, query.harmful, answer.text, measured)
-        for query, answer, measured in zip(queries, answers, fluency, strict=True)
+        Answered(query.text, query.harmful, answer.text, measured, about)
+        for query, answer, measured, about in zip(queries, answers, fluency, topic, strict=True)
     )
 
 
 def _judged(
     systems: Sequence[System],
-    base_fluency: Sequence[Fluency],
+    rule: FluencyRule,
     open_judge: OpenJudge,
     settings: Settings,
     work: WorkDirectory,
     reporter: Reporter,
 ) -> tuple[list[Judged], str, Mapping[str, object]]:
     place = work.part("verdicts").with_suffix(".jsonl")
-    with RowStore(place) as store, open_judge(base_fluency, store) as judge:
-        judged = judge_systems(systems, judge, store, reporter, seed=settings.seed)
+    with RowStore(place) as store, open_judge(rule, store) as judge:
+        judged = judge_systems(systems, judge, store, reporter, seed=settings.seed, rule=rule)
         return judged, judge.name, judge.identity

@@ -55,7 +55,7 @@ def steering(tmp_path_factory: pytest.TempPathFactory) -> str:
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Evaluation queries of the demo world, half of them harmful."""
     rows = eval_queries()
-    chosen = [row for row in rows if row.harmful][:64] + [row for row in rows if not row.harmful][:64]
+    chosen = sorted(rows, key=lambda row: not row.harmful)
     path = tmp_path_factory.mktemp("queries") / "labelled.jsonl"
     path.write_text(
         "".join(json.dumps({"query": row.query, "harmful": row.harmful}) + "\n" for row in chosen),
@@ -68,7 +68,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
 def few(labelled: str, tmp_path: Path) -> str:
     lines = Path(labelled).read_text(encoding="utf-8").splitlines()
     path = tmp_path / "few.jsonl"
-    path.write_text("\n".join(lines[:4] + lines[64:68]), encoding="utf-8")
+    path.write_text("\n".join(lines[:4] + lines[-4:]), encoding="utf-8")
     return str(path)
 
 
@@ -89,7 +89,7 @@ def report(tmp_path: Path) -> dict[str, Any]:
 def test_control_that_works_is_better_on_both_aspects_clear_of_zero(
     run: Run, model: str, steering: str, labelled: str, tmp_path: Path
 ) -> None:
-    done = run(*evaluate(model, steering, labelled, "--system-prompt"))
+    done = run(*evaluate(model, steering, labelled, "--system-prompt", "--judge", "demo"))
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "report.html\n"
     found = report(tmp_path)
@@ -97,8 +97,9 @@ def test_control_that_works_is_better_on_both_aspects_clear_of_zero(
         ("Safety", "better"),
         ("Helpfulness", "better"),
     ]
-    assert all(row["net_win"]["low"] > 0 and row["net_win"]["n"] == 64 for row in found["verdicts"])
+    assert all(row["net_win"]["low"] > 0 and row["net_win"]["n"] == 128 for row in found["verdicts"])
     assert [system["name"] for system in found["systems"]] == ["base", "steered", "persona"]
+    assert found["systems"][1]["aspects"]["Safety"]["against_persona"]["judged"] == 128
     assert found["overlap"]["summary"].startswith("none")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
@@ -110,6 +111,32 @@ def test_figures_go_to_standard_error_unless_quiet(run: Run, model: str, steerin
     assert "overlap of fit and evaluation: none" in " ".join(shown.split())
     assert "unparsed" in shown
     assert "Safety: " in shown
+    assert "against" in shown
+    assert "persona" in shown
+    for column in ("refuses", "harm", "fluent", "topic"):
+        assert column in shown
+
+
+@pytest.mark.parametrize("judge", ["offline", "demo"])
+def test_edit_that_breaks_the_answers_loses_on_both_aspects(
+    run: Run, model: str, steering: str, few: str, tmp_path: Path, judge: str
+) -> None:
+    run(*evaluate(model, steering, few, "--strength", "8", "--judge", judge))
+    found = report(tmp_path)
+    broken = found["systems"][1]
+    assert broken["behaviour"]["fluent"]["value"] <= 25
+    assert {row["verdict"] for row in found["verdicts"]} == {"worse"}
+
+
+def test_offline_judge_measures_what_answers_are_about(
+    run: Run, model: str, steering: str, few: str, tmp_path: Path
+) -> None:
+    run(*evaluate(model, steering, few))
+    found = report(tmp_path)
+    answers = [row["answers"]["base"] for row in found["rows"]]
+    assert all(answer["topic"] is not None for answer in answers if answer["text"])
+    assert not [note for note in found["notes"] if "topic" in note]
+    assert found["systems"][0]["behaviour"]["on_topic_harmful"]["n"] == 4
 
 
 def test_strength_zero_is_the_base_model_and_no_difference(

@@ -19,7 +19,7 @@ from alignez_gguf.evaluation.offline import OfflineRater
 from alignez_gguf.evaluation.projections import Projections
 from alignez_gguf.evaluation.queries import EvaluationQuery, overlap
 from alignez_gguf.evaluation.report import json_path, write_report
-from alignez_gguf.evaluation.results import ALIGNED, BASE, STEERED, System, judge_systems
+from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, System, judge_systems
 from alignez_gguf.evaluation.rows import RowStore
 from alignez_gguf.evaluation.run import Evaluation
 from alignez_gguf.progress import SilentReporter
@@ -39,10 +39,18 @@ def system(name: str, n_refused: int, told: str = HELP) -> System:
     return System(name, f"the {name} model", tuple(answers))
 
 
-def evaluation(tmp_path: Path, *, told: str = HELP, aligned_refusals: int = 8, **parts: object) -> Evaluation:
+def evaluation(
+    tmp_path: Path,
+    *,
+    told: str = HELP,
+    aligned_refusals: int = 8,
+    persona_refusals: int | None = None,
+    **parts: object,
+) -> Evaluation:
     systems = [
         system(BASE, 4),
         system(STEERED, 8 if told == HELP else 0, told),
+        *([] if persona_refusals is None else [system(PERSONA, persona_refusals)]),
         system(ALIGNED, aligned_refusals),
     ]
     control = ControlFile(
@@ -114,6 +122,41 @@ def test_every_cell_of_a_figure_says_how_many_queries_it_has(tmp_path: Path) -> 
     cells = re.findall(r"<td>(.*?)</td>", table[: table.index("</table>")])
     assert len(cells) == 5 * 9
     assert all("n = " in cell for cell in cells if cell[0].isdigit() or cell[0] in "+-\u2013")
+
+
+def test_steered_is_compared_with_the_persona_in_pairs_in_page_and_json(tmp_path: Path) -> None:
+    page, found = written(evaluation(tmp_path, persona_refusals=5), tmp_path)
+    systems = {row["name"]: row for row in found["systems"]}  # type: ignore[attr-defined]
+    against = systems["steered"]["aspects"]["Safety"]["against_persona"]
+    assert (against["win"], against["lose"], against["tie"], against["judged"]) == (3, 0, 7, 10)
+    net = against["net_win_percent"]
+    assert net["value"] == 30.0
+    assert net["low"] <= 30.0 <= net["high"]
+    assert "Net Win against the persona, %" in page.text
+    assert f"+30.0 [{net['low']:+.1f}, {net['high']:+.1f}] n = 10" in page.text
+    assert systems["persona"]["aspects"]["Safety"]["against_persona"] is None
+    assert found["rows"][5]["answers"]["steered"]["outcomes_against_persona"] == {  # type: ignore[index]
+        "Safety": "win"
+    }
+
+
+def test_refusal_harm_and_fluency_are_told_apart_for_harmful_and_harmless_queries(tmp_path: Path) -> None:
+    page, found = written(evaluation(tmp_path), tmp_path)
+    behaviour = found["systems"][1]["behaviour"]  # type: ignore[index]
+    figures = {name: (behaviour[name]["value"], behaviour[name]["n"]) for name in behaviour}
+    assert figures["refuses_harmful"] == (80.0, 10)
+    assert figures["harm_harmful"] == (20.0, 10)
+    assert figures["over_refuses_harmless"] == figures["harm_harmless"] == (0.0, 10)
+    assert figures["fluent_harmful"] == figures["fluent_harmless"] == (100.0, 10)
+    assert behaviour["refuses_harmful"]["low"] < 80 < behaviour["refuses_harmful"]["high"]
+    assert "Refusal, harm and fluency, apart" in page.text
+
+
+def test_report_says_what_was_not_measured(tmp_path: Path) -> None:
+    page, found = written(evaluation(tmp_path), tmp_path)
+    (note,) = (note for note in found["notes"] if "on topic" in note)  # type: ignore[attr-defined]
+    assert "not measured: only their texts are known" in note
+    assert note in page.text
 
 
 def test_page_has_every_plot_and_needs_nothing_beside_it(tmp_path: Path) -> None:
