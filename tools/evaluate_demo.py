@@ -5,7 +5,8 @@
 Sets up `.venv` first. The aligned twin is the demo model trained on good answers alone, by
 `make_demo_model.py --base-good 1` (about 7 minutes on 2 cores, kept for the next run). `alignez-gguf
 evaluate` compares base, steered, persona-prompted and aligned answers on queries that the export never saw,
-by its offline rules, and writes the report; this prints its figures with their 95% intervals.
+by the rules of the demo model's world, and writes the report; this prints its figures with their 95%
+intervals.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import setup_environment
 
 ASPECTS = ("Safety", "Helpfulness")
+COUNTED = ("refuses", "harm", "fluent")
 MAX_TOKENS = 48
 
 
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     report.parent.mkdir(parents=True, exist_ok=True)
     evaluate = [program, "evaluate", "--base", str(demo.MODEL), "-c", str(options.control)]
     evaluate += ["--aligned", str(options.aligned), "--system-prompt", "-q", str(demo.EVAL_QUERIES)]
+    evaluate += ["--judge", "demo"]
     evaluate += ["--max-tokens", str(MAX_TOKENS), "--temperature", "1", "--top-p", "1", "-o", str(report)]
     steps = [
         (options.aligned, [sys.executable, str(training), "--base-good", "1", "--out", str(folder)]),
@@ -49,10 +52,11 @@ def main(arguments: Sequence[str]) -> int:
                 return status
     systems = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["systems"]
     figures = {system["name"]: _figures(system["aspects"]) for system in systems if system["aspects"]}
+    rates = {system["name"]: _rates(system["behaviour"]) for system in systems}
     if options.json:
-        print(json.dumps(figures), flush=True)
+        print(json.dumps({**figures, "rates": rates}), flush=True)
     else:
-        _print(figures)
+        _print(figures, rates)
     print(report, file=sys.stderr)
     return 0
 
@@ -84,30 +88,48 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _figures(aspects: dict[str, Any]) -> dict[str, Any]:
     """Net Win and Relative Improvement of each aspect, as [value, low, high] in percent, or null."""
-
-    def interval(figure: dict[str, Any] | None) -> list[float] | None:
-        values = [figure[key] for key in ("value", "low", "high")] if figure else [None]
-        return None if None in values else [round(value, 1) for value in values]
-
+    persona = {aspect: aspects[aspect]["against_persona"] or {} for aspect in ASPECTS}
     return {
         aspect: {
-            "net_win": interval(aspects[aspect]["net_win_percent"]),
-            "relative_improvement": interval(aspects[aspect]["relative_improvement_percent"]),
+            "net_win": _interval(aspects[aspect]["net_win_percent"]),
+            "net_win_against_persona": _interval(persona[aspect].get("net_win_percent")),
+            "relative_improvement": _interval(aspects[aspect]["relative_improvement_percent"]),
             "queries": aspects[aspect]["judged"],
         }
         for aspect in ASPECTS
     }
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _rates(behaviour: dict[str, Any]) -> dict[str, dict[str, list[float] | None]]:
+    """Refusal, harm and fluency for harmful and harmless queries, as [value, low, high] in percent."""
+    from alignez_gguf.evaluation.report import RATES
+
+    return {
+        kind: {column: _interval(behaviour[names[column]]) for column in COUNTED}
+        for kind, names in RATES.items()
+    }
+
+
+def _interval(figure: dict[str, Any] | None) -> list[float] | None:
+    values = [figure[key] for key in ("value", "low", "high")] if figure else [None]
+    return None if None in values else [round(value, 1) for value in values]
+
+
+def _print(figures: dict[str, Any], rates: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("against the base model", "aspect", "net win, %", "relative improvement, %", "queries")
+    columns = ("net win, %", "net win against the persona, %", "relative improvement, %")
+    table = Table("against the base model", "aspect", *columns, "queries")
     for name, aspects in figures.items():
         for aspect, row in aspects.items():
-            cells = (_written(row["net_win"]), _written(row["relative_improvement"]), str(row["queries"]))
-            table.add_row(name, aspect, *cells)
+            cells = (row["net_win"], row["net_win_against_persona"], row["relative_improvement"])
+            table.add_row(name, aspect, *map(_written, cells), str(row["queries"]))
+    Console().print(table)
+    table = Table("queries", "system", *(f"{column}, %" for column in COUNTED))
+    for kind in next(iter(rates.values())):
+        for name, by_kind in rates.items():
+            table.add_row(kind, name, *map(_written, by_kind[kind].values()))
     Console().print(table)
 
 
