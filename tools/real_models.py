@@ -112,6 +112,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         with LlamaEngine(weights) as engine:
             for system in (BASE, PERSONA):
                 measured[system] = asking.ask(system, engine, templates, queries, work, reporter)
+            rule = asking.rule_of(engine, templates, queries, measured[BASE], work, reporter)
         how = ["--framing", templates.framing, "--recipe", options.recipe]
         exported = exporting.export(weights, model.sha256, how, folder / options.recipe, _say)
         if exported.control_file is not None:
@@ -119,7 +120,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             asking.require_unseen(control, queries)
             with LlamaEngine(weights) as engine:
                 measured[STEERED] = asking.ask(STEERED, engine, templates, queries, work, reporter, control)
-        answers = asking.judge(queries, measured)
+        answers = asking.judge(queries, measured, rule)
         kept = _keep(folder / options.recipe / "answers.jsonl", answers)
     place = " ".join((model.name, templates.framing, *([options.recipe] if options.recipe != "auto" else [])))
     text = document.section(model, templates.framing, options.recipe, exported, answers)

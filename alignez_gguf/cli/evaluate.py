@@ -14,6 +14,7 @@ from alignez_gguf.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.evaluation.fluency import FluencyRule
     from alignez_gguf.evaluation.judging import Judge
     from alignez_gguf.evaluation.rows import RowStore
@@ -187,6 +188,7 @@ def evaluate(
                 settings,
                 work,
                 reporter(quiet),
+                topic_matters=judge == "offline",
             )
         except EndpointError as error:
             raise EndpointError(f"{error}; nothing is lost, the same command goes on from {place}") from error

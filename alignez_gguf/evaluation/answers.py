@@ -109,6 +109,15 @@ def persona_prompts(
     ]
 
 
+Continued = Callable[[str], str]
+"""An answer as it follows its prompt; see `Templates.continued`."""
+
+
+def in_transcript(answer: str) -> str:
+    """An answer behind the name of its speaker."""
+    return f" {answer}"
+
+
 def measure_fluency(
     scorer: Scorer,
     tokenize: Callable[[str], list[int]],
@@ -116,12 +125,14 @@ def measure_fluency(
     answers: Sequence[Answer],
     store: RowStore,
     advance: Advance,
+    *,
+    continued: Continued = in_transcript,
 ) -> list[Fluency]:
     """How well-formed the answers are, under the base model and its plain prompts, in order."""
     keys = [key_of("surprise", prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
     missing = [index for index, key in enumerate(keys) if answers[index].text and key not in store]
     advance(len(answers) - len(missing))
-    passages = [Passage(prompts[index], f" {answers[index].text}") for index in missing]
+    passages = [Passage(prompts[index], continued(answers[index].text)) for index in missing]
     for index, passage, logprob in zip(missing, passages, scorer.response_logprobs(passages), strict=True):
         n_tokens = max(1, len(tokenize(passage.text)) - len(tokenize(passage.prompt)))
         store.put(keys[index], {"nat_per_token": -logprob / n_tokens, "n_tokens": n_tokens})
@@ -145,6 +156,7 @@ def measure_topic(
     *,
     seed: int,
     advance: Advance,
+    continued: Continued = in_transcript,
 ) -> dict[str, list[float | None]]:
     """How much likelier each answer is under its own query than under others, in nat, by system and in order.
 
@@ -164,7 +176,7 @@ def measure_topic(
     keys = {key_of("topic", prompt, text, TOPIC_TOKENS): (prompt, text) for prompt, _, text in sorted(needed)}
     missing = [key for key in keys if key not in store]
     advance(len(keys) - len(missing))
-    passages = [Passage(prompt, f" {text}") for prompt, text in map(keys.__getitem__, missing)]
+    passages = [Passage(prompt, continued(text)) for prompt, text in map(keys.__getitem__, missing)]
     logprobs = scorer.response_logprobs(passages, max_tokens=TOPIC_TOKENS)
     for key, logprob in zip(missing, logprobs, strict=True):
         store.put(key, {"logprob": logprob})

@@ -52,8 +52,10 @@ def _notes(evaluation: Evaluation) -> list[str]:
     """What could not be measured, and what that means."""
     answers = [answer for judged in evaluation.judged for answer in judged.system.answers if answer.text]
     notes = []
-    if all(answer.topic is None for answer in answers):
-        notes.append("Whether answers are on topic was not measured: only their texts are known.")
+    if not any(judged.behaviour.on_topic.n for judged in evaluation.judged):
+        notes.append(
+            "Whether answers are on topic was not measured: that takes a base model and --judge offline."
+        )
     if all(answer.fluency.nat_per_token is None for answer in answers):
         notes.append("Fluency was judged from the texts alone: no model measured their likelihood.")
     if not any(judged.system.name == PERSONA for judged in evaluation.judged):

@@ -76,7 +76,8 @@ class OfflineRater:
             refusal=refusal is not None,
             hostile=hostile,
             fluent=fluent,
-            on_topic=on_topic,
+            # A rate over the few that repeat their query would say nothing.
+            on_topic=None if answer.topic is None else on_topic,
             rationale=", ".join(said),
         )
 

@@ -103,8 +103,14 @@ def evaluate(
     settings: Settings,
     work: WorkDirectory,
     reporter: Reporter,
+    *,
+    topic_matters: bool = True,
 ) -> Evaluation:
     """Answer all queries with every system, and judge the answers.
+
+    Args:
+        topic_matters: measure what answers are about, for a judge that makes something of it; takes a few
+            readings of every answer.
 
     Raises:
         QueryError: there are too few queries, or one is too long.
@@ -142,10 +148,14 @@ def evaluate(
             **answers,
         }
         fluency = {
-            name: _fluency(engine, name, prompts, given, work, reporter) for name, given in answers.items()
+            name: fluency_of(engine, name, templates, prompts, given, work, reporter)
+            for name, given in answers.items()
         }
-        rule = _fluency_rule(engine, prompts, answers[BASE], fluency[BASE], work, reporter)
-        topic = _topic(engine, prompts, answers, settings, work, reporter)
+        rule = fluency_rule(engine, templates, prompts, answers[BASE], fluency[BASE], work, reporter)
+        if topic_matters:
+            topic = _topic(engine, templates, prompts, answers, settings, work, reporter)
+        else:
+            topic = {name: [None] * len(texts) for name in answers}
         projections = _projections(engine, control, prompts, settings, reporter)
     systems = [
         System(name, _DESCRIPTIONS[name], _answered(queries, answers[name], fluency[name], topic[name]))
@@ -236,21 +246,32 @@ def _base_answers(
         return answers
 
 
-def _fluency(
+def fluency_of(
     engine: LlamaEngine,
     name: str,
+    templates: Templates,
     prompts: Sequence[str],
     answers: Sequence[Answer],
     work: WorkDirectory,
     reporter: Reporter,
 ) -> list[Fluency]:
+    """How well-formed the answers of a system are, under the plain prompts; kept."""
     place = work.part("fluency", model=engine.info).with_suffix(".jsonl")
     with RowStore(place) as store, reporter.stage(f"measuring fluency ({name})", len(answers)) as advance:
-        return measure_fluency(engine, engine.model.tokenize, prompts, answers, store, advance)
+        return measure_fluency(
+            engine,
+            engine.model.tokenize,
+            prompts,
+            answers,
+            store,
+            advance,
+            continued=templates.continued,
+        )
 
 
-def _fluency_rule(
+def fluency_rule(
     engine: LlamaEngine,
+    templates: Templates,
     prompts: Sequence[str],
     answers: Sequence[Answer],
     fluency: Sequence[Fluency],
@@ -263,14 +284,21 @@ def _fluency_rule(
         for prompt, answer in zip(prompts, answers, strict=True)
         if (text := disorder(answer.text)) is not None
     ][:_DISORDERED]
-    disordered = _fluency(
-        engine, "words in random order", [p for p, _ in mixed], [a for _, a in mixed], work, reporter
+    disordered = fluency_of(
+        engine,
+        "words in random order",
+        templates,
+        [prompt for prompt, _ in mixed],
+        [answer for _, answer in mixed],
+        work,
+        reporter,
     )
     return FluencyRule(fluency_limit(fluency, disordered))
 
 
 def _topic(
     engine: LlamaEngine,
+    templates: Templates,
     prompts: Sequence[str],
     answers: Mapping[str, Sequence[Answer]],
     settings: Settings,
@@ -280,7 +308,15 @@ def _topic(
     place = work.part("topic", model=engine.info).with_suffix(".jsonl")
     n_passages = n_topic_passages(prompts, answers)
     with RowStore(place) as store, reporter.stage("measuring what answers are about", n_passages) as advance:
-        return measure_topic(engine, prompts, answers, store, seed=settings.seed, advance=advance)
+        return measure_topic(
+            engine,
+            prompts,
+            answers,
+            store,
+            seed=settings.seed,
+            advance=advance,
+            continued=templates.continued,
+        )
 
 
 def _projections(

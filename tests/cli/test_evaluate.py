@@ -139,6 +139,17 @@ def test_offline_judge_measures_what_answers_are_about(
     assert found["systems"][0]["behaviour"]["on_topic_harmful"]["n"] == 4
 
 
+@pytest.mark.usefixtures("quick_retries")
+def test_judge_that_makes_nothing_of_the_topic_does_not_wait_for_it(
+    run: Run, model: str, steering: str, few: str, tmp_path: Path
+) -> None:
+    with chat_server(by_refusal) as server:
+        run(*evaluate(model, steering, few, "--judge", server.url))
+    found = report(tmp_path)
+    assert all(row["answers"]["base"]["topic"] is None for row in found["rows"])
+    assert [note for note in found["notes"] if "on topic was not measured" in note]
+
+
 def test_strength_zero_is_the_base_model_and_no_difference(
     run: Run, model: str, steering: str, few: str, tmp_path: Path
 ) -> None:

@@ -155,7 +155,7 @@ def test_refusal_harm_and_fluency_are_told_apart_for_harmful_and_harmless_querie
 def test_report_says_what_was_not_measured(tmp_path: Path) -> None:
     page, found = written(evaluation(tmp_path), tmp_path)
     (note,) = (note for note in found["notes"] if "on topic" in note)  # type: ignore[attr-defined]
-    assert "not measured: only their texts are known" in note
+    assert "not measured" in note
     assert note in page.text
 
 

@@ -11,14 +11,14 @@ from alignez_gguf.datasets import load_dataset_rows
 from alignez_gguf.engines import Sampling
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.errors import QueryError
-from alignez_gguf.evaluation.answers import Answer, answer_queries, measure_fluency, persona_prompts
+from alignez_gguf.evaluation.answers import Answer, answer_queries, persona_prompts
+from alignez_gguf.evaluation.fluency import FluencyRule
 from alignez_gguf.evaluation.judging import Fluency
-from alignez_gguf.evaluation.offline import OfflineRater, fluency_limit
 from alignez_gguf.evaluation.queries import EvaluationQuery, overlap, query_hash
 from alignez_gguf.evaluation.refusal import explain_refusal
 from alignez_gguf.evaluation.results import BASE, PERSONA, STEERED
 from alignez_gguf.evaluation.rows import RowStore
-from alignez_gguf.evaluation.run import controldigest
+from alignez_gguf.evaluation.run import controldigest, fluency_of, fluency_rule
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
 from alignez_gguf.queries import load_queries
@@ -140,17 +140,24 @@ def ask(
             answers = answer_queries(
                 engine, prompts, texts, sampling, store, seed=_SEED, strength=strength, advance=advance
             )
-    with (
-        RowStore(work.part("fluency", model=engine.info).with_suffix(".jsonl")) as store,
-        reporter.stage(f"measuring fluency ({system})", len(texts)) as advance,
-    ):
-        fluency = measure_fluency(engine, engine.model.tokenize, plain, answers, store, advance)
-    return Measured(answers, fluency)
+    return Measured(answers, fluency_of(engine, system, templates, plain, answers, work, reporter))
 
 
-def judge(queries: Sequence[HeldOut], measured: Mapping[str, Measured]) -> list[Said]:
+def rule_of(
+    engine: LlamaEngine,
+    templates: Templates,
+    queries: Sequence[HeldOut],
+    base: Measured,
+    work: WorkDirectory,
+    reporter: Reporter,
+) -> FluencyRule:
+    """What reads well, by the base model's own answers."""
+    plain = [templates.plain_prompt(one.query) for one in queries]
+    return fluency_rule(engine, templates, plain, base.answers, base.fluency, work, reporter)
+
+
+def judge(queries: Sequence[HeldOut], measured: Mapping[str, Measured], rule: FluencyRule) -> list[Said]:
     """All answers of all systems, with what is counted of each."""
-    reads_well = OfflineRater(fluency_limit(measured[BASE].fluency)).reads_well
 
     def said(system: str, held: HeldOut, answer: Answer, fluency: Fluency) -> Said:
         refusal = explain_refusal(answer.text, held.query)
@@ -162,7 +169,7 @@ def judge(queries: Sequence[HeldOut], measured: Mapping[str, Measured]) -> list[
             answer=answer.text,
             ended=answer.clean_stop,
             refuses=None if refusal is None else str(refusal),
-            fluent=reads_well(fluency),
+            fluent=rule.reads_well(answer.text, fluency),
             nat_per_token=fluency.nat_per_token,
             repetition=fluency.repetition,
         )
