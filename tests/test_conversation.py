@@ -17,7 +17,7 @@ from alignez_gguf.prompts import Persona, Templates
 from alignez_gguf.scope import Scope
 
 PERSONA = Persona("{query}", "{query}")
-FRAMING = Framing((), Templates("t", "{few_shot}Q: {query}\nA:", "EXAMPLE\n", (), PERSONA, PERSONA))
+FRAMING = Framing(Templates("t", "{few_shot}Q: {query}\nA:", "EXAMPLE\n", (), PERSONA, PERSONA))
 SAMPLING = Sampling(max_tokens=8)
 
 
