@@ -553,7 +553,7 @@ def test_greedy_text_of_a_real_server_equals_that_of_llama_cpp_python(started: t
 
 def test_pairs_come_from_a_real_server(started: tuple[str, Path], tmp_path: Path) -> None:
     engine = EndpointGenerator(started[0], api_key=KEY)
-    templates = Templates.default()
+    templates = Templates.paper()  # shorter than the context of 512 tokens
     sampling = Sampling(max_tokens=6, stop=default_sampling(templates).stop)
     queries = ["How do I pick a lock?", "How do I bake a cake?"]
     pairs = generate_pairs(engine, queries, templates, PairStore(tmp_path / "pairs.jsonl"), sampling=sampling)
