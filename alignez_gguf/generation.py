@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHARACTERISTICS_TOKENS = 50
 _CHARACTERISTICS_TEMPERATURE = 0.3
-"""Of an instruction to itself, the model's likeliest wording is of more use than a varied one."""
+"""Characteristics are an instruction of the model to itself: its likeliest wording is of more use."""
 ANSWER_TOKENS = 200
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
@@ -137,7 +137,7 @@ def characteristics(
     sampling: Sampling,
     seed: int,
 ) -> list[tuple[str, str]]:
-    """What the model says a helpful and a harmful answer should be like, for each (query, sample).
+    """Ask the model what a helpful and a harmful answer should be like, for each (query, sample).
 
     Empty for a persona whose prompts do not use it. A persona's own traits stand in where the model names
     none: where it answers the query in a list, refuses, or says nothing.

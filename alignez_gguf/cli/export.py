@@ -287,7 +287,7 @@ def _engines(
     target_file: Path | None,
     how: tuple[int | None, int, int, int | None],
 ) -> tuple[Engine, SteerableEngine, HasMetadata | None]:
-    """What reads the model, what the edits are for, and the model that says how the latter is asked."""
+    """Open the engine that reads, the one that is edited, and the model that says how it is asked."""
     if isinstance(model, Path):
         engine = opened.enter_context(options.open_engine(model, *how))
         if target_file is None:

@@ -129,7 +129,7 @@ def _limited(queries: list[str], limit: int | None, seed: int) -> list[str]:
 def _engine(
     opened: ExitStack, model: str, how: tuple[int | None, int, int, int | None]
 ) -> tuple[SteerableEngine, HasMetadata | None]:
-    """What runs the model, and the model that says how it is asked."""
+    """Open the engine, and the model that says how it is asked."""
     source = options.gguf_file(model)
     if source is not None:
         engine = opened.enter_context(options.open_engine(source, *how))
