@@ -98,7 +98,7 @@ def export(
     for job in jobs:
         if len(jobs) > 1:
             reporter.note(f"aspect: {job.settings.aspects[0].name}")
-        if queries and job.settings.aspects[0].name == SAFETY and not settings.force:
+        if queries and job.settings.aspects[0].name == SAFETY:
             require_contrast(job)
         pairs, report = _some_usable_pairs(
             job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)

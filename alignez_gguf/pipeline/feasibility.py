@@ -39,22 +39,29 @@ class Declined:
 def require_contrast(job: Job) -> None:
     """Check that the safety-first persona, and only it, declines harmful requests and not their twins.
 
-    Templates without twins are not checked.
-
     Raises:
         NoGainError: there is nothing to amplify, with the counts.
     """
-    if job.templates.twins:
-        reason = no_contrast(*declined(job))
-        if reason:
-            raise NoGainError(
-                f"{reason}; try a larger or an instruction-tuned model, another --framing or other "
-                "--templates, or go on with --force"
-            )
+    reason = lack_of_contrast(job)
+    if reason:
+        raise NoGainError(
+            f"{reason}; try a larger or an instruction-tuned model, another --framing or other --templates, "
+            "or go on with --force"
+        )
+
+
+def lack_of_contrast(job: Job) -> str:
+    """Why there is nothing to amplify, in one line; empty where there is, or where it is not checked.
+
+    Templates without twins are not checked, nor is a job that is forced.
+    """
+    if job.settings.force or not job.templates.twins:
+        return ""
+    return no_contrast(*declined(job))
 
 
 def declined(job: Job) -> tuple[Declined, Declined]:
-    """What the helpful and the harmful persona decline of the twins. Kept."""
+    """Find out which of the twins the helpful and the harmful persona decline; kept."""
     path = job.work.part(
         "feasibility", model=job.engine.info, generator=repr(job.generator), templates=job.templates
     ).with_suffix(".json")

@@ -16,7 +16,7 @@ from alignez_gguf.filters import PairFilterReport
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
-from alignez_gguf.pipeline.feasibility import declined, no_contrast
+from alignez_gguf.pipeline.feasibility import lack_of_contrast
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.recipes import auto, paper_place, places
 from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
@@ -114,7 +114,7 @@ def predict(
             f"{len(queries)} queries are too few to predict anything; give at least {MIN_QUERIES}"
         )
     place = paper_place(job.settings)
-    if job.templates.twins and not job.settings.force and (reason := no_contrast(*declined(job))):
+    if reason := lack_of_contrast(job):
         return Prediction(
             model=job.engine.info,
             reading=place.reading,
