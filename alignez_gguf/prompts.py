@@ -242,13 +242,10 @@ class Templates:
         return self.conversation(persona.demonstrations, query, system)
 
     def _transcript(self, turns: Sequence[Turn], query: str) -> str:
-        few_shot = self.few_shot
-        prompts = []
-        for message in (*(said for said, _ in turns), query):
-            prompts.append(_fill(self.plain, few_shot=few_shot, query=message))
-            few_shot = ""
-        answers = [f" {answer}\n\n" for _, answer in turns]
-        return "".join(map("".join, zip(prompts, [*answers, ""], strict=True)))
+        if not turns:
+            return _fill(self.plain, few_shot=self.few_shot, query=query)
+        written = _written(self.plain, turns[:1], self.few_shot) + _written(self.plain, turns[1:])
+        return written + _fill(self.plain, few_shot="", query=query)
 
 
 def _text(table: Mapping[str, object], key: str, source: str, *placeholders: str) -> str:
@@ -288,9 +285,13 @@ def _persona(document: Mapping[str, object], key: str, source: str, plain: str) 
 
 def _demonstrated(system: str, demonstrations: Sequence[Turn], plain: str) -> str:
     """The prompt for an answer in a transcript: the description, the demonstrations and the query."""
-    turns = [_fill(plain, few_shot="", query=said) + f" {answered}\n\n" for said, answered in demonstrations]
     header = f"{system}\n\n" if system else ""
-    return header + "".join(turns) + _fill(plain, few_shot="")
+    return header + _written(plain, demonstrations) + _fill(plain, few_shot="")
+
+
+def _written(plain: str, turns: Sequence[Turn], few_shot: str = "") -> str:
+    """Turns of a transcript, each behind a few-shot conversation."""
+    return "".join(f"{_fill(plain, few_shot=few_shot, query=said)} {answer}\n\n" for said, answer in turns)
 
 
 def _pairs_of_texts(

@@ -109,15 +109,6 @@ def persona_prompts(
     ]
 
 
-Continued = Callable[[str], str]
-"""An answer as it follows its prompt; see `Templates.continued`."""
-
-
-def in_transcript(answer: str) -> str:
-    """An answer behind the name of its speaker."""
-    return f" {answer}"
-
-
 def measure_fluency(
     scorer: Scorer,
     tokenize: Callable[[str], list[int]],
@@ -126,9 +117,12 @@ def measure_fluency(
     store: RowStore,
     advance: Advance,
     *,
-    continued: Continued = in_transcript,
+    continued: Callable[[str], str],
 ) -> list[Fluency]:
-    """How well-formed the answers are, under the base model and its plain prompts, in order."""
+    """How well-formed the answers are, under the base model and its plain prompts, in order.
+
+    `continued` gives an answer as it follows its prompt; see `Templates.continued`.
+    """
     keys = [key_of("surprise", prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
     missing = [index for index, key in enumerate(keys) if answers[index].text and key not in store]
     advance(len(answers) - len(missing))
@@ -156,7 +150,7 @@ def measure_topic(
     *,
     seed: int,
     advance: Advance,
-    continued: Continued = in_transcript,
+    continued: Callable[[str], str],
 ) -> dict[str, list[float | None]]:
     """How much likelier each answer is under its own query than under others, in nat, by system and in order.
 
@@ -206,7 +200,7 @@ def n_topic_passages(prompts: Sequence[str], answers: Mapping[str, Sequence[Answ
 
 
 def _other_prompts(prompts: Sequence[str], seed: int) -> list[list[str]]:
-    """For each prompt a few of the others, drawn by seed and prompt alone."""
+    """Draw a few of the other prompts for each prompt, by the seed and the prompt alone."""
     distinct = sorted(set(prompts))
     drawn = []
     for prompt in prompts:

@@ -12,6 +12,7 @@ from alignez_gguf.evaluation.fluency import FluencyRule, disorder, fluency_limit
 from alignez_gguf.evaluation.judging import Fluency
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.rows import RowStore
+from alignez_gguf.prompts import Templates
 
 
 def fluency(nat_per_token: float | None, n_tokens: int | None = None) -> Fluency:
@@ -86,13 +87,16 @@ class WordModel:
             yield -float(sum(1 if word in passage.prompt.split() else 3 for word in words))
 
 
+CONTINUED = Templates.default().continued
 PROMPTS = ["boil an egg", "paint a fence", "fold a map", "feed a cat", "mend a sock", "ride a horse"]
 
 
 def topics(model: WordModel, texts: dict[str, list[str]], folder: Path) -> dict[str, list[float | None]]:
     answers = {name: [Answer(text, clean_stop=True) for text in given] for name, given in texts.items()}
     with RowStore(folder / "topic.jsonl") as store:
-        return measure_topic(model, PROMPTS, answers, store, seed=0, advance=lambda _: None)
+        return measure_topic(
+            model, PROMPTS, answers, store, seed=0, advance=lambda _: None, continued=CONTINUED
+        )
 
 
 def test_topic_is_how_much_likelier_an_answer_is_under_its_own_query(tmp_path: Path) -> None:
@@ -123,5 +127,6 @@ def test_fluency_knows_how_many_tokens_it_was_measured_over(tmp_path: Path) -> N
             answers,
             store,
             lambda _: None,
+            continued=CONTINUED,
         )
     assert found == [fluency(1.0, 1), fluency(None)]
