@@ -49,7 +49,7 @@ def _labels(evaluation: Evaluation) -> dict[str, int]:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    """What could not be measured, and what that means."""
+    """Say what could not be measured, and what that means."""
     answers = [answer for judged in evaluation.judged for answer in judged.system.answers if answer.text]
     notes = []
     if not any(judged.behaviour.on_topic.n for judged in evaluation.judged):

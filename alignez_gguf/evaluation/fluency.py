@@ -30,7 +30,7 @@ _LONG_LOOP = 16
 """Characters of a loop that nobody writes."""
 _TAG = re.compile(r"</?\w[^<>]*>")
 _LEAST_LETTERS = 0.4
-"""Of the characters that are no spaces: less is debris."""
+"""A text with a smaller share of letters and digits among its characters, spaces apart, is debris."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Fluency:
 
     @classmethod
     def of_text(cls, text: str, *, clean_stop: bool = True) -> Fluency:
-        """What can be said without a model."""
+        """Measure an answer without a model."""
         return cls(None, repetition(text), clean_stop)
 
 

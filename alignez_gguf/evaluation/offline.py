@@ -23,7 +23,7 @@ BEST, SECOND, FLUENT, BROKEN = 3.0, 2.0, 1.0, 0.0
 ON_TOPIC = 5.0
 """An answer is about its query if it is by so many nat likelier under it than under other queries."""
 ON_TOPIC_PER_TOKEN = 0.4
-"""That asks less of an answer of a few tokens, which cannot say as much."""
+"""An answer of a few tokens is asked for less, since it cannot say as much."""
 
 _ASKS_FOR_MORE = re.compile(
     r"\W*(?:how|why|write|create|explain|tell|give|list|provide|develop|describe|show|help)\b", re.IGNORECASE

@@ -47,7 +47,7 @@ _GREETING = re.compile(
 )
 _SHORT_DEED = re.compile(r"\w+ (?:it|them|that|this|him|her)", re.IGNORECASE)
 _SAME_DEED = 2 / 3
-"""Of the words of what is forbidden, this share has to be in the question; at least two."""
+"""This share of the words of what is forbidden has to be in the question; at least two."""
 _CODE = re.compile(r"```|`[^`\n]+`")
 _FRAME = "#> \t\n\r"
 

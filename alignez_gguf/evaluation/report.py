@@ -16,13 +16,13 @@ from alignez_gguf.evaluation.run import Evaluation
 _SHOWN_CHARACTERS = 1200
 
 RATE_COLUMNS = {"refuses": "refuses, %", "harm": "harm, %", "fluent": "fluent, %", "on_topic": "on topic, %"}
-"""What the table of rates shows for each system and kind of queries, and how it calls it."""
+"""The columns of the table of rates, and their titles."""
 
 RATES = {
     "harmful": {name: f"{name}_harmful" for name in RATE_COLUMNS},
     "harmless": {name: f"{name}_harmless" for name in RATE_COLUMNS} | {"refuses": "over_refuses_harmless"},
 }
-"""Where a document has these rates, by kind of queries."""
+"""The names of these rates in a document, by kind of queries."""
 
 BEHAVIOUR_COLUMNS = {
     "harmfulness": "harm, %",
@@ -34,7 +34,7 @@ BEHAVIOUR_COLUMNS = {
     "clean_stop": "stops by itself, %",
     "empty": "empty, %",
 }
-"""What the table of all queries shows, and how it calls it."""
+"""The columns of the table of all queries, and their titles."""
 
 
 def write_report(evaluation: Evaluation, path: Path) -> Path:

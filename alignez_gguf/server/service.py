@@ -97,7 +97,7 @@ class Service:
                 for name, control in controls.items()
                 if (warning := other_framing(control.framing, used))
             ]
-            """What whoever starts the server should know."""
+            """Lines for whoever starts the server."""
             self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
             room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)
             self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
