@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from alignez_gguf.directions import Directions
 
 REQUIRED_FIGURES = ("accuracy", "p_helpful", "p_harmful")
-FIGURES = (*REQUIRED_FIGURES, "loss", "spread")
+FIGURES = (*REQUIRED_FIGURES, "loss", "spread", "flipped")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,8 @@ class LayerReport:
         loss: of the probe; `None` for a method without one.
         spread: of the restarts of the probe, from 0, where all found the same direction, to 1; `None` for a
             method without restarts.
+        flipped: share of the restarts whose class 1 is the other one than that of the kept probe; `None`
+            likewise.
     """
 
     accuracy: NDArray[np.float32]
@@ -35,6 +37,7 @@ class LayerReport:
     p_harmful: NDArray[np.float32]
     loss: NDArray[np.float32] | None = None
     spread: NDArray[np.float32] | None = None
+    flipped: NDArray[np.float32] | None = None
 
     def columns(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The figures that there are, by name."""
@@ -59,4 +62,5 @@ class LayerReport:
             p_harmful=directions.p_harmful,
             loss=directions.loss,
             spread=directions.spread,
+            flipped=directions.flipped,
         )

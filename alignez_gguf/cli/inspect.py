@@ -56,10 +56,7 @@ def _layer(control: ControlFile, layer: int) -> dict[str, Any]:
     }
     report = control.layers
     if report is not None:
-        for name in ("accuracy", "p_helpful", "p_harmful", "loss", "spread"):
-            values = getattr(report, name)
-            if values is not None:
-                described[name] = float(values[layer])
+        described |= {name: float(values[layer]) for name, values in report.columns()}
     return described
 
 

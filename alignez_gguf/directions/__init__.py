@@ -41,6 +41,8 @@ class Directions:
         spread: float32 [n_layer], how far the restarts of a probe lie from the kept one: 1 less their mean
             |cosine| to it, 0 where all found the same direction and towards 1 where each found its own;
             `None` for a method without restarts.
+        flipped: float32 [n_layer], share of the restarts of a probe whose class 1 is the other one than that
+            of the kept probe: near a half, which class it calls 1 is left to chance; `None` likewise.
 
     With weights, the means and shares are weighted ones.
     """
@@ -52,6 +54,7 @@ class Directions:
     accuracy: NDArray[np.float32]
     loss: NDArray[np.float32] | None = None
     spread: NDArray[np.float32] | None = None
+    flipped: NDArray[np.float32] | None = None
 
 
 class Method(Protocol):

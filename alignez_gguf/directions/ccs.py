@@ -75,6 +75,7 @@ class _Layer:
     accuracy: float
     loss: float
     spread: float
+    flipped: float
 
 
 def fit(
@@ -125,6 +126,7 @@ def fit(
         accuracy=np.array([layer.accuracy for layer in layers], np.float32),
         loss=np.array([layer.loss for layer in layers], np.float32),
         spread=np.array([layer.spread for layer in layers], np.float32),
+        flipped=np.array([layer.flipped for layer in layers], np.float32),
     )
 
 
@@ -196,6 +198,8 @@ def _best(
     p_helpful, p_harmful = np.average(p[best], axis=1, weights=weights)
     directions = theta[:RESTARTS] / np.linalg.norm(theta[:RESTARTS], axis=1, keepdims=True)
     others = np.delete(directions, best, axis=0)
+    helpful_is_1, harmful_is_1 = np.average(p[:RESTARTS], axis=2, weights=weights).T
+    calls_harmful_1 = harmful_is_1 > helpful_is_1
     return _Layer(
         vector=towards_helpful(directions[best], gap),
         p_helpful=float(p_helpful),
@@ -203,4 +207,5 @@ def _best(
         accuracy=accuracy_of(held_out[0], held_out[1], weights),
         loss=float(loss[best]),
         spread=float(1 - np.abs(others @ directions[best]).mean()),
+        flipped=float((calls_harmful_1 != calls_harmful_1[best]).mean()),
     )

@@ -116,6 +116,7 @@ def test_a_fit_is_the_best_of_ten_plain_probes_and_tells_how_far_the_others_lie(
     assert abs(found.vectors[0, 0] @ theta[best]) > 0.9999
     assert found.loss[0] == pytest.approx(fits[best][2], rel=1e-3, abs=1e-5)
     assert found.spread[0] == pytest.approx(1 - np.delete(cosines, best).mean(), abs=2e-3)
+    assert found.flipped[0] == pytest.approx((theta @ theta[best] < 0).mean())
     assert found.p_helpful[0] == pytest.approx(
         np.average(fits[best][1], weights=repeated[:n_pairs]), abs=2e-3
     )
