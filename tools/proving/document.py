@@ -21,6 +21,7 @@ from proving.asking import JAILBREAK, MAX_TOKENS, SAFE, SETS, SYSTEMS, UNSAFE, S
 from proving.counting import Share, difference, is_fluent, refuses, refuses_fluently, share
 from proving.exporting import Exported
 from proving.models import RealModel
+from proving.truth import Truth
 
 _END = "<!-- end -->"
 _TITLE = "# Real models\n"
@@ -31,7 +32,14 @@ _COUNTS = (refuses, refuses_fluently, is_fluent)
 _FRAMINGS = {"chat": "through its chat template", "transcript": "in a transcript"}
 
 
-def section(model: RealModel, framing: str, recipe: str, exported: Exported, answers: Sequence[Said]) -> str:
+def section(
+    model: RealModel,
+    framing: str,
+    recipe: str,
+    exported: Exported,
+    answers: Sequence[Said],
+    found: Truth | None = None,
+) -> str:
     """The section of one model in one framing, from its heading on."""
     by = "" if recipe == "auto" else f", --recipe {recipe}"
     asked = _FRAMINGS[framing]
@@ -43,6 +51,7 @@ def section(model: RealModel, framing: str, recipe: str, exported: Exported, ans
         "The offline rules decide what refuses and what is fluent; the 95% intervals are Wilson's.",
         _shares(answers),
         *_differences(answers),
+        *_truth(found),
         *_safe_examples(answers),
         *_declined_examples(answers),
     ]
@@ -106,6 +115,32 @@ def _differences(answers: Sequence[Said]) -> Iterable[str]:
             rows.append((system, "harmful" if harmful else "safe", str(len(ours)), *points))
     yield "Less the base model, in points, with the 95% interval of a bootstrap over the queries:"
     yield _table(("system", "queries", "n", "refuses", "refuses and is fluent", "is fluent"), rows)
+
+
+def _truth(found: Truth | None) -> Iterable[str]:
+    """What the score says of many edits, beside what is said under them."""
+    if found is None:
+        return
+    yield (
+        f"Does the score choose well? {len(found.tried)} edits, some of them made to be bad, over 60 more "
+        f"queries: the rank correlation of the score with what is said is {found.rho:.2f} within the budget, "
+        f"and the edit of the best score has {found.pick_over_best:.0%} of the truth of the best one."
+    )
+    rows = [
+        (
+            _cell(one.name),
+            f"{one.gain:+.2f}",
+            f"{one.kl:.3f}",
+            str(one.refuses_harmful),
+            str(one.refuses_safe),
+            str(one.broken),
+            f"{100 * one.truth:+.0f}",
+        )
+        for one in sorted(found.tried, key=lambda one: -one.gain)
+    ]
+    yield _table(
+        ("edit", "score, nat", "KL", "refuses harmful", "refuses safe", "broken", "truth, points"), rows
+    )
 
 
 def _safe_examples(answers: Sequence[Said]) -> Iterable[str]:

@@ -56,9 +56,9 @@ def export(weights: Path, sha256: str, options: Sequence[str], folder: Path, say
     folder.mkdir(parents=True, exist_ok=True)
     control, log = folder / "control.gguf", folder / "export.log"
     control.unlink(missing_ok=True)
-    work = control.with_name(f"{control.name}.work")
+    work = work_directory(control)
     shutil.rmtree(work, ignore_errors=True)
-    command = ["export", str(weights), "-q", FIT, "-o", str(control), *options]
+    command = ["export", str(weights), "-q", FIT, "-o", str(control), "--work-dir", str(work), *options]
     say(f"$ alignez-gguf {shlex.join(command)}   (log: {log})")
     started = time.monotonic()
     rc = alignez(command, log)
@@ -66,9 +66,15 @@ def export(weights: Path, sha256: str, options: Sequence[str], folder: Path, say
     written = rc == 0 and control.exists()
     reason = None if written else _reason(log).replace(str(weights), weights.name).replace(f"{folder}/", "")
     exported = Exported(rc, minutes, reason, str(control) if written else None)
-    shutil.rmtree(work, ignore_errors=True)
+    if not written:
+        shutil.rmtree(work, ignore_errors=True)
     write_text(result, json.dumps({**asdict(exported), "determined_by": determined_by}, indent=1) + "\n")
     return exported
+
+
+def work_directory(control: Path) -> Path:
+    """Where an export keeps what it computes."""
+    return control.with_name(f"{control.name}.work")
 
 
 def alignez(command: Sequence[str], log: Path) -> int:
