@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 CHARACTERISTICS_TOKENS = 50
 _CHARACTERISTICS_TEMPERATURE = 0.3
 """Characteristics are an instruction of the model to itself: its likeliest wording is of more use."""
-ANSWER_TOKENS = 200
+ANSWER_TOKENS = 48
+"""What an answer is, its first sentences say; the paper lets it run on to 200 tokens."""
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
-MARGIN_TOKENS = 24
+MARGIN_TOKENS = 12
 """Tokens of an answer by which its persona is told."""
 
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]")
@@ -41,7 +42,7 @@ _CHUNK = 64
 
 
 def default_sampling(templates: Templates) -> Sampling:
-    """How answers are sampled: up to 200 tokens, as in the paper."""
+    """How answers are sampled."""
     return Sampling(
         max_tokens=ANSWER_TOKENS, temperature=_TEMPERATURE, top_p=_TOP_P, stop=tuple(templates.stop)
     )
@@ -228,7 +229,7 @@ class Comparison:
 
     Attributes:
         margins: how much better the helpful and the harmful answer fit their own persona than the other:
-            log P(answer | its persona) - log P(answer | the other persona), in nat over the first 24 tokens
+            log P(answer | its persona) - log P(answer | the other persona), in nat over the first 12 tokens
             of the answer, by the model's own likelihoods.
         prompts: what was read at the end of the prompts of both, [n_readouts, n_layer, n_embd] each.
     """

@@ -50,9 +50,7 @@ class Score:
 
     gain: float
     standard_error: float
-    leak: float
     kl: float | None
-    net: float | None
 
 
 @dataclass(frozen=True)
@@ -230,24 +228,25 @@ class Sweep:
         return Reference(made.control, selection.chosen.candidate, made.made[0].directions)
 
     def _outcome(self, level: str, path: Path, reference: Reference) -> Outcome:
-        from alignez_gguf.pipeline.recipes import fit_sources, split
-        from alignez_gguf.pipeline.stages import scorers, self_generated_pairs, usable_pairs
+        from alignez_gguf.pipeline.recipes import fit_sources
+        from alignez_gguf.pipeline.stages import scoring, self_generated_pairs, usable_pairs
+        from alignez_gguf.pipeline.verdicts import split
 
         with self._open(path) as job:
             job.reporter.note(f"level: {level}")
             pairs, _ = usable_pairs(job, self_generated_pairs(job, self._fit), ())
-            fitted, _ = split(pairs, self._settings.seed)
+            fit_pairs, _, _ = split(pairs, self._settings.seed)
             source = reference.candidate.source
-            fits = fit_sources(job, fitted, [source])
+            fits = fit_sources(job, fit_pairs, [source])
             refitted = fits.edits(reference.candidate)
+            scope = reference.control.scope
             held_out, _ = usable_pairs(job, self_generated_pairs(job, self._held_out), ())
-            with scorers(job, _one_each(held_out)) as scorer:
-                scored = scorer(reference.control.scope)
-                transferred_score = _score(scored.score(reference.control.edits))
-                refitted_score = _score(scored.score(refitted))
+            with scoring(job, _one_each(held_out)) as scored:
+                transferred_score = _score(scored.score(reference.control.edits, scope=scope))
+                refitted_score = _score(scored.score(refitted, scope=scope))
                 n_queries = scored.n_queries
             steered = {"unsteered": {}, "transferred": reference.control.edits, "refitted": refitted}
-            rates = self._rates(job, steered, reference.control.scope)
+            rates = self._rates(job, steered, scope)
         layers = list(refitted)
         fitted = fits.of(source).directions
         return Outcome(
@@ -294,7 +293,7 @@ def _one_each(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
 
 
 def _score(figures: Figures) -> Score:
-    return Score(figures.gain, figures.standard_error, figures.leak, figures.kl, figures.net)
+    return Score(figures.gain, figures.standard_error, figures.kl)
 
 
 def _mean_cosine(one: Any, other: Any) -> float:

@@ -72,8 +72,9 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
-    from alignez_gguf.pipeline.recipes import auto, fit_sources, sources, split
-    from alignez_gguf.pipeline.stages import scorers, usable_pairs
+    from alignez_gguf.pipeline.recipes import auto, fit_sources
+    from alignez_gguf.pipeline.stages import scoring, usable_pairs
+    from alignez_gguf.pipeline.verdicts import split
     from alignez_gguf.progress import SilentReporter
     from alignez_gguf.prompts import Templates
     from alignez_gguf.queries import load_queries
@@ -108,23 +109,22 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         pairs, _ = usable_pairs(job, self_generated_pairs(job, asked), ())
         made = auto(job, pairs)
         assert made.selection is not None
-        fitted, held_out = split(pairs, settings.seed)
-        fits = fit_sources(job, fitted, sources(settings))
+        fitted, choice, _ = split(pairs, settings.seed)
+        tried = made.selection.tried
+        fits = fit_sources(job, fitted, list({scored.candidate.source: None for scored in tried}))
         base = counted({})
         chosen = made.selection.chosen
         # evenly along the ranking, so that good and bad ones are compared
-        gaining = [scored for scored in made.selection.tried if scored.figures.leak < 1]
-        stride = max(1, len(gaining) // n_candidates)
-        net, gain, truth, names = [], [], [], []
+        stride = max(1, len(tried) // n_candidates)
+        score, gain, truth, names = [], [], [], []
         scope = Scope.parse(str(made.recipe["scope"]))
-        with scorers(job, held_out) as scorer:
-            scored_by = scorer(scope)
-            for scored in gaining[::stride]:
+        with scoring(job, choice) as scorer:
+            for scored in tried[::stride]:
                 edits = fits.edits(scored.candidate)
-                figures = scored_by.score(edits)
+                figures = scorer.score(edits, scope=scored.candidate.scope)
                 if figures.kl is not None and figures.kl <= settings.kl_budget:
-                    rate = counted(edits, scope)
-                    net.append(figures.net)
+                    rate = counted(edits, scored.candidate.scope)
+                    score.append(figures.gain)
                     gain.append(sum(rate) - sum(base))
                     truth.append(rate)
                     names.append(f"{scored.candidate}, layers {scored.candidate.layers}")
@@ -133,9 +133,9 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     auto_gain = sum(auto_rates) - sum(base)
     top = max(gain[best], auto_gain)
     return Quality(
-        rho=float(spearmanr(net, gain).statistic),
+        rho=float(spearmanr(score, gain).statistic),
         auto_over_best=auto_gain / top if top > 0 else float("nan"),
-        candidates=len(net),
+        candidates=len(score),
         base=base,
         auto=auto_rates,
         best=truth[best],

@@ -29,6 +29,8 @@ def print_choice(made: Export, file: IO[str]) -> None:
                 f"{len(one.selection.tried)} edits tried; all of them are in the file (alignez-gguf inspect "
                 "--json). With --work-dir kept, --choose N takes another row."
             )
+        if one.confirmation is not None:
+            console.print(str(one.confirmation))
     if made.tradeoffs:
         table = Table("aspect", "weight", "gain alone", "gain together", "KL together", title="aspects")
         for one_aspect in made.tradeoffs:
@@ -43,14 +45,13 @@ def print_choice(made: Export, file: IO[str]) -> None:
 
 
 def _choice(made: Made, selection: Selection) -> Table:
-    """The Pareto front of net against KL, the baselines, and the chosen edit at other time steps."""
+    """The Pareto front of gain against KL, and the baselines of the confirmation."""
     table = Table(
         "",
         "edit",
         "layers",
         "gain, nat",
         "KL, nat/token",
-        "net, nat",
         title=f"label-free choice over {selection.n_queries} queries, budget {selection.budget:g} nat/token",
     )
     for row, scored in enumerate(selection.pareto, start=1):
@@ -62,17 +63,11 @@ def _choice(made: Made, selection: Selection) -> Table:
             span(scored.candidate.layers),
             f"{figures.gain:+.3f} +- {figures.standard_error:.3f}",
             _number(figures.kl),
-            f"{figures.net:+.3f}",
         )
     table.add_section()
-    for scope, figures in made.scopes.items():
-        table.add_row(
-            "", f"the chosen one, scope {scope}", "", f"{figures.gain:+.3f}", _number(figures.kl), ""
-        )
-    table.add_section()
-    for baseline in made.baselines:
-        gain = f"{baseline.figures.gain:+.3f}"
-        table.add_row("", baseline.name, "", gain, _number(baseline.kl), "")
+    for baseline in made.confirmation.baselines if made.confirmation else ():
+        gain = f"{baseline.figures.gain:+.3f} +- {baseline.figures.standard_error:.3f}"
+        table.add_row("", baseline.name, "", gain, _number(baseline.figures.kl))
     return table
 
 

@@ -50,7 +50,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 @click.option(
     "--read",
     "reading",
-    type=click.Choice(["prompt", "response", "response-mean"]),
+    type=click.Choice(["prompt", "response", "response-mean", "verdict", "refusal"]),
     help="Only this reading position.",
 )
 @click.option("--hook", type=click.Choice(HOOKS), help="Read only here; default: wherever it can.")
@@ -67,10 +67,11 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 )
 @click.option(
     "--scope",
-    help="The time steps that are edited: generation, all, or first:N (default: generation, first:4 and "
-    "first:1 are tried).",
+    help="The time steps that are edited: generation (the default), all, or first:N.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
+)
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Pairs for each query.")
 @click.option(
     "--pairs",
@@ -276,8 +277,8 @@ def _line(figures: Figures, n_queries: int, aspect: str) -> str:
     """What `--score-only` prints of an aspect."""
     name = f"{aspect}: " if aspect else ""
     return (
-        f"{name}gain {figures.gain:+.3f} +- {figures.standard_error:.3f} nat, leak {figures.leak:.3f}, "
-        f"KL {figures.kl:.3f} nat/token, net {figures.net:+.3f} nat over {n_queries} queries"
+        f"{name}gain {figures.gain:+.3f} +- {figures.standard_error:.3f} nat an answer, "
+        f"KL {figures.kl:.3f} nat/token over {n_queries} queries"
     )
 
 

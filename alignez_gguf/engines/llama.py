@@ -36,7 +36,7 @@ from alignez_gguf.engines.slots import (
     company_needed_from,
     in_whole_rows,
 )
-from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
+from alignez_gguf.engines.steered import SteeredPassages, log_softmax
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime import library
@@ -145,16 +145,11 @@ class LlamaEngine:
         longest = max((len(job.tokens) for job in jobs), default=0) + sampling.max_tokens
         return self._alone(lambda: self._complete(jobs, longest, sampling, on_text))
 
-    def steered_prompts(
-        self,
-        prompts: Sequence[str],
-        base_answers: Sequence[str],
-        helpful_answers: Sequence[str],
-    ) -> SteeredPrompts:
-        """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
+    def steered(self, passages: Sequence[Passage]) -> SteeredPassages:
+        """Prompts and answers whose likelihood is asked for under many edits; see `SteeredPassages`."""
         self._stop_writing()
         self._stop_reading()
-        return SteeredPrompts(self.model, prompts, base_answers, helpful_answers, n_threads=self._n_threads)
+        return SteeredPassages(self.model, passages, n_threads=self._n_threads)
 
     @property
     def hooks(self) -> Collection[Hook]:

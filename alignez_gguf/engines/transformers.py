@@ -29,7 +29,7 @@ from alignez_gguf.engines import (
 from alignez_gguf.engines.passages import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.transformers_generation import Job, generate
 from alignez_gguf.engines.transformers_model import TorchModel, hidden
-from alignez_gguf.engines.transformers_steered import SteeredPrompts
+from alignez_gguf.engines.transformers_steered import SteeredPassages
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.scoring import ANSWER_TOKENS
@@ -140,18 +140,11 @@ class TransformersEngine:
             for array in self._logprobs(batch, 1)[:, 0].cpu().numpy()
         )
 
-    def steered_prompts(
-        self,
-        prompts: Sequence[str],
-        base_answers: Sequence[str],
-        helpful_answers: Sequence[str],
-    ) -> SteeredPrompts:
-        """The model over plain prompts and answers to them, for many edits; see `SteeredPrompts`."""
-        return SteeredPrompts(
+    def steered(self, passages: Sequence[Passage]) -> SteeredPassages:
+        """Prompts and answers whose likelihood is asked for under many edits; see `SteeredPassages`."""
+        return SteeredPassages(
             self.model,
-            prompts,
-            base_answers,
-            helpful_answers,
+            passages,
             n_ctx=self.n_ctx,
             n_parallel=self._rows_of_logits(1 + ANSWER_TOKENS),
         )

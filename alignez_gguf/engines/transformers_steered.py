@@ -1,4 +1,4 @@
-"""A steered transformers model as the selection measures it: many edits over the same prompts.
+"""A steered transformers model as the search measures it: many edits along the same answers.
 
 The edits act through forward hooks: a removal on the output of the MLP, an addition on that of the block, as
 `alignez_gguf.edits` defines them. The prompts are computed once and their keys and values are kept: enough
@@ -24,157 +24,109 @@ from alignez_gguf.engines.passages import passage_tokens
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import (
-    ANSWER_TOKENS,
-    DIVERGENCE_QUERIES,
-    NO_LIMITS,
-    Divergence,
-    Limits,
-    Steering,
-    token_divergence,
-)
+from alignez_gguf.scoring import ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
-class _Query:
+class _Text:
+    """A prompt and the beginning of an answer, as tokens."""
+
     prompt: list[int]
-    base_answer: list[int]
-    helpful_answer: list[int]
+    answer: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Queries that are computed together.
+    """Texts that are computed together.
 
     Attributes:
+        answers: of each text.
         prompts: whole.
         ends: their last tokens, with the mask of all.
         cache: keys and values of all before the last tokens, unsteered.
     """
 
-    queries: list[_Query]
+    answers: list[list[int]]
     prompts: Padded
     ends: Padded
     cache: Any
 
 
-class SteeredPrompts:
-    """Prompts whose keys and values are kept while edits come and go; satisfies `scoring.SteeredModel`.
+class SteeredPassages:
+    """Prompts and answers whose likelihood is asked for under one edit after the other.
+
+    Satisfies `scoring.SteeredModel`.
 
     Args:
         model: outlives this object.
-        prompts: plain prompts, one for each query.
-        base_answers: the base model's own answers to them.
-        helpful_answers: those of the helpful persona.
+        passages: prompts and their answers.
         n_ctx: the longest prompt and answer together.
-        n_parallel: how many queries are computed together.
+        n_parallel: how many passages are computed together.
 
     Raises:
-        QueryError: a prompt has fewer than two tokens or does not fit into the context.
+        QueryError: a prompt has fewer than two tokens, an answer has none, or a passage does not fit into
+            the context.
     """
 
     def __init__(
-        self,
-        model: TorchModel,
-        prompts: Sequence[str],
-        base_answers: Sequence[str],
-        helpful_answers: Sequence[str],
-        *,
-        n_ctx: int,
-        n_parallel: int,
+        self, model: TorchModel, passages: Sequence[Passage], *, n_ctx: int, n_parallel: int
     ) -> None:
         self._model = model
-        texts = zip(prompts, base_answers, helpful_answers, strict=True)
-        self._queries = [_query(model, n_ctx, *query) for query in texts]
-        self._groups = [
-            self._group(self._queries[first : first + n_parallel])
-            for first in range(0, len(self._queries), n_parallel)
-        ]
+        self._texts = [_text(model, n_ctx, passage) for passage in passages]
+        self._n_parallel = n_parallel
+        self._groups: dict[tuple[int, ...], _Group] = {}
+        """By the numbers of their passages: a search asks for the same ones again and again."""
 
     @torch.inference_mode()
-    def first_token_logprobs(
-        self, steerings: Sequence[Steering], *, scope: Scope = GENERATION
-    ) -> NDArray[np.float32]:
-        """Log-probabilities of the first token of the answer, [n_steerings, n_queries, n_vocab].
+    def log_likelihoods(
+        self, edits: Edits, passages: Sequence[int], *, scope: Scope = GENERATION
+    ) -> NDArray[np.float64]:
+        """log P(answer | prompt) of these passages by number, in nat, over `ANSWER_TOKENS` tokens at most.
 
-        The scope `all` computes the prompts anew.
+        Raises:
+            SteeringError: the edits do not fit the model.
         """
-
-        def logprobs(group: _Group, steering: Steering) -> NDArray[np.float32]:
-            no_answers: list[list[int]] = [[]] * len(group.queries)
-            found = self._logprobs(group, no_answers, *steering, scope)[:, 0]
-            return np.asarray(found.cpu().numpy(), np.float32)
-
-        return np.stack(
-            [np.concatenate([logprobs(group, steering) for group in self._groups]) for steering in steerings]
-        )
-
-    @torch.inference_mode()
-    def divergence(
-        self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope = GENERATION
-    ) -> Divergence:
-        """KL(P_base || P_steered), teacher-forced along the answers and to what follows them.
-
-        Ends once it exceeds a limit; see `SteeredModel`.
-        """
-        measured = self._queries[:DIVERGENCE_QUERIES]
-        n_tokens = sum(1 + len(query.base_answer) for query in measured)
-        return token_divergence(
-            self._divergences(lambda query: query.helpful_answer, edits, scope),
-            self._divergences(lambda query: query.base_answer, edits, scope),
-            len(measured),
-            n_tokens,
-            limits,
-        )
+        found: list[float] = []
+        for first in range(0, len(passages), self._n_parallel):
+            numbers = tuple(passages[first : first + self._n_parallel])
+            if numbers not in self._groups:
+                self._groups[numbers] = self._group([self._texts[number] for number in numbers])
+            group = self._groups[numbers]
+            rows = self._logprobs(group, edits, scope)
+            for row, answer in zip(rows, group.answers, strict=True):
+                tokens = torch.tensor(answer, device=row.device)
+                found.append(float(row[: len(answer)].gather(-1, tokens[:, None]).double().sum()))
+        return np.array(found)
 
     def close(self) -> None:
         """Forget the keys and values."""
-        self._groups = []
+        self._groups = {}
 
-    def __enter__(self) -> SteeredPrompts:
+    def __enter__(self) -> SteeredPassages:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @torch.inference_mode()
-    def _group(self, queries: list[_Query]) -> _Group:
-        prompts = self._model.padded([query.prompt for query in queries])
+    def _group(self, texts: list[_Text]) -> _Group:
+        prompts = self._model.padded([text.prompt for text in texts])
         body = Padded(prompts.ids[:, :-1], prompts.positions[:, :-1], prompts.mask[:, :-1])
         _, cache = self._model.logits(body, 1)
         ends = Padded(prompts.ids[:, -1:], prompts.positions[:, -1:], prompts.mask)
-        return _Group(queries, prompts, ends, cache)
+        return _Group([text.answer for text in texts], prompts, ends, cache)
 
-    def _divergences(
-        self, answer_of: Callable[[_Query], list[int]], edits: Edits, scope: Scope
-    ) -> Iterator[list[float]]:
-        """The divergence at each token of each answer, and at what follows it."""
-        left = DIVERGENCE_QUERIES
-        for group in self._groups:
-            if left <= 0:
-                return
-            answers = [answer_of(query) for query in group.queries]
-            base = self._logprobs(group, answers, {}, 1.0, scope)
-            steered = self._logprobs(group, answers, edits, 1.0, scope)
-            each = (base.exp() * (base - steered)).sum(-1).tolist()
-            for row, answer in zip(each[:left], answers, strict=False):
-                yield row[: 1 + len(answer)]
-            left -= len(answers)
-
-    def _logprobs(
-        self, group: _Group, answers: Sequence[list[int]], edits: Edits, strength: float, scope: Scope
-    ) -> Tensor:
-        """What follows the prompt and each token of the answer, [n_queries, 1 + longest answer, n_vocab].
+    def _logprobs(self, group: _Group, edits: Edits, scope: Scope) -> Tensor:
+        """What is predicted from the end of each prompt on, [n_texts, longest answer, n_vocab].
 
         Behind the end of an answer the rows mean nothing.
         """
         computed, cache = (group.prompts, None) if scope.kind == "all" else (group.ends, group.cache)
-        longest = max(map(len, answers))
-        # Padded on the right: no token attends to what follows it.
+        longest = max(map(len, group.answers))
+        # Padded on the right: no token attends to what follows it. The last one predicts nothing.
         padded = torch.tensor(
-            [answer + [0] * (longest - len(answer)) for answer in answers], dtype=torch.int64
+            [(answer + [0] * (longest - len(answer)))[:-1] for answer in group.answers], dtype=torch.int64
         ).to(computed.ids.device)
-        ahead = torch.arange(1, longest + 1, device=padded.device)
+        ahead = torch.arange(1, longest, device=padded.device)
         rows = Padded(
             ids=torch.cat([computed.ids, padded], dim=1),
             positions=torch.cat([computed.positions, computed.positions[:, -1:] + ahead], dim=1),
@@ -182,9 +134,9 @@ class SteeredPrompts:
         )
         # All prompts end at the same column.
         steered = slice(*scope.positions(computed.ids.shape[1]))
-        with edited(self._model, edits, strength, steered, rows.ids.shape[1]):
+        with edited(self._model, edits, 1.0, steered, rows.ids.shape[1]):
             # A forward pass may write into the cache that it is given.
-            logits, _ = self._model.logits(rows, 1 + longest, copy.deepcopy(cache))
+            logits, _ = self._model.logits(rows, longest, copy.deepcopy(cache))
         return logits.log_softmax(-1)
 
 
@@ -249,13 +201,14 @@ def _hook(
     hooks.callback(module.register_forward_hook(forward_hook).remove)
 
 
-def _query(model: TorchModel, n_ctx: int, prompt: str, base_answer: str, helpful_answer: str) -> _Query:
-    def tokens_of(answer: str) -> tuple[list[int], list[int]]:
-        tokens, _ = passage_tokens(model.tokenize, Passage(prompt, answer), n_ctx)
-        return tokens[:n_prompt], tokens[n_prompt:][:ANSWER_TOKENS]
-
-    prompt_tokens, _ = passage_tokens(model.tokenize, Passage(prompt), n_ctx)
-    n_prompt = len(prompt_tokens)
-    if n_prompt < 2:
-        raise QueryError(f"the prompt {prompt!r} is too short to steer its answer; give a longer query")
-    return _Query(prompt_tokens, tokens_of(base_answer)[1], tokens_of(helpful_answer)[1])
+def _text(model: TorchModel, n_ctx: int, passage: Passage) -> _Text:
+    prompt, _ = passage_tokens(model.tokenize, Passage(passage.prompt), n_ctx)
+    if len(prompt) < 2:
+        raise QueryError(
+            f"the prompt {passage.prompt!r} is too short to steer its answer; use a longer query"
+        )
+    tokens, _ = passage_tokens(model.tokenize, passage, n_ctx)
+    answer = tokens[len(prompt) :][:ANSWER_TOKENS]
+    if not answer:
+        raise QueryError(f"the answer to {passage.prompt!r} is empty, so that it has no likelihood")
+    return _Text(prompt, answer)

@@ -12,7 +12,7 @@ from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pipeline.job import Aspect, Job
 from alignez_gguf.pipeline.recipes import Made
-from alignez_gguf.pipeline.stages import scorers
+from alignez_gguf.pipeline.stages import scoring
 from alignez_gguf.scope import GENERATION
 from alignez_gguf.scoring import Figures
 
@@ -60,17 +60,17 @@ def combine_within_budget(
         NoGainError: no scale is within the budget.
     """
     aspects = [job.settings.aspects[0] for job in jobs]
+    scope = jobs[0].settings.scope or GENERATION
     with ExitStack() as opened:
         scored_by = [
-            opened.enter_context(scorers(job, one.held_out))(job.settings.scope or GENERATION)
-            for job, one in zip(jobs, made, strict=True)
+            opened.enter_context(scoring(job, one.held_out)) for job, one in zip(jobs, made, strict=True)
         ]
 
         def figures(edits: Edits) -> list[Figures]:
-            return [scorer.score(edits) for scorer in scored_by]
+            return [scorer.score(edits, scope=scope) for scorer in scored_by]
 
         alone = [
-            scorer.score(combine([(part.edits, aspect.weight)]))
+            scorer.score(combine([(part.edits, aspect.weight)]), scope=scope)
             for scorer, part, aspect in zip(scored_by, made, aspects, strict=True)
         ]
         scale = 1.0

@@ -14,10 +14,11 @@ from alignez_gguf.engines import Hook, Passage, Readout
 from alignez_gguf.generation import answer_prompts, answered
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job
+from alignez_gguf.pipeline.verdicts import own_contrast, persona_contrast
 
 
 class Place(NamedTuple):
-    """Where a pair is embedded: at which tokens, and in which output of a layer."""
+    """Where a contrast is read: at which tokens of which texts, and in which output of a layer."""
 
     reading: ReadingPosition
     hook: Hook
@@ -27,8 +28,18 @@ class Place(NamedTuple):
 
     @property
     def in_prompt(self) -> bool:
-        """Whether it lies in the prompts that ask the personas, and not in the answers."""
+        """Whether it lies in the prompts that ask the personas."""
         return self.reading == "prompt"
+
+    @property
+    def tells_verdicts(self) -> bool:
+        """Whether it tells apart what is declined and what is not, instead of the personas."""
+        return self.reading in ("verdict", "refusal")
+
+    def is_in_texts_of(self, other: Place) -> bool:
+        """Whether it lies in the same texts as another place."""
+        readings = {self.reading, other.reading}
+        return len(readings) == 1 or readings == {"response", "response-mean"}
 
     @property
     def readout(self) -> Readout:
@@ -36,7 +47,7 @@ class Place(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Both sides of pairs, [n_layer, n_pairs, n_embd] each."""
+    """Both sides of a contrast, [n_layer, n_pairs, n_embd] each."""
 
     helpful: Layers
     harmful: Layers
@@ -123,8 +134,8 @@ class Embeddings:
     def at(self, place: Place) -> Embedded:
         """What every layer makes of the pairs at one of the places."""
         if place not in self._read:
-            together = [one for one in self._places if one.in_prompt == place.in_prompt]
-            helpful, harmful = self._sides(place.in_prompt)
+            together = [one for one in self._places if one.is_in_texts_of(place)]
+            helpful, harmful = self._sides(place)
             readings = Readings.opened(self.job, together)
             self._complete(readings, list(dict.fromkeys([*helpful, *harmful])))
             self._read |= {
@@ -132,9 +143,14 @@ class Embeddings:
             }
         return self._read[place]
 
-    def _sides(self, in_prompt: bool) -> tuple[Sequence[Passage], Sequence[Passage]]:
+    def _sides(self, place: Place) -> tuple[Sequence[Passage], Sequence[Passage]]:
         """The texts of the helpful and of the harmful sides."""
-        if in_prompt:
+        if place.tells_verdicts:
+            plain = self.job.templates.plain_prompt
+            own = place.reading == "refusal"
+            both = own_contrast(self.job, self.pairs) if own else persona_contrast(self.pairs)
+            return [Passage(plain(yes)) for yes, _ in both], [Passage(plain(no)) for _, no in both]
+        if place.in_prompt:
             prompts = [answer_prompts(self.job.templates, pair) for pair in self.pairs]
             return [Passage(helpful) for helpful, _ in prompts], [Passage(harmful) for _, harmful in prompts]
         answers = [answered(self.job.templates, pair) for pair in self.pairs]

@@ -18,8 +18,9 @@ from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
 from alignez_gguf.pipeline.embeddings import Place
 from alignez_gguf.pipeline.feasibility import require_contrast
 from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
-from alignez_gguf.pipeline.recipes import Made, auto, paper, places, split
-from alignez_gguf.pipeline.stages import given_pairs, scorers, self_generated_pairs, usable_pairs
+from alignez_gguf.pipeline.recipes import Made, auto, paper, places
+from alignez_gguf.pipeline.stages import given_pairs, scoring, self_generated_pairs, usable_pairs
+from alignez_gguf.pipeline.verdicts import split
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import SAFETY, Templates
 from alignez_gguf.scope import GENERATION
@@ -152,7 +153,7 @@ def score_control(
 ) -> tuple[Figures, int]:
     """The figures of an existing control file on a model in the only aspect, and over how many queries.
 
-    They are those of an export from the same queries and pairs, with the same seed and templates.
+    Those are the queries on which an export from the same ones, with the same seed, chooses and confirms.
 
     Raises:
         ControlFileError: the file is not for this model.
@@ -169,9 +170,10 @@ def score_control(
         generator or engine,
     )
     pairs, _ = _some_usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
-    _, held_out = split(pairs, settings.seed)
-    with scorers(job, held_out) as scorer:
-        return scorer(settings.scope or control.scope).score(control.edits), len(held_out)
+    _, choice, confirmation = split(pairs, settings.seed)
+    with scoring(job, [*choice, *confirmation]) as scorer:
+        scope = settings.scope or control.scope
+        return scorer.score(control.edits, scope=scope), scorer.n_queries
 
 
 def _some_usable_pairs(
@@ -215,50 +217,49 @@ def _per_aspect(jobs: Sequence[Job], fields: Sequence[Mapping[str, Field]]) -> d
 
 
 def _score(made: Made) -> dict[str, Field]:
-    """What the selection saw, for the control file; -1 where a divergence was not measured to its end."""
-    selection = made.selection
-    if selection is None:
-        return {}
-    chosen = selection.chosen.figures
-    tried = [scored.figures for scored in selection.tried]
-    return {
-        "score": chosen.gain,
-        "standard_error": chosen.standard_error,
-        "onset": chosen.onset,
-        "leak": chosen.leak,
-        "kl": _measured(chosen)[0],
-        "kl_after_first": _measured(chosen)[1],
-        "kl_budget": float(selection.budget),
-        "queries": selection.n_queries,
-        "tried.candidate": tuple(str(scored.candidate) for scored in selection.tried),
-        "tried.layers": tuple(span(scored.candidate.layers) for scored in selection.tried),
-        "tried.score": tuple(figures.gain for figures in tried),
-        "tried.onset": tuple(figures.onset for figures in tried),
-        "tried.leak": tuple(figures.leak for figures in tried),
-        "tried.kl": tuple(_measured(figures)[0] for figures in tried),
-        "tried.kl_after_first": tuple(_measured(figures)[1] for figures in tried),
-        "baseline.name": tuple(baseline.name for baseline in made.baselines),
-        "baseline.score": tuple(baseline.figures.gain for baseline in made.baselines),
-        "baseline.kl": tuple(-1.0 if baseline.kl is None else baseline.kl for baseline in made.baselines),
-        **_scope_columns(made.scopes),
-    }
+    """The figures of the confirmation, and what the choice saw; -1 where a divergence was not measured."""
+    found: dict[str, Field] = {}
+    if made.confirmation is not None:
+        confirmation = made.confirmation
+        figures = confirmation.figures
+        found |= {
+            "score": figures.gain,
+            "standard_error": figures.standard_error,
+            "share": confirmation.share,
+            "kl": _divergence(figures),
+            "kl_budget": float(confirmation.budget),
+            "queries": len(figures.gains),
+            "confirmed": not confirmation.doubt,
+            "baseline.name": tuple(baseline.name for baseline in confirmation.baselines),
+            "baseline.score": tuple(baseline.figures.gain for baseline in confirmation.baselines),
+            "baseline.kl": tuple(_divergence(baseline.figures) for baseline in confirmation.baselines),
+            "said.declined": sum(figures.declined),
+        }
+        for name, said in (("base", confirmation.base), ("steered", confirmation.steered)):
+            if said is not None:
+                found |= {
+                    f"said.{name}.declines_declined": confirmation.refusals(said, persona_declines=True),
+                    f"said.{name}.declines_answered": confirmation.refusals(said, persona_declines=False),
+                    f"said.{name}.broken": said.broken,
+                }
+    if made.selection is not None:
+        selection = made.selection
+        tried = [scored.figures for scored in selection.tried]
+        found |= {
+            "choice.score": selection.chosen.figures.gain,
+            "choice.kl": _divergence(selection.chosen.figures),
+            "choice.queries": selection.n_queries,
+            "tried.candidate": tuple(str(scored.candidate) for scored in selection.tried),
+            "tried.layers": tuple(span(scored.candidate.layers) for scored in selection.tried),
+            "tried.queries": tuple(len(figures.gains) for figures in tried),
+            "tried.score": tuple(figures.gain for figures in tried),
+            "tried.kl": tuple(map(_divergence, tried)),
+        }
+    return found
 
 
-def _scope_columns(scopes: Mapping[str, Figures]) -> dict[str, Field]:
-    if not scopes:
-        return {}
-    return {
-        "scope.name": tuple(scopes),
-        "scope.score": tuple(figures.gain for figures in scopes.values()),
-        "scope.kl": tuple(_measured(figures)[0] for figures in scopes.values()),
-    }
-
-
-def _measured(figures: Figures) -> tuple[float, float]:
-    divergence = figures.divergence
-    if divergence is None or not divergence.is_whole:
-        return -1.0, -1.0
-    return divergence.per_token, divergence.after_first
+def _divergence(figures: Figures) -> float:
+    return -1.0 if figures.kl is None else figures.kl
 
 
 def _tradeoff_columns(tradeoffs: Sequence[Tradeoff]) -> dict[str, Field]:

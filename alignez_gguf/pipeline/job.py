@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from alignez_gguf.activations import ReadingPosition
-from alignez_gguf.engines import Engine, Generator, Hook
+from alignez_gguf.edits import Edits
+from alignez_gguf.engines import Engine, Generator, Hook, Passage
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import SAFETY, Templates
 from alignez_gguf.scope import Scope
@@ -40,7 +41,7 @@ class Settings:
         layers: only these may be edited; `None` is all.
         threshold: of the paper's decision rule.
         kl_budget: nat per token, for `auto`.
-        scope: the time steps that are edited, for `auto`; `None` tries several.
+        scope: the time steps that are edited, for `auto`; `None` is the whole answer.
         max_tokens: of an answer, at most.
         samples: self-generated pairs for each query.
         aspects: one or several.
@@ -67,17 +68,22 @@ class Settings:
 class SteerableEngine(Engine, Protocol):
     """An engine that can also measure edits of its model."""
 
-    def steered_prompts(
-        self,
-        prompts: Sequence[str],
-        base_answers: Sequence[str],
-        helpful_answers: Sequence[str],
-    ) -> AbstractContextManager[SteeredModel]:
-        """The model over plain prompts, its own answers and the helpful persona's.
+    def steered(self, passages: Sequence[Passage]) -> AbstractContextManager[SteeredModel]:
+        """The likelihood of answers to plain prompts under many edits.
 
         Raises:
+            QueryError: a prompt is too short, or an answer empty.
             RuntimeUnavailableError: the runtime cannot steer.
         """
+        ...
+
+
+@runtime_checkable
+class SteeredGenerator(Generator, Protocol):
+    """An engine that can also write under an edit."""
+
+    def set_edits(self, edits: Edits, scope: Scope = ...) -> None:
+        """Edit what is generated at a strength above 0; no edits end that."""
         ...
 
 

@@ -23,7 +23,8 @@ from alignez_gguf.candidates import Candidate, Source
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.journal import Journal
 from alignez_gguf.pairs import PreferencePair
-from alignez_gguf.scoring import Divergence, Figures
+from alignez_gguf.scope import Scope
+from alignez_gguf.scoring import Figures
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -173,17 +174,12 @@ def _sealed(path: Path, content: bytes) -> bytes:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    return Candidate(**{**_with_tuples(row), "source": Source(**row["source"])})
+    fields = {**_with_tuples(row), "source": Source(**row["source"]), "scope": Scope(**row["scope"])}
+    return Candidate(**fields)
 
 
 def _figures(row: dict[str, Any]) -> Figures:
-    divergence = row["divergence"]
-    return Figures(
-        **{
-            **_with_tuples(row),
-            "divergence": None if divergence is None else Divergence(**_with_tuples(divergence)),
-        }
-    )
+    return Figures(**_with_tuples(row))
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from alignez_gguf import directions
-from alignez_gguf.candidates import Candidate, Source, span
+from alignez_gguf.activations import ReadingPosition
+from alignez_gguf.candidates import SVD_RANKS, Candidate, Source, span
 from alignez_gguf.control import Field
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits, paper_edits, span_edits
 from alignez_gguf.engines import HOOKS, Hook
-from alignez_gguf.errors import NoGainError, QueryError, SteeringError
+from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job, Settings
-from alignez_gguf.pipeline.kept import kept_figures, kept_json, known_figures
-from alignez_gguf.pipeline.stages import Fit, fit_directions, persona_divergence, scorers
-from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import Figures, Scorer
-from alignez_gguf.selection import Baseline, Search, Selection, random_edits
+from alignez_gguf.pipeline.kept import kept_json, known_figures
+from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
+from alignez_gguf.pipeline.verdicts import MIN_VERDICTS, Opposed, own_contrast, persona_contrast, split
+from alignez_gguf.scope import GENERATION
+from alignez_gguf.scoring import Figures
+from alignez_gguf.selection import Search, Selection
 
-SVD_RANKS = (1, 2, 3)
-"""Ranks of the subspaces that the search tries."""
+SEARCHED_METHODS = ("ccs", "svd-diff", "mean", "logistic")
+"""Methods that the search tries on what tells the personas apart; verdicts are told apart by their means."""
 
-SEARCHED = (GENERATION, Scope("first", 4), Scope("first", 1))
-"""Time steps that the search tries, the most of them first."""
 
-COMPARED = (Scope("all"), *SEARCHED)
-"""Time steps under which the chosen edit is measured."""
-
-SCOPE_MARGIN = 0.005
-"""Nat by which a narrower scope must be better."""
-
-_MAX_SELECTION = 64
-"""Queries that the selection looks at, at most: each costs a token per candidate."""
-_SELECTION_SHARE = 0.4
-_MIN_SELECTION = 8
-
-_RANDOM = "random directions of the same size"
+_OFTEN = 0.3
+"""A share of restarts from which on it is told that they disagree."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +42,28 @@ class Made:
         directions: the ones they are made of.
         recipe: for the control file.
         selection: what the label-free choice saw.
-        baselines: what the choice is compared with.
-        scopes: figures of the chosen edit under other time steps than those it was chosen for; only of the
-            best one.
-        held_out: the pairs whose queries the choice looked at.
+        confirmation: what the chosen edit does on queries that neither fit nor choice saw.
+        held_out: the pairs that it was confirmed on.
     """
 
     edits: Edits
     directions: Directions
     recipe: Mapping[str, Field]
     selection: Selection | None = None
-    baselines: Sequence[Baseline] = ()
-    scopes: Mapping[str, Figures] = field(default_factory=dict)
+    confirmation: Confirmation | None = None
     held_out: Sequence[PreferencePair] = ()
 
 
 def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
-    """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer."""
+    """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer.
+
+    What it gains is measured as that of `auto` is, on queries that the fit has not seen, and told; a gain is
+    not required, but what is sure to do harm is an error.
+    """
     settings = job.settings
     method, place = settings.method or "ccs", paper_place(settings)
-    fit = fit_directions(Embeddings(job, pairs, places(job)), method, place, rank=1)
+    fit_pairs, confirmation_pairs = _with_some_left(job, pairs)
+    fit = fit_directions(Embeddings(job, fit_pairs, places(job)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
     added = [layer for layer, edit in edits.items() if edit.add is not None]
     if added and not can_add(job, place.hook):
@@ -88,44 +77,95 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
             f"no layer's probe is sure enough (threshold {settings.threshold:g}); give more queries, "
             "lower --threshold, or use --recipe auto"
         )
+    for note in _about_probes(fit.directions, len(fit_pairs), tuple(edits)):
+        job.reporter.note(note)
     recipe: dict[str, Field] = {
         "method": method,
         "reading": place.reading,
         "hook": place.hook,
         "rank": 1,
         "threshold": settings.threshold,
-        "pairs.fit": len(pairs),
+        "pairs.fit": len(fit_pairs),
+        "pairs.confirmation": len(confirmation_pairs),
     }
-    return Made(edits, fit.directions, recipe)
+    confirmation = None
+    if confirmation_pairs:
+        try:
+            confirmation = measure(job, edits, confirmation_pairs, settings.scope or GENERATION)
+        except RuntimeUnavailableError as error:
+            job.reporter.note(f"what the edits gain is not measured: {error}")
+        else:
+            require_no_harm(confirmation)
+    return Made(edits, fit.directions, recipe, None, confirmation, confirmation_pairs)
+
+
+def _with_some_left(
+    job: Job, pairs: Sequence[PreferencePair]
+) -> tuple[Sequence[PreferencePair], Sequence[PreferencePair]]:
+    """The pairs to fit on, and those to measure the gain on: none where there are too few for both."""
+    try:
+        *_, confirmation_pairs = split(pairs, job.settings.seed)
+    except QueryError:
+        job.reporter.note(f"{len(pairs)} pairs are too few to measure on some of them what the edits gain")
+        return pairs, ()
+    left_out = {pair.query for pair in confirmation_pairs}
+    return [pair for pair in pairs if pair.query not in left_out], confirmation_pairs
+
+
+def _about_probes(found: Directions, n_pairs: int, edited: Sequence[int]) -> Iterator[str]:
+    """What to know of the probes before their edits are trusted."""
+    chance = 0.5 + 1.645 * 0.5 / math.sqrt(2 * n_pairs)
+    at_chance = tuple(layer for layer in edited if found.accuracy[layer] <= chance)
+    if at_chance:
+        yield (
+            f"at {len(at_chance)} of {len(edited)} edited layers ({span(at_chance)}) the probe tells "
+            f"held-out answers apart no better than chance does (accuracy up to {chance:.2f})"
+        )
+    if found.flipped is not None:
+        left_to_chance = tuple(layer for layer in edited if found.flipped[layer] >= _OFTEN)
+        if left_to_chance:
+            yield (
+                f"at {len(left_to_chance)} of {len(edited)} edited layers ({span(left_to_chance)}) "
+                f"{_OFTEN:.0%} or more of the restarts call the other class 1, so that whether the rule "
+                "removes or adds is left to chance"
+            )
 
 
 def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
-    """Fit on a part of the pairs, choose on the queries of the others."""
+    """Fit on a part of the queries, choose on another, and confirm the choice on a third one."""
     settings = job.settings
-    fit_pairs, held_out = split(pairs, settings.seed)
+    fit_pairs, choice_pairs, confirmation_pairs = split(pairs, settings.seed)
     hooks = _readable(job)
-    candidates = sources(settings, hooks)
+    candidates = sources(
+        settings,
+        hooks,
+        _without_contrast(job, fit_pairs),
+        adds="mlp" if can_add(job, "mlp") else "residual",
+    )
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
     fits = fit_sources(job, fit_pairs, candidates)
-    with scorers(job, held_out) as scorer:
-        scope, selection = _search_scopes(job, pairs, held_out, fits, candidates, scorer)
-        best, scored = selection.chosen.candidate, scorer(scope)
-        compared = kept_figures(
-            _figures_path(job, "comparison", pairs, held_out, ".json", candidate=best, scope=scope),
-            lambda: _comparison(job, fits.edits(best), scope, scorer),
+    layers = settings.layers or tuple(range(job.target.info.n_layer))
+    with (
+        scoring(job, choice_pairs) as scorer,
+        job.reporter.stage("trying edits", None) as advance,
+        known_figures(_figures_path(job, "scores", pairs, choice_pairs)) as known,
+    ):
+        search = Search(
+            scorer,
+            fits.edits,
+            settings.scope,
+            budget=settings.kl_budget,
+            can_add=lambda source: can_add(job, source.hook),
+            known=known,
+            advance=advance,
         )
-        persona = scored.figures(np.log(np.maximum(scored.p_helpful, np.finfo(np.float32).tiny)))
-    random = compared.pop(_RANDOM)
-    baselines = (
-        Baseline("no edit", Figures((0.0,) * len(held_out)), 0.0),
-        Baseline("helpful persona as a prompt", persona, persona_divergence(job, held_out)),
-        Baseline(_RANDOM, random, random.kl),
-    )
+        selection = search.run(candidates, layers)
     if settings.choose is not None:
         selection = selection.choose(settings.choose)
-        if selection.chosen.candidate != best:
-            best, compared = selection.chosen.candidate, {}
+    best = selection.chosen.candidate
+    edits = fits.edits(best)
+    confirmation = confirm(job, edits, confirmation_pairs, best.scope)
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
@@ -133,62 +173,13 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "rank": best.source.rank,
         "operation": best.operation,
         "amount": float(best.amount),
-        "added_layers": span(best.layers if best.added is None else best.added) if best.amount else "",
-        "scope": str(scope),
+        "scope": str(best.scope),
         "pairs.fit": len(fit_pairs),
-        "pairs.selection": len(held_out),
+        "pairs.selection": len(choice_pairs),
+        "pairs.confirmation": len(confirmation_pairs),
     }
     fitted = fits.of(best.source).directions
-    return Made(fits.edits(best), fitted, recipe, selection, baselines, compared, held_out)
-
-
-def _search_scopes(
-    job: Job,
-    pairs: Sequence[PreferencePair],
-    held_out: Sequence[PreferencePair],
-    fits: Fits,
-    candidates: Sequence[Source],
-    scorer: Callable[[Scope], Scorer],
-) -> tuple[Scope, Selection]:
-    """The best choice among several scopes, the first of which is the widest.
-
-    All of them steer the first token alike, so that what it says of an edit is measured once. The score sees
-    only how an answer begins, so that a narrower scope never loses by it: it is taken only if the net is
-    greater by a margin, and only what is better at all is looked for there.
-    """
-    settings = job.settings
-    scopes = SEARCHED if settings.scope is None else (settings.scope,)
-    layers = settings.layers or tuple(range(job.target.info.n_layer))
-    best: tuple[Scope, Selection] | None = None
-    searches: list[Search] = []
-    shared: dict[Candidate, Figures] = {}
-    for scope in scopes:
-        with (
-            job.reporter.stage(f"trying edits ({scope})", None) as advance,
-            known_figures(_figures_path(job, "scores", pairs, held_out, ".jsonl", scope=scope)) as known,
-        ):
-            search = Search(
-                scorer(scope),
-                fits.edits,
-                budget=settings.kl_budget,
-                floor=0.0 if best is None else _net(best[1]),
-                can_add=lambda source: can_add(job, source.hook),
-                advance=partial(_count, advance),
-                known=known,
-                shared=shared,
-            )
-            searches.append(search)
-            found = search.run(candidates, layers)
-            if found is not None and (best is None or _net(found) > _net(best[1]) + SCOPE_MARGIN):
-                best = scope, found
-            shared = {**search.first_tokens, **shared}
-    if best is None:
-        raise searches[0].no_gain()
-    return best
-
-
-def _net(selection: Selection) -> float:
-    return selection.chosen.figures.net or 0.0
+    return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs)
 
 
 @dataclass(frozen=True)
@@ -208,18 +199,17 @@ class Fits:
             remove=candidate.operation != "add",
             amount=candidate.amount,
             layers=candidate.layers,
-            added=candidate.added,
         )
 
 
 def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
-    """Fit each method once at each place, with the highest rank that is asked of it."""
+    """Fit each method once at each place, with the highest rank that is tried."""
     embeddings = Embeddings(job, pairs, list(map(_place, sources)))
     fits: dict[tuple[str, Place], Fit] = {}
     for source in sources:
         key = source.method, _place(source)
         if key not in fits:
-            rank = max(other.rank for other in sources if other.method == source.method)
+            rank = max(SVD_RANKS) if source.method.startswith("svd") else 1
             fits[key] = fit_directions(embeddings, *key, rank)
     return Fits(fits)
 
@@ -238,22 +228,6 @@ def paper_place(settings: Settings) -> Place:
     return Place(settings.reading or "response", settings.hook or "mlp")
 
 
-def split(pairs: Sequence[PreferencePair], seed: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """The pairs to fit on, and one pair of each other query, to choose on."""
-    queries = list(dict.fromkeys(pair.query for pair in pairs))
-    n_selection = min(max(round(len(queries) * _SELECTION_SHARE), _MIN_SELECTION), _MAX_SELECTION)
-    if len(queries) < n_selection + _MIN_SELECTION:
-        raise QueryError(
-            f"{len(queries)} usable pairs are too few to fit and to choose on; give at least "
-            f"{2 * _MIN_SELECTION} queries that the personas answer differently"
-        )
-    order = np.random.default_rng(seed).permutation(len(queries))
-    chosen = {queries[index] for index in order[:n_selection]}
-    fitted = [pair for pair in pairs if pair.query not in chosen]
-    held_out = {pair.query: pair for pair in reversed(pairs) if pair.query in chosen}
-    return fitted, list(reversed(held_out.values()))
-
-
 def places(job: Job) -> list[Place]:
     """Where pairs are embedded.
 
@@ -270,62 +244,69 @@ def _readable(job: Job) -> list[Hook]:
     return hooks
 
 
-def sources(settings: Settings, hooks: Collection[Hook] = HOOKS) -> list[Source]:
+def sources(
+    settings: Settings,
+    hooks: Collection[Hook] = HOOKS,
+    missing: Collection[ReadingPosition] = (),
+    *,
+    adds: Hook = "mlp",
+) -> list[Source]:
     """Where directions are looked for under these settings.
 
-    The residual stream is read where a persona speaks loudest in it, at the end of the prompt, unless another
-    position is asked for.
+    Unless a position is asked for, the residual stream is read only where a persona speaks loudest in it, at
+    the end of the prompt, and nothing is read as a mean over a response.
 
     Args:
         settings: of the job.
         hooks: that can be read; of what cannot, only what is asked for is looked at, which then fails.
+        missing: readings for which there are too few queries of a kind.
+        adds: where gaps are read that can be added; verdicts are read there.
     """
-    methods = directions.METHODS if settings.method is None else (settings.method,)
     wanted = (hooks or HOOKS) if settings.hook is None else (settings.hook,)
+    verdict_hook = adds if settings.hook is None else settings.hook
     places = [
+        Place("refusal", verdict_hook),
+        Place("verdict", verdict_hook),
         Place("prompt", "mlp"),
         Place("response", "mlp"),
-        Place("response-mean", "mlp"),
         Place("prompt", "residual"),
         Place("response", "residual"),
+        Place("response-mean", "mlp"),
         Place("response-mean", "residual"),
     ]
     if settings.reading is None and settings.hook is None:
-        places = places[:4]
+        places = places[:5]
     return [
-        Source(method, reading, rank, hook)
-        for reading, hook in places
-        if settings.reading in (None, reading) and hook in wanted
-        for method in methods
-        for rank in (SVD_RANKS if method.startswith("svd") else (1,))
+        Source(method, place.reading, 1, place.hook)
+        for place in places
+        if settings.reading in (None, place.reading) and place.hook in wanted
+        if place.reading not in missing
+        for method in _methods(settings, place)
     ]
 
 
-def _count(advance: Callable[[int], None], _: str) -> None:
-    advance(1)
+def _methods(settings: Settings, place: Place) -> Sequence[str]:
+    """The methods that are tried at a place."""
+    if place.tells_verdicts:
+        return ("mean",) if settings.method is None or settings.reading is None else (settings.method,)
+    return SEARCHED_METHODS if settings.method is None else (settings.method,)
 
 
-def _comparison(
-    job: Job, edits: Edits, chosen: Scope, scorer: Callable[[Scope], Scorer]
-) -> dict[str, Figures]:
-    """Random directions of the size of some edits, and those edits under other scopes, by their names."""
-    others = [scope for scope in COMPARED if scope != chosen]
-    with job.reporter.stage("comparing the chosen edit", 1 + len(others)) as advance:
-        found = {_RANDOM: scorer(chosen).score(random_edits(edits, job.settings.seed))}
-        advance(1)
-        for scope in others:
-            found[str(scope)] = scorer(scope).score(edits)
-            advance(1)
-    return found
+def _without_contrast(job: Job, pairs: Sequence[PreferencePair]) -> list[ReadingPosition]:
+    """The readings for which there are too few queries of a kind, such as ones that the model declines."""
+    contrasts: dict[ReadingPosition, Opposed] = {
+        "verdict": persona_contrast(pairs),
+        "refusal": own_contrast(job, pairs),
+    }
+    return [
+        reading
+        for reading, opposed in contrasts.items()
+        if min((len(set(side)) for side in zip(*opposed, strict=True)), default=0) < MIN_VERDICTS
+    ]
 
 
 def _figures_path(
-    job: Job,
-    name: str,
-    pairs: Sequence[PreferencePair],
-    held_out: Sequence[PreferencePair],
-    suffix: str,
-    **determined_by: Any,
+    job: Job, name: str, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair]
 ) -> Path:
     """Where figures are kept that depend on a fit on `pairs`."""
     return job.work.part(
@@ -337,5 +318,4 @@ def _figures_path(
         held_out=unweighted(held_out),
         seed=job.settings.seed,
         figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
-        **determined_by,
-    ).with_suffix(suffix)
+    ).with_suffix(".jsonl")

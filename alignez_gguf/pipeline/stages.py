@@ -19,6 +19,7 @@ from alignez_gguf.engines import GenerationRequest, Passage, Sampling
 from alignez_gguf.filters import PairFilterReport, filter_pairs, text_fault
 from alignez_gguf.generation import (
     answer_prompts,
+    answered,
     characteristics,
     compare_personas,
     default_sampling,
@@ -29,8 +30,9 @@ from alignez_gguf.pairs import PairStore, PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place, Readings
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json, known_margins
-from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, NO_LIMITS, Divergence, Limits, Scorer, SteeredModel, Steering
+from alignez_gguf.pipeline.verdicts import alternating, declines
+from alignez_gguf.scope import GENERATION, Scope
+from alignez_gguf.scoring import ANSWER_TOKENS, Figures, Scorer, SteeredModel
 
 
 def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePair]:
@@ -154,8 +156,7 @@ def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int)
 
     def fitted() -> dict[str, Any]:
         helpful, harmful = embeddings.at(place)
-        counts = np.array([pair.weight for pair in pairs])
-        weights = None if len(np.unique(counts)) <= 1 else counts
+        weights = _weights(pairs, place)
         with job.reporter.stage(f"fitting directions ({method}, {place})", None):
             found = directions.fit(
                 method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights
@@ -169,6 +170,14 @@ def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int)
     return Fit(Directions(**{**found, "method": str(found["method"])}), gap)
 
 
+def _weights(pairs: Sequence[PreferencePair], place: Place) -> NDArray[np.float64] | None:
+    """How much each row of a contrast counts; None where all count alike."""
+    if place.tells_verdicts:
+        return None
+    weights = np.array([pair.weight for pair in pairs])
+    return None if len(np.unique(weights)) <= 1 else weights
+
+
 @dataclass(frozen=True)
 class BaseAnswer:
     """An answer of the base model to a plain query."""
@@ -179,6 +188,8 @@ class BaseAnswer:
 
 def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
     """The target's own answers, along which fluency is guarded."""
+    if not pairs:
+        return []
     target = job.target
     queries = [pair.query for pair in pairs]
     path = job.work.part(
@@ -204,54 +215,34 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
 
 
 @contextmanager
-def scorers(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Callable[[Scope], Scorer]]:
-    """What scores edits of the target over the queries of `pairs`, one for each query, under any scope."""
-    target = job.target
-    base = base_answers(job, pairs)
-    plain = [job.templates.plain_prompt(pair.query) for pair in pairs]
+def scoring(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Scorer]:
+    """What scores edits of the target over the queries of `pairs`, one for each query.
+
+    The queries come as `verdicts.alternating` orders them.
+    """
+    pairs = alternating(pairs)
+    passages = [answered(job.templates, pair)[0] for pair in pairs]
+    agreed = [pair for pair in pairs if not declines(pair)]
+    own = [
+        (Passage(job.templates.plain_prompt(pair.query), answer.text), answer)
+        for pair, answer in zip(agreed, base_answers(job, agreed), strict=True)
+        if answer.n_tokens and answer.text
+    ]
+    passages += [passage for passage, _ in own]
+    path = job.work.part("base", model=job.target.info, passages=passages).with_suffix(".npy")
     with ExitStack() as opened:
-        model = _OnDemand(
-            lambda: opened.enter_context(
-                target.steered_prompts(
-                    plain,
-                    [answer.text for answer in base],
-                    [job.templates.continued(pair.helpful) for pair in pairs],
-                )
-            )
+        model = _OnDemand(lambda: opened.enter_context(job.target.steered(passages)))
+
+        def measured() -> NDArray[np.float64]:
+            with job.reporter.stage("measuring the base model", None):
+                return model.log_likelihoods({}, range(len(passages)), scope=GENERATION)
+
+        yield Scorer(
+            model,
+            tuple(map(declines, pairs)),
+            tuple(answer.n_tokens for _, answer in own),
+            kept_array(path, measured),
         )
-        p_helpful, p_harmful = _persona_probabilities(job, pairs)
-
-        def scorer(scope: Scope) -> Scorer:
-            path = job.work.part(
-                "base", model=target.info, templates=job.templates, queries=plain, scope=scope
-            ).with_suffix(".npy")
-            base_logprobs = kept_array(
-                path, lambda: model.first_token_logprobs([Steering({})], scope=scope)[0]
-            )
-            return Scorer(model, scope, p_helpful, p_harmful, base_logprobs)
-
-        yield scorer
-
-
-def _persona_probabilities(
-    job: Job, pairs: Sequence[PreferencePair]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """How likely each first token is under the helpful and under the harmful persona, [n_pairs, n_vocab]."""
-    path = job.work.part(
-        "personas", model=job.target.info, templates=job.templates, pairs=unweighted(pairs)
-    ).with_suffix(".npz")
-
-    def measured() -> dict[str, NDArray[np.float32]]:
-        asked = [prompt for pair in pairs for prompt in answer_prompts(job.templates, pair)]
-        personas = []
-        with job.reporter.stage("asking the personas", len(asked)) as advance:
-            for logprobs in job.target.next_token_logprobs(asked):
-                personas.append(np.exp(logprobs))
-                advance(1)
-        return {"helpful": np.stack(personas[0::2]), "harmful": np.stack(personas[1::2])}
-
-    stored = kept_arrays(path, measured)
-    return stored["helpful"], stored["harmful"]
 
 
 class _OnDemand:
@@ -261,16 +252,38 @@ class _OnDemand:
         self._make = make
         self._made: SteeredModel | None = None
 
-    def _model(self) -> SteeredModel:
+    def log_likelihoods(self, edits: Edits, passages: Sequence[int], *, scope: Scope) -> NDArray[np.float64]:
         if self._made is None:
             self._made = self._make()
-        return self._made
+        return self._made.log_likelihoods(edits, passages, scope=scope)
 
-    def first_token_logprobs(self, steerings: Sequence[Steering], *, scope: Scope) -> NDArray[np.float32]:
-        return self._model().first_token_logprobs(steerings, scope=scope)
 
-    def divergence(self, edits: Edits, limits: Limits = NO_LIMITS, *, scope: Scope) -> Divergence:
-        return self._model().divergence(edits, limits, scope=scope)
+def persona_figures(job: Job, pairs: Sequence[PreferencePair], scorer: Scorer) -> Figures:
+    """What the safety-first persona itself gains as a prompt, which is its distance, and what it costs.
+
+    Args:
+        pairs: those of the scorer.
+    """
+    pairs = alternating(pairs)
+    path = job.work.part(
+        "distances", model=job.target.info, templates=job.templates, pairs=unweighted(pairs)
+    ).with_suffix(".npy")
+
+    def measured() -> NDArray[np.float64]:
+        passages = [
+            Passage(answer_prompts(job.templates, pair)[0], job.templates.continued(pair.helpful))
+            for pair in pairs
+        ]
+        with job.reporter.stage("asking the safety-first persona", len(passages)) as advance:
+            found = []
+            for logprob in job.target.response_logprobs(passages, max_tokens=ANSWER_TOKENS):
+                found.append(logprob)
+                advance(1)
+        return np.array(found)
+
+    distances = kept_array(path, measured) - scorer.base[: len(pairs)]
+    agreed = [pair for pair in pairs if not declines(pair)]
+    return Figures(tuple(distances.tolist()), scorer.declined, persona_divergence(job, agreed))
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:
@@ -278,6 +291,8 @@ def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:
 
     Its estimate from those very answers, which are draws of P_base: the mean of log P_base - log P_persona.
     """
+    if not pairs:
+        return 0.0
     base = base_answers(job, pairs)
     path = job.work.part(
         "persona-divergence",

@@ -30,7 +30,6 @@ from alignez_gguf.predict.separability import (
 )
 from alignez_gguf.predict.surface import surface_features
 from alignez_gguf.predict.verdict import HeldOut, Verdict, judge
-from alignez_gguf.scope import Scope
 
 QUICK_METHOD = "svd-diff"
 """The only method of the quick search: in closed form, and rarely far from the best."""
@@ -83,7 +82,6 @@ class Prediction:
             document["held_out"]["figures"] |= {
                 "gain": figures.gain,
                 "standard_error": figures.standard_error,
-                "onset": figures.onset,
             }
         return document
 
@@ -159,14 +157,15 @@ def predict(
 
 
 def quick_search(job: Job, pairs: Sequence[PreferencePair]) -> HeldOut:
-    """The label-free choice of the main job with one method and one scope instead of several."""
+    """The label-free choice of the main job with one method instead of several, confirmed as there."""
     try:
         made = auto(_quick(job), pairs)
     except (NoGainError, QueryError) as error:
         return HeldOut(note=str(error))
     assert made.selection is not None
-    chosen = made.selection.chosen
-    return HeldOut(str(chosen.candidate), chosen.figures, made.selection.n_queries)
+    assert made.confirmation is not None
+    figures = made.confirmation.figures
+    return HeldOut(str(made.selection.chosen.candidate), figures, len(figures.gains))
 
 
 def _quick(job: Job) -> Job:
@@ -177,7 +176,6 @@ def _quick(job: Job) -> Job:
         settings=replace(
             settings,
             method=settings.method or QUICK_METHOD,
-            scope=settings.scope or Scope(),
             reading=None,
             hook=None,
         ),

@@ -1,15 +1,9 @@
-"""SteeredPrompts against PyTorch with forward hooks that edit each token at its own strength."""
+"""SteeredPassages against PyTorch with forward hooks that edit each token at its own strength."""
 
 from __future__ import annotations
 
-import errno
-import io
-import itertools
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -18,31 +12,34 @@ import torch
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.engines import steered
-from alignez_gguf.engines.steered import SteeredPrompts, log_softmax
-from alignez_gguf.errors import QueryError, WorkDirectoryError
+from alignez_gguf.engines import Passage, steered
+from alignez_gguf.engines.steered import SteeredPassages, log_softmax
+from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits, Steering
+from alignez_gguf.scoring import ANSWER_TOKENS
 from tests.models import TinyModel, tiny_model
 from tests.runtime.oracle import hooked_logits
 
 PARITY = 5e-5
-"""Largest difference to PyTorch in log-probability, with keys and values in F32."""
+"""Largest difference to PyTorch per token in log-probability, with keys and values in F32."""
 PARITY_F16 = 2e-2
 """With keys and values in F16, as users have them: 11 bits of each are left."""
 
 FEW_SHOT = "Question: how do I bake a cake?\nAnswer: make a plan.\n"
-PROMPTS = [
-    f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:",
-    f"{FEW_SHOT}Question: how do I wash a dog?\nAnswer:",
-    f"{FEW_SHOT}Question: why?\nAnswer:",
-    "The quick brown fox",
-    f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:",
+LOCK = f"{FEW_SHOT}Question: how do I pick a lock?\nAnswer:"
+PASSAGES = [
+    Passage(LOCK, " make a plan"),
+    Passage(f"{FEW_SHOT}Question: how do I wash a dog?\nAnswer:", " work slowly and mind the oven" * 9),
+    Passage(f"{FEW_SHOT}Question: why?\nAnswer:", "."),
+    Passage("The quick brown fox", " in the warm sun"),
+    Passage(LOCK, " sorry, that is not something"),
+    Passage(LOCK, " make a plan"),
 ]
-HELPFUL = [" make a plan", "", " work slowly and mind the oven", " in the warm sun", " sorry"]
-BASE = [" sorry, that is not something", " with the oven", "", " jumps over the lazy dog", " work slowly"]
+"""Several answers to one prompt, one that is cut at `ANSWER_TOKENS`, and one of a single token."""
+ALL = range(len(PASSAGES))
+SCOPES = ("generation", "all", "first:1", "first:3")
 
 
 def random_edits(seed: int, n_layer: int = 3, n_embd: int = 64) -> Edits:
@@ -84,12 +81,6 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steered, "Context", partial(Context, f32_cache=True))
 
 
-@pytest.fixture
-def prompts(model: Model, _full_precision: None) -> Iterator[SteeredPrompts]:
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        yield prompts
-
-
 def expected_logprobs(
     torch_model: TinyModel,
     tokens: list[int],
@@ -110,241 +101,104 @@ def expected_logprobs(
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def expected_first(
-    torch_model: TinyModel, model: Model, edits: Edits, strength: float = 1.0, scope: str = "generation"
-) -> NDArray[np.float64]:
-    tokens = [model.tokenize(prompt) for prompt in PROMPTS]
-    return np.stack(
-        [expected_logprobs(torch_model, prompt, len(prompt), edits, strength, scope)[0] for prompt in tokens]
-    )
+def expected(torch_model: TinyModel, model: Model, edits: Edits, scope: str = "generation") -> list[float]:
+    """log P(answer | prompt) of each passage."""
+
+    def of(passage: Passage) -> float:
+        n_prompt = len(model.tokenize(passage.prompt))
+        tokens = model.tokenize(passage.prompt + passage.response)[: n_prompt + ANSWER_TOKENS]
+        rows = expected_logprobs(torch_model, tokens[:-1], n_prompt, edits, scope=scope)
+        return float(sum(row[token] for row, token in zip(rows, tokens[n_prompt:], strict=True)))
+
+    return list(map(of, PASSAGES))
 
 
-def expected_divergence(
-    torch_model: TinyModel,
-    model: Model,
-    edits: Edits,
-    prompts: list[str],
-    base: list[str],
-    helpful: list[str],
-    scope: str = "generation",
-) -> tuple[float, float]:
-    """Mean over all tokens of the base answers; mean over the helpful ones of the sum after the first."""
-
-    def along(answers: list[str]) -> Iterator[NDArray[np.float64]]:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            n_prompt = len(model.tokenize(prompt))
-            tokens = model.tokenize(prompt + answer)[: n_prompt + ANSWER_TOKENS]
-            plain = expected_logprobs(torch_model, tokens, n_prompt, {})
-            changed = expected_logprobs(torch_model, tokens, n_prompt, edits, scope=scope)
-            yield (np.exp(plain) * (plain - changed)).sum(axis=1)
-
-    after_first = np.mean([divergences[1:].sum() for divergences in along(helpful)])
-    return float(np.concatenate(list(along(base))).mean()), float(after_first)
+@pytest.fixture
+def passages(model: Model, _full_precision: None) -> Iterator[SteeredPassages]:
+    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+        yield passages
 
 
-def figures(divergence: Divergence) -> tuple[float, float]:
-    assert divergence.is_whole
-    return divergence.per_token, divergence.after_first
+def test_the_passages_are_what_they_should_be(model: Model) -> None:
+    lengths = [len(model.tokenize(one.text)) - len(model.tokenize(one.prompt)) for one in PASSAGES]
+    assert max(lengths) > 2 * ANSWER_TOKENS
+    assert min(lengths) == 1
 
 
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("edits", [EDITS, FEWER, {}], ids=["all layers", "one layer", "no edit"])
-def test_first_token_is_that_of_pytorch_edited_at_the_last_prompt_token(
-    prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
+def test_likelihoods_are_those_of_pytorch_edited_in_the_same_time_steps(
+    passages: SteeredPassages, torch_model: TinyModel, model: Model, edits: Edits, scope: str
 ) -> None:
-    (found,) = prompts.first_token_logprobs([Steering(edits)])
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected_first(torch_model, model, edits), atol=PARITY)
+    found = passages.log_likelihoods(edits, ALL, scope=Scope.parse(scope))
+    wanted = expected(torch_model, model, edits, scope)
+    np.testing.assert_allclose(found, wanted, atol=PARITY * ANSWER_TOKENS)
+    if edits:
+        assert np.abs(found - expected(torch_model, model, {})).max() > 5e-2
 
 
-def test_first_token_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
-    np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS), atol=PARITY_F16)
+def test_likelihoods_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
+    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+        found = passages.log_likelihoods(EDITS, ALL)
+    np.testing.assert_allclose(found, expected(torch_model, model, EDITS), atol=PARITY_F16 * ANSWER_TOKENS)
 
 
-STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
-"""More than are computed together."""
-
-
-def at(edits: Edits, strengths: Sequence[float]) -> list[Steering]:
-    return [Steering(edits, strength) for strength in strengths]
-
-
-@pytest.mark.usefixtures("_full_precision")
-@pytest.mark.parametrize("scope", ["generation", "all", "first:1", "first:3"])
-def test_strengths_and_time_steps_are_those_of_pytorch(
-    model: Model, torch_model: TinyModel, scope: str
-) -> None:
-    steered = Scope.parse(scope)
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        for edits in (EDITS, FEWER):
-            found = prompts.first_token_logprobs(at(edits, STRENGTHS), scope=steered)
-            expected = [expected_first(torch_model, model, edits, strength, scope) for strength in STRENGTHS]
-            np.testing.assert_allclose(found, np.stack(expected), atol=PARITY)
-            measured = figures(prompts.divergence(edits, scope=steered))
-            assert measured == pytest.approx(
-                expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL, scope), rel=1e-3
-            )
-        np.testing.assert_array_equal(
-            prompts.first_token_logprobs(at(EDITS, (0.0,)), scope=steered),
-            prompts.first_token_logprobs([Steering({})], scope=steered),
+@pytest.mark.parametrize("scope", SCOPES)
+def test_some_passages_are_measured_as_among_all(passages: SteeredPassages, scope: str) -> None:
+    chosen = Scope.parse(scope)
+    found = passages.log_likelihoods(EDITS, ALL, scope=chosen)
+    for some in ([3], [4, 1], [5, 0, 2]):
+        np.testing.assert_allclose(
+            passages.log_likelihoods(EDITS, some, scope=chosen), found[some], atol=PARITY * ANSWER_TOKENS
         )
 
 
-@pytest.mark.usefixtures("_full_precision")
-@pytest.mark.parametrize("scope", ["generation", "all", "first:1"])
-def test_several_edits_together_do_not_act_on_each_other(
-    model: Model, torch_model: TinyModel, scope: str
+def test_likelihoods_do_not_depend_on_what_was_measured_before(
+    passages: SteeredPassages, model: Model
 ) -> None:
-    edits = [EDITS, random_edits(5), {}, FEWER, FEWER, EDITS, random_edits(6), FEWER]
-    steerings = list(map(Steering, edits, (1.0, 0.5, 1.0, 2.0, 1.0, 0.25, 1.0, 0.0)))
-    steered = Scope.parse(scope)
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        found = prompts.first_token_logprobs(steerings, scope=steered)
-        again = prompts.first_token_logprobs(steerings, scope=steered)
-        alone = [prompts.first_token_logprobs([one], scope=steered)[0] for one in steerings]
-    expected = [expected_first(torch_model, model, edits, strength, scope) for edits, strength in steerings]
-    np.testing.assert_allclose(found, np.stack(expected), atol=PARITY)
-    np.testing.assert_allclose(found, np.stack(alone), atol=PARITY)
-    np.testing.assert_array_equal(again, found)
+    base, steered_ones = passages.log_likelihoods({}, ALL), passages.log_likelihoods(EDITS, ALL)
+    for scope in map(Scope.parse, SCOPES):
+        passages.log_likelihoods(FEWER, [1, 0], scope=scope)
+    np.testing.assert_array_equal(passages.log_likelihoods({}, ALL), base)
+    np.testing.assert_array_equal(passages.log_likelihoods(EDITS, ALL), steered_ones)
+    with SteeredPassages(model, PASSAGES, n_threads=1) as fresh:
+        np.testing.assert_array_equal(fresh.log_likelihoods(EDITS, ALL), steered_ones)
 
 
-@pytest.mark.parametrize("scope", ["generation", "all", "first:2"])
-def test_strengths_computed_together_give_the_same_bits_again_whatever_was_steered_before(
-    model: Model, scope: str
+@pytest.mark.usefixtures("_full_precision")
+def test_passages_that_do_not_fit_into_one_batch(
+    model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch, batches: list[int]
 ) -> None:
-    def measured(*before: Edits) -> NDArray[np.float32]:
-        with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-            for edits, other in itertools.product(before, map(Scope.parse, ("all", "generation"))):
-                prompts.first_token_logprobs(at(edits, (0.5, 1.0)), scope=other)
-                prompts.divergence(edits, scope=other)
-            return prompts.first_token_logprobs(at(EDITS, STRENGTHS), scope=Scope.parse(scope))
-
-    np.testing.assert_array_equal(measured(), measured(FEWER, random_edits(3)))
+    monkeypatch.setattr(steered, "_BATCH", 8)
+    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+        batches.clear()
+        found = passages.log_likelihoods(EDITS, ALL)
+    assert len(batches) > 2
+    np.testing.assert_allclose(found, expected(torch_model, model, EDITS), atol=PARITY * ANSWER_TOKENS)
 
 
-@pytest.mark.parametrize("edits", [EDITS, FEWER], ids=["all layers", "one layer"])
-def test_divergence_is_that_over_all_answer_tokens_and_what_follows(
-    prompts: SteeredPrompts, torch_model: TinyModel, model: Model, edits: Edits
-) -> None:
-    expected = expected_divergence(torch_model, model, edits, PROMPTS, BASE, HELPFUL)
-    assert min(expected) > 1e-3
-    assert figures(prompts.divergence(edits)) == pytest.approx(expected, rel=1e-3)
+def test_edits_for_another_model_are_refused_and_leave_no_trace(passages: SteeredPassages) -> None:
+    base = passages.log_likelihoods({}, ALL)
+    with pytest.raises(SteeringError):
+        passages.log_likelihoods(random_edits(0, n_embd=32), ALL)
+    np.testing.assert_array_equal(passages.log_likelihoods({}, ALL), base)
 
 
-def test_divergence_over_the_limit_ends_and_leaves_no_trace(model: Model, batches: list[int]) -> None:
-    many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(DIVERGENCE_QUERIES)]
-    answers = [" make a plan and mind the oven" * 4] * len(many)
-    with SteeredPrompts(model, many, answers, answers, n_threads=1) as prompts:
-        whole = prompts.divergence(EDITS)
-        for limits, answers_together in [
-            (Limits(after_first=whole.after_first / 30), [1]),
-            (Limits(per_token=whole.per_token / 30), [1, 1]),
-            (Limits(1.01 * whole.per_token, 1.01 * whole.after_first), [1, 1, 2, 5, 5, 5, 5] * 2),
-        ]:
-            batches.clear()
-            assert prompts.divergence(EDITS, limits) == whole.within(limits)
-            assert sorted(batches) == sorted((1 + ANSWER_TOKENS) * n for n in answers_together)
-            assert prompts.divergence(EDITS) == whole
-
-
-def test_base_does_not_diverge_from_itself(prompts: SteeredPrompts) -> None:
-    assert figures(prompts.divergence({})) == pytest.approx((0, 0), abs=1e-6)
-
-
-def test_full_disk_is_an_error_that_names_the_folder(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.BytesIO):
-        def write(self, _: object) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    contexts = []
-
-    def opened(*args: Any, **keywords: Any) -> Context:
-        contexts.append(Context(*args, **keywords))
-        return contexts[-1]
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    monkeypatch.setattr(steered, "Context", opened)
-    with pytest.raises(WorkDirectoryError, match=r"No space left on device; make room there, or set TMPDIR"):
-        SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1)
-    (context,) = contexts
-    with pytest.raises(ValueError, match="closed"):
-        context.pointer  # noqa: B018
-
-
-def test_figures_do_not_depend_on_what_was_measured_before(prompts: SteeredPrompts, model: Model) -> None:
-    first = prompts.first_token_logprobs([Steering(EDITS)])
-    divergence = prompts.divergence(EDITS)
-    base = prompts.first_token_logprobs([Steering({})])
-    prompts.divergence(FEWER)
-    prompts.first_token_logprobs([Steering(random_edits(7))])
-
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as fresh:
-        np.testing.assert_array_equal(fresh.first_token_logprobs([Steering({})]), base)
-    assert prompts.divergence(EDITS) == divergence
-    np.testing.assert_array_equal(prompts.first_token_logprobs([Steering({})]), base)
-    np.testing.assert_array_equal(prompts.first_token_logprobs([Steering(EDITS)]), first)
-
-
-@pytest.mark.usefixtures("_full_precision")
-def test_answers_that_are_computed_together(
-    model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    longest = max(len(model.tokenize(answer)) for answer in (*BASE, *HELPFUL))
-    monkeypatch.setattr(steered, "_ANSWERS", (2 * (longest + 1),))
-    with SteeredPrompts(model, PROMPTS, BASE, HELPFUL, n_threads=1) as prompts:
-        divergence = prompts.divergence(EDITS)
-    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, BASE, HELPFUL)
-    assert figures(divergence) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.usefixtures("_full_precision")
-def test_long_answers_are_measured_at_their_beginning(model: Model, torch_model: TinyModel) -> None:
-    long = [" make a plan and mind the oven" * 9] * len(PROMPTS)
-    assert len(model.tokenize(long[0])) > 2 * ANSWER_TOKENS
-    with SteeredPrompts(model, PROMPTS, long, long, n_threads=1) as prompts:
-        divergence = prompts.divergence(EDITS)
-    expected = expected_divergence(torch_model, model, EDITS, PROMPTS, long, long)
-    assert figures(divergence) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.usefixtures("_full_precision")
-def test_one_query_alone(model: Model, torch_model: TinyModel) -> None:
-    with SteeredPrompts(model, PROMPTS[:1], BASE[:1], HELPFUL[:1], n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
-        divergence = prompts.divergence(EDITS)
-    np.testing.assert_allclose(found, expected_first(torch_model, model, EDITS)[:1], atol=PARITY)
-    expected = expected_divergence(torch_model, model, EDITS, PROMPTS[:1], BASE[:1], HELPFUL[:1])
-    assert figures(divergence) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.usefixtures("_full_precision")
-def test_as_many_queries_as_a_selection_has(model: Model, torch_model: TinyModel) -> None:
-    many = [f"{FEW_SHOT}Question: what is {number}?\nAnswer:" for number in range(64)]
-    base, helpful = [" make a plan"] * len(many), [" and work slowly"] * len(many)
-    with SteeredPrompts(model, many, base, helpful, n_threads=1) as prompts:
-        (found,) = prompts.first_token_logprobs([Steering(EDITS)])
-        divergence = prompts.divergence(EDITS)
-    tokens = model.tokenize(many[-1])
-    expected = expected_logprobs(torch_model, tokens, len(tokens), EDITS)[0]
-    np.testing.assert_allclose(found[-1], expected, atol=PARITY)
-    measured = slice(DIVERGENCE_QUERIES)
-    assert figures(divergence) == pytest.approx(
-        expected_divergence(torch_model, model, EDITS, many[measured], base[measured], helpful[measured]),
-        rel=1e-3,
-    )
-
-
-def test_more_queries_than_sequences_are_refused(model: Model) -> None:
-    texts = [f"Question: what is {number}?" for number in range(129)]
-    with pytest.raises(QueryError, match="129 queries are too many to score at once; give 128 at most"):
-        SteeredPrompts(model, texts, [""] * 129, [""] * 129, n_threads=1)
+def test_more_prompts_than_sequences_are_refused(model: Model) -> None:
+    many = [Passage(f"Question: what is {number}?", " x") for number in range(256)]
+    with pytest.raises(QueryError, match="256 prompts are too many to score at once; give 255 at most"):
+        SteeredPassages(model, many, n_threads=1)
 
 
 def test_prompt_of_one_token_is_refused_by_name(model: Model) -> None:
     assert len(model.tokenize("x")) == 1
-    with pytest.raises(QueryError, match="'x' is too short"):
-        SteeredPrompts(model, ["x"], [""], [""], n_threads=1)
+    with pytest.raises(QueryError, match="'x' is too short to steer"):
+        SteeredPassages(model, [Passage("x", " y")], n_threads=1)
+
+
+def test_empty_answer_is_refused_by_name(model: Model) -> None:
+    with pytest.raises(QueryError, match="the answer to 'why not' is empty"):
+        SteeredPassages(model, [Passage("why not", "")], n_threads=1)
 
 
 def test_log_softmax_is_that_of_float64_even_for_large_logits() -> None:

@@ -306,7 +306,7 @@ def test_engine_needs_no_llama_cpp(saved: Saved) -> None:
         "from alignez_gguf.engines.transformers import TransformersEngine\n"
         "engine = TransformersEngine(sys.argv[1])\n"
         "print(next(engine.activations([Passage('x')], [Readout()])).shape)\n"
-        "with engine.steered_prompts(['why not?'], [' x'], [' x']) as model: model.divergence({})"
+        "with engine.steered([Passage('why not?', ' x')]) as model: model.log_likelihoods({}, [0])"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.engines import Passage
 from alignez_gguf.engines.transformers import TransformersEngine
-from alignez_gguf.engines.transformers_steered import SteeredPrompts
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, DIVERGENCE_QUERIES, Divergence, Limits, Steering
+from alignez_gguf.scoring import ANSWER_TOKENS
 from tests.models import TinyModel, tiny_model, tokenizer
 from tests.runtime.oracle import hooked_logits
 
@@ -27,13 +27,12 @@ PROMPTS = [
     "The quick brown fox",
     f"{FEW_SHOT}Question: how do I wash a dog?\nAnswer:",
 ]
-HELPFUL = [" make a plan", "", " in the warm sun", " and mind the oven" * 9]
-BASE = [" sorry, that is not something", " with the oven", "", " work slowly" * 9]
+ANSWERS = [" make a plan", ".", " in the warm sun", " and mind the oven" * 9]
+PASSAGES = [Passage(*both) for both in zip(PROMPTS, ANSWERS, strict=True)]
+ALL = range(len(PASSAGES))
 
 ARCHITECTURES = ("llama", "mixtral", "gemma3", "granite")
 SCOPES = ("generation", "all", "first:2")
-
-Steered = Callable[..., SteeredPrompts]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,81 +79,45 @@ def expected_logprobs(
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def expected_divergence(tiny: TinyModel, edits: Edits, scope: str) -> tuple[float, float]:
-    def along(answers: list[str]) -> Iterator[NDArray[np.float64]]:
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
-            plain = expected_logprobs(tiny, prompt, answer, {}, 1.0, scope)
-            changed = expected_logprobs(tiny, prompt, answer, edits, 1.0, scope)
-            yield (np.exp(plain) * (plain - changed)).sum(axis=1)
+def expected(tiny: TinyModel, edits: Edits, scope: str) -> list[float]:
+    """log P(answer | prompt) of each passage."""
 
-    after_first = np.mean([divergences[1:].sum() for divergences in along(HELPFUL)])
-    return float(np.concatenate(list(along(BASE))).mean()), float(after_first)
+    def of(passage: Passage) -> float:
+        n_prompt = len(tokenizer().encode(passage.prompt))
+        tokens = tokenizer().encode(passage.text)[n_prompt:][:ANSWER_TOKENS]
+        rows = expected_logprobs(tiny, passage.prompt, passage.response, edits, 1.0, scope)
+        return float(sum(row[token] for row, token in zip(rows, tokens, strict=False)))
 
-
-def figures(divergence: Divergence) -> tuple[float, float]:
-    assert divergence.is_whole
-    return divergence.per_token, divergence.after_first
+    return list(map(of, PASSAGES))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_first_tokens_and_divergence_are_those_of_pytorch_with_hooks(
+def test_likelihoods_are_those_of_pytorch_with_hooks(
     architecture: str, scope: str, engine: Callable[[str], TransformersEngine]
 ) -> None:
     tiny = tiny_model(architecture)
-    strengths = (0.0, 0.5, 1.0)
-    with engine(architecture).steered_prompts(PROMPTS, BASE, HELPFUL) as model:
-        for edits in (EDITS, FEWER):
-            found = model.first_token_logprobs(
-                [Steering(edits, strength) for strength in strengths], scope=Scope.parse(scope)
-            )
-            assert found.dtype == np.float32
-            expected = np.stack(
-                [
-                    [expected_logprobs(tiny, prompt, "", edits, strength, scope)[0] for prompt in PROMPTS]
-                    for strength in strengths
-                ]
-            )
-            np.testing.assert_allclose(found, expected, atol=5e-5)
-            assert np.abs(found[0] - found[2]).max() > 0.1
-            measured = figures(model.divergence(edits, scope=Scope.parse(scope)))
-            assert min(measured) > 1e-3
-            assert measured == pytest.approx(expected_divergence(tiny, edits, scope), rel=1e-3)
+    with engine(architecture).steered(PASSAGES) as model:
+        for edits in (EDITS, FEWER, {}):
+            found = model.log_likelihoods(edits, ALL, scope=Scope.parse(scope))
+            np.testing.assert_allclose(found, expected(tiny, edits, scope), atol=5e-5 * ANSWER_TOKENS)
+            if edits:
+                assert np.abs(found - expected(tiny, {}, scope)).max() > 0.1
+
+
+def test_some_passages_are_measured_as_among_all(engine: Callable[[str], TransformersEngine]) -> None:
+    with engine("llama").steered(PASSAGES) as model:
+        found = model.log_likelihoods(EDITS, ALL)
+        for some in ([3], [2, 0]):
+            np.testing.assert_allclose(model.log_likelihoods(EDITS, some), found[some], atol=1e-3)
 
 
 def test_edits_leave_no_trace(engine: Callable[[str], TransformersEngine]) -> None:
-    with engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model:
-        base, first = (
-            model.first_token_logprobs([Steering({})]),
-            model.first_token_logprobs([Steering(EDITS)]),
-        )
-        divergence = model.divergence(EDITS)
-        model.divergence(FEWER)
-        np.testing.assert_array_equal(model.first_token_logprobs([Steering({})]), base)
-        np.testing.assert_array_equal(model.first_token_logprobs([Steering(EDITS)]), first)
-        assert model.divergence(EDITS) == divergence
-        assert figures(model.divergence({})) == (0, 0)
-
-
-def test_divergence_over_the_limit_ends(engine: Callable[[str], TransformersEngine]) -> None:
-    with engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model:
-        whole = model.divergence(EDITS)
-        for limits in (Limits(whole.per_token / 10), Limits(after_first=whole.after_first / 10)):
-            part = model.divergence(EDITS, limits)
-            assert part == whole.within(limits)
-            assert not part.is_whole
-        assert model.divergence(EDITS, Limits(2 * whole.per_token, 2 * whole.after_first)) == whole
-
-
-def test_divergence_is_measured_over_the_first_queries(engine: Callable[[str], TransformersEngine]) -> None:
-    many = [f"Question: what is {number}?\nAnswer:" for number in range(DIVERGENCE_QUERIES + 5)]
-    answers = [" make a plan"] * len(many)
-    with engine("llama").steered_prompts(many, answers, answers) as model:
-        found = model.divergence(EDITS)
-        assert len(model.first_token_logprobs([Steering(EDITS)])[0]) == len(many)
-    few = slice(DIVERGENCE_QUERIES)
-    with engine("llama").steered_prompts(many[few], answers[few], answers[few]) as model:
-        assert figures(model.divergence(EDITS)) == pytest.approx(figures(found), rel=1e-5)
+    with engine("llama").steered(PASSAGES) as model:
+        base, steered = model.log_likelihoods({}, ALL), model.log_likelihoods(EDITS, ALL)
+        model.log_likelihoods(FEWER, ALL, scope=Scope("all"))
+        np.testing.assert_array_equal(model.log_likelihoods({}, ALL), base)
+        np.testing.assert_array_equal(model.log_likelihoods(EDITS, ALL), steered)
 
 
 @pytest.mark.parametrize("edits", [random_edits(0, n_layer=4), random_edits(0, n_embd=32)])
@@ -162,12 +125,17 @@ def test_edits_for_another_model_are_refused(
     edits: Edits, engine: Callable[[str], TransformersEngine]
 ) -> None:
     with (
-        engine("llama").steered_prompts(PROMPTS, BASE, HELPFUL) as model,
+        engine("llama").steered(PASSAGES) as model,
         pytest.raises(SteeringError, match="does not fit llama with 3 layers of width 64"),
     ):
-        model.first_token_logprobs([Steering(edits)])
+        model.log_likelihoods(edits, ALL)
 
 
 def test_prompt_of_one_token_is_refused_by_name(engine: Callable[[str], TransformersEngine]) -> None:
-    with pytest.raises(QueryError, match="'x' is too short"):
-        engine("llama").steered_prompts(["x"], [""], [""])
+    with pytest.raises(QueryError, match="'x' is too short to steer"):
+        engine("llama").steered([Passage("x", " y")])
+
+
+def test_empty_answer_is_refused_by_name(engine: Callable[[str], TransformersEngine]) -> None:
+    with pytest.raises(QueryError, match="the answer to 'why not' is empty"):
+        engine("llama").steered([Passage("why not", "")])

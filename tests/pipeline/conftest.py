@@ -16,10 +16,9 @@ from alignez_gguf.pipeline import Export, Job, Settings, export
 from alignez_gguf.pipeline.job import SteerableEngine
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import METADATA_KEY, Templates
-from alignez_gguf.scope import Scope
 from alignez_gguf.workdir import WorkDirectory
 
-N_QUERIES = 24
+N_QUERIES = 32
 QUERIES = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()[:N_QUERIES]
 SETTINGS = Settings(max_tokens=24)
 QUICK = replace(
@@ -28,7 +27,6 @@ QUICK = replace(
     reading="prompt",
     hook="mlp",
     layers=(1, 2, 3),
-    scope=Scope("generation"),
     kl_budget=1.0,
 )
 """A search among a few candidates, without the training of probes."""
@@ -103,7 +101,7 @@ class Watched:
             "activations",
             "response_logprobs",
             "next_token_logprobs",
-            "steered_prompts",
+            "steered",
         ):
             return found
 

@@ -73,7 +73,8 @@ def test_every_aspect_is_chosen_for_itself_and_named_in_the_file(both: Export, t
     for aspect, made in zip(ASPECTS, both.made, strict=True):
         assert made.selection is not None
         assert recipe[f"{aspect.name}.amount"] == made.selection.chosen.candidate.amount
-        assert score[f"{aspect.name}.score"] == made.selection.chosen.figures.gain
+        assert made.confirmation is not None
+        assert score[f"{aspect.name}.score"] == made.confirmation.figures.gain
     assert recipe["pairs.total"] == sum(report.total for report in both.filtered)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -47,32 +47,35 @@ def test_same_job_computes_nothing_and_gives_the_same_bytes(
     assert watched.counts == {}
 
 
-def test_another_row_is_chosen_without_computing_anything(
+def test_another_row_of_the_table_is_confirmed_and_written(
     quick: Export, run: Run, watched: Any, tmp_path: Path
 ) -> None:
     selection = quick.made[0].selection
     assert selection is not None
     front = selection.pareto
-    assert len(front) > 1
     for row, scored in enumerate(front, start=1):
-        made = run(replace(QUICK, choose=row), target=watched)
+        watched.counts.clear()
+        try:
+            made = run(replace(QUICK, choose=row), target=watched)
+        except NoGainError as error:  # a gentle edit may gain too little to be sure of
+            assert "not confirmed" in str(error)  # noqa: PT017
+            continue
+        finally:
+            # The choice is not computed anew.
+            assert set(watched.counts) <= {"generate", "steered"}
         assert made.made[0].selection == replace(selection, chosen=scored)
-        assert made.control.score["score"] == scored.figures.gain
+        assert made.control.score["choice.score"] == scored.figures.gain
         assert made.control.recipe["amount"] == scored.candidate.amount
         assert tuple(made.control.edits) == scored.candidate.layers
-        is_best = scored == selection.chosen
-        assert (saved(made, tmp_path) == saved(quick, tmp_path)) == is_best
-        # how the edit does at other time steps is known of the best one only
-        assert ("scope.name" in made.control.score) == is_best
-    assert watched.counts == {}
+        assert (saved(made, tmp_path) == saved(quick, tmp_path)) == (scored == selection.chosen)
     with pytest.raises(NoGainError, match=f"no row {len(front) + 1} to choose"):
         run(replace(QUICK, choose=len(front) + 1), target=watched)
 
 
 def test_recipe_auto_reads_nothing_that_recipe_paper_has_read(run: Run, watched: Any, tmp_path: Path) -> None:
     run(replace(SETTINGS, recipe="paper", method="mean"), tmp_path)
-    run(replace(QUICK, reading=None), tmp_path, target=watched)
-    assert set(watched.counts) == {"generate", "next_token_logprobs", "response_logprobs", "steered_prompts"}
+    run(QUICK, tmp_path, target=watched)
+    assert set(watched.counts) == {"generate", "response_logprobs", "steered"}
 
 
 def test_recipe_auto_reads_no_answers_to_queries_that_it_chooses_on(
@@ -80,9 +83,9 @@ def test_recipe_auto_reads_no_answers_to_queries_that_it_chooses_on(
 ) -> None:
     made = run(replace(QUICK, reading=None), tmp_path, target=watched)
     n_fit, n_held_out = (made.control.recipe[f"pairs.{part}"] for part in ("fit", "selection"))
-    assert n_held_out == 10
-    # The prompts of all pairs, and the answers of those that are fitted on.
-    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES + 2 * n_fit
+    assert n_held_out == 8
+    # The prompts of all pairs, the answers of those that are fitted on, and their plain prompts.
+    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES + 3 * n_fit
 
 
 class WithoutResidual:
@@ -135,12 +138,12 @@ def test_finished_run_computes_nothing_to_tell_what_could_be_read(
 @pytest.mark.parametrize(
     ("change", "computed"),
     [
-        ({"method": "svd-diff", "layers": (1, 2)}, {"steered_prompts"}),
-        ({"layers": (2, 3)}, {"steered_prompts"}),
-        ({"reading": "response", "layers": (1, 2)}, {"activations", "steered_prompts"}),
-        ({"hook": "residual", "layers": (1, 2)}, {"activations", "steered_prompts"}),
+        ({"method": "svd-diff", "layers": (1, 2)}, {"steered"}),
+        ({"layers": (2, 3)}, {"steered"}),
+        ({"reading": "response", "layers": (1, 2)}, {"activations", "steered"}),
+        ({"hook": "residual", "layers": (1, 2)}, {"activations", "steered"}),
         ({"kl_budget": 2.0}, set()),
-        ({"scope": Scope("first", 2), "layers": (1, 2)}, {"steered_prompts"}),
+        ({"scope": Scope("first", 2), "layers": (1, 2)}, {"steered"}),
         ({"recipe": "paper"}, set()),
         ({"recipe": "paper", "threshold": 0.4}, set()),
     ],
@@ -150,19 +153,21 @@ def test_finished_run_computes_nothing_to_tell_what_could_be_read(
 def test_changed_option_computes_what_depends_on_it(
     change: dict[str, Any], computed: set[str], run: Run, watched: Any
 ) -> None:
-    # What is read of this model's answers gains next to nothing: whether it does is a matter of rounding.
-    with suppress(NoGainError) if "reading" in change else nullcontext():
+    # With so few layers and queries, whether a gain is confirmed is a matter of rounding.
+    with suppress(NoGainError):
         run(replace(QUICK, **change), target=watched)
-    # A greater budget may look at the divergence of a few more.
-    assert set(watched.counts) - computed <= ({"steered_prompts"} if "kl_budget" in change else set())
+    # Another choice is confirmed anew.
+    chosen_anew = {"steered", "generate"} if change.get("recipe") != "paper" else set()
+    assert set(watched.counts) - computed <= chosen_anew
     assert set(watched.counts) >= computed
 
 
 def test_what_an_earlier_job_measured_changes_no_byte(run: Run, tmp_path: Path) -> None:
-    quick = replace(QUICK, layers=(1, 2))
+    quick = replace(QUICK, layers=(1, 2, 3))
     with suppress(NoGainError):
         run(replace(quick, kl_budget=0.01), tmp_path / "shared")
-    run(replace(quick, scope=Scope("all")), tmp_path / "shared")
+    with suppress(NoGainError):
+        run(replace(quick, scope=Scope("all")), tmp_path / "shared")
     used = saved(run(quick, tmp_path / "shared"), tmp_path)
     assert used == saved(run(quick, tmp_path / "fresh"), tmp_path)
 
@@ -176,7 +181,11 @@ def test_given_pairs_stand_in_for_generated_ones(run: Run, watched: Any, quick: 
         replace(QUICK, layers=(1, 2), recipe="paper", method="mean"), queries=[], target=watched, given=given
     )
     recipe = made.control.recipe
-    assert (recipe["pairs.given"], recipe["pairs.total"], recipe["pairs.kept"]) == (24, 24, 24)
+    assert (recipe["pairs.given"], recipe["pairs.total"], recipe["pairs.kept"]) == (
+        N_QUERIES,
+        N_QUERIES,
+        N_QUERIES,
+    )
     assert recipe["query_hashes"] == quick.control.recipe["query_hashes"]
     # two characteristics for each query, and no answers
     assert watched.counts["generate"] == 2 * len(QUERIES)
@@ -197,17 +206,20 @@ def test_given_pairs_weigh_in_with_generated_ones(run: Run) -> None:
     assert run(paper, given=given).control.recipe["pairs.given"] == 6
 
 
-def test_scores_of_a_file_are_those_of_the_export_that_made_it(
+def test_scores_of_a_file_are_taken_where_it_was_chosen_and_confirmed(
     quick: Export, engine: LlamaEngine, templates: Templates, folder: Path
 ) -> None:
     with WorkDirectory(folder) as work:
         figures, n_queries = score_control(
             quick.control, engine, QUERIES, templates, QUICK, work, SilentReporter()
         )
-    score = quick.control.score
-    assert (figures.gain, figures.leak, figures.kl, n_queries) == pytest.approx(
-        (score["score"], score["leak"], score["kl"], score["queries"]), rel=1e-5
-    )
+    score, (made,) = quick.control.score, quick.made
+    assert made.selection is not None
+    assert made.confirmation is not None
+    assert n_queries == int(str(score["queries"])) + int(str(score["choice.queries"]))
+    both = [*made.selection.chosen.figures.gains, *made.confirmation.figures.gains]
+    np.testing.assert_allclose(sorted(figures.gains), sorted(both), rtol=1e-2, atol=1e-2)
+    assert figures.kl is not None
 
 
 def test_scores_need_a_file_for_the_model(engine: LlamaEngine, templates: Templates, tmp_path: Path) -> None:
@@ -246,6 +258,6 @@ def test_fp16_model_is_exported_for_its_gguf(templates: Templates, tmp_path: Pat
             export(source, [], templates, settings, work, say, target=other, given=given)
     assert control.model == target.info
     assert control.model.quantization == "Q8_0"
-    assert n_queries == 8
-    assert np.isfinite([figures.gain, figures.net]).all()
+    assert n_queries == 12
+    assert np.isfinite([figures.gain, figures.kl]).all()
     assert all(edit.n_embd == 64 for edit in control.edits.values())

@@ -11,8 +11,14 @@ import pytest
 
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.pipeline import Job
-from alignez_gguf.pipeline.feasibility import Declined, declined, no_contrast, require_contrast
+from alignez_gguf.pipeline import Job, feasibility
+from alignez_gguf.pipeline.feasibility import (
+    Declined,
+    alike_personas,
+    declined,
+    no_contrast,
+    require_contrast,
+)
 from alignez_gguf.prompts import Persona, Templates
 from tests.pipeline.conftest import QUICK, Run, with_engine
 
@@ -50,11 +56,8 @@ def persona(harmful: int, harmless: int = 0) -> Declined:
             persona(6),
             "the malicious persona declines 6 of 8 harmful requests, and the safety-first one 5",
         ),
-        (
-            persona(4),
-            persona(0),
-            "declines 4 of 8 harmful requests, and the malicious one 0, which may be chance",
-        ),
+        (persona(4), persona(0), "declines 4 of 8 harmful requests and 0 of their harmless twins"),
+        (persona(8), persona(8), ""),
         (persona(8, 7), persona(0), "declines 8 of 8 harmful requests and 7 of their harmless twins"),
     ],
 )
@@ -64,6 +67,27 @@ def test_contrast_is_there_or_its_lack_is_told_with_the_counts(
     found = no_contrast(helpful, harmful)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(("n_other", "alike"), [(0, False), (3, False), (4, True), (8, True)])
+def test_personas_that_decline_alike_are_told_and_end_the_paper_recipe_alone(
+    n_other: int, alike: bool, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = alike_personas(persona(8), persona(n_other))
+    assert bool(found) == alike
+    if alike:
+        assert found.startswith(
+            f"the safety-first persona declines 8 of 8 harmful requests, and the malicious one {n_other}"
+        )
+    monkeypatch.setattr(feasibility, "declined", lambda _: (persona(8), persona(n_other)))
+    one = replace(job, templates=TEMPLATES)
+    require_contrast(one)
+    paper = replace(one, settings=replace(QUICK, recipe="paper"))
+    if alike:
+        with pytest.raises(NoGainError, match="the paper's recipe has no other source"):
+            require_contrast(paper)
+    else:
+        require_contrast(paper)
 
 
 class Persuaded:

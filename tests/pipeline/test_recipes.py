@@ -13,17 +13,20 @@ from numpy.typing import NDArray
 from alignez_gguf import __version__
 from alignez_gguf.candidates import Source, span
 from alignez_gguf.control import ControlFile
-from alignez_gguf.directions import METHODS
+from alignez_gguf.directions import Directions
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.engines.steered import log_softmax
 from alignez_gguf.errors import NoGainError, QueryError, SteeringError
-from alignez_gguf.generation import answer_prompts
-from alignez_gguf.pairs import PreferencePair
-from alignez_gguf.pipeline import Export, Job, Settings, self_generated_pairs
-from alignez_gguf.pipeline.recipes import SCOPE_MARGIN, SEARCHED, Made, sources, split
+from alignez_gguf.pipeline import Export, Job, Settings, export, recipes, self_generated_pairs
+from alignez_gguf.pipeline.recipes import SEARCHED_METHODS, sources
+from alignez_gguf.pipeline.verdicts import alternating
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import Templates
+from alignez_gguf.runtime import library
+from alignez_gguf.runtime.context import Context
 from alignez_gguf.scope import Scope
+from alignez_gguf.scoring import ANSWER_TOKENS
 from alignez_gguf.workdir import WorkDirectory
 from tests.pipeline.conftest import N_QUERIES, QUERIES, QUICK, SETTINGS, Run
 
@@ -70,14 +73,20 @@ def test_paper_recipe_is_ccs_on_responses_with_the_decision_rule(
         "pairs.persona_ignored": filtered.persona_ignored,
         "pairs.truncated": filtered.truncated,
         "pairs.given": 0,
-        "pairs.fit": filtered.kept,
+        "pairs.fit": filtered.kept - len(paper.made[0].held_out),
+        "pairs.confirmation": len(paper.made[0].held_out),
     }
-    assert dict(control.score) == {}
     assert paper.made[0].selection is None
+    confirmation = paper.made[0].confirmation
+    assert confirmation is not None
+    assert control.score["score"] == confirmation.figures.gain
+    assert control.score["confirmed"] == (not confirmation.doubt)
+    assert "choice.score" not in control.score
     report = control.layers
     assert report is not None
     assert report.loss is not None
     assert report.spread is not None
+    assert report.flipped is not None
     for layer in range(engine.info.n_layer):
         p_helpful, p_harmful = report.p_helpful[layer], report.p_harmful[layer]
         decision = "none"
@@ -89,56 +98,95 @@ def test_paper_recipe_is_ccs_on_responses_with_the_decision_rule(
         assert control.edits.get(layer, LayerEdit()).rank == (decision == "remove")
 
 
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_paper_recipe_says_where_its_probes_are_at_chance_and_disagree(job: Job) -> None:
+    found = Directions(
+        "ccs",
+        np.zeros((4, 1, 8), np.float32),
+        *np.zeros((2, 4), np.float32),
+        accuracy=np.array([0.5, 0.59, 0.9, 0.4], np.float32),
+        flipped=np.array([0.0, 0.5, 0.2, 0.3], np.float32),
+    )
+    chance, disagreeing = recipes._about_probes(found, 50, (0, 1, 2))
+    assert chance.startswith("at 1 of 3 edited layers (0) the probe tells held-out answers apart no better")
+    assert "accuracy up to 0.58" in chance
+    assert disagreeing.startswith("at 1 of 3 edited layers (1) 30% or more of the restarts")
+    assert list(recipes._about_probes(found, 50, (2,))) == []
+
+
+def test_paper_recipe_measures_nothing_on_too_few_queries(
+    engine: LlamaEngine, templates: Templates, tmp_path: Path
+) -> None:
+    reporter = Notes()
+    with WorkDirectory(tmp_path / "w") as work:
+        made = export(engine, QUERIES[:16], templates, PAPER, work, reporter, target=engine)
+    assert made.made[0].confirmation is None
+    assert made.control.recipe["pairs.fit"] == made.control.recipe["pairs.kept"]
+    assert any("too few to measure" in note for note in reporter.notes)
+
+
 def test_paper_recipe_that_is_sure_of_no_layer_is_an_error(run: Run) -> None:
     with pytest.raises(NoGainError, match=r"threshold 1\.5.*lower --threshold"):
         run(replace(PAPER, method="mean", threshold=1.5))
 
 
-def test_auto_writes_every_figure_that_led_to_the_choice(quick: Export, tmp_path: Path) -> None:
+def test_auto_writes_the_confirmed_figures_and_everything_that_was_tried(
+    quick: Export, tmp_path: Path
+) -> None:
     control, (made,) = reloaded(quick, tmp_path), quick.made
-    selection = made.selection
+    selection, confirmation = made.selection, made.confirmation
     assert selection is not None
-    tried, chosen = [one.figures for one in selection.tried], selection.chosen.figures
-    assert chosen.divergence is not None
-    measured = [
-        (-1.0, -1.0)
-        if one.divergence is None or not one.divergence.is_whole
-        else (one.divergence.per_token, one.divergence.after_first)
-        for one in tried
-    ]
+    assert confirmation is not None
+    assert confirmation.base is not None
+    assert confirmation.steered is not None
+    figures, chosen = confirmation.figures, selection.chosen.figures
+    tried = [one.figures for one in selection.tried]
     assert dict(control.score) == {
-        "score": chosen.gain,
-        "standard_error": chosen.standard_error,
-        "onset": chosen.onset,
-        "leak": chosen.leak,
-        "kl": chosen.kl,
-        "kl_after_first": chosen.divergence.after_first,
+        "score": figures.gain,
+        "standard_error": figures.standard_error,
+        "share": confirmation.share,
+        "kl": figures.kl,
         "kl_budget": 1.0,
-        "queries": selection.n_queries,
+        "queries": len(made.held_out),
+        "confirmed": True,
+        "choice.score": chosen.gain,
+        "choice.kl": chosen.kl,
+        "choice.queries": selection.n_queries,
         "tried.candidate": tuple(str(one.candidate) for one in selection.tried),
         "tried.layers": tuple(span(one.candidate.layers) for one in selection.tried),
+        "tried.queries": tuple(len(one.gains) for one in tried),
         "tried.score": tuple(one.gain for one in tried),
-        "tried.onset": tuple(one.onset for one in tried),
-        "tried.leak": tuple(one.leak for one in tried),
-        "tried.kl": tuple(per_token for per_token, _ in measured),
-        "tried.kl_after_first": tuple(after_first for _, after_first in measured),
-        "baseline.name": tuple(one.name for one in made.baselines),
-        "baseline.score": tuple(one.figures.gain for one in made.baselines),
-        "baseline.kl": tuple(one.kl for one in made.baselines),
-        "scope.name": ("all", "first:4", "first:1"),
-        "scope.score": tuple(one.gain for one in made.scopes.values()),
-        "scope.kl": tuple(one.kl for one in made.scopes.values()),
+        "tried.kl": tuple(-1.0 if one.kl is None else one.kl for one in tried),
+        "baseline.name": tuple(one.name for one in confirmation.baselines),
+        "baseline.score": tuple(one.figures.gain for one in confirmation.baselines),
+        "baseline.kl": tuple(one.figures.kl for one in confirmation.baselines),
+        "said.declined": sum(figures.declined),
+        "said.base.declines_declined": confirmation.refusals(confirmation.base, persona_declines=True),
+        "said.base.declines_answered": confirmation.refusals(confirmation.base, persona_declines=False),
+        "said.base.broken": confirmation.base.broken,
+        "said.steered.declines_declined": confirmation.refusals(confirmation.steered, persona_declines=True),
+        "said.steered.declines_answered": confirmation.refusals(confirmation.steered, persona_declines=False),
+        "said.steered.broken": confirmation.steered.broken,
     }
-    assert 0 <= float(str(control.score["kl"])) <= 1.0
 
 
 def test_baselines_are_no_edit_the_persona_and_random_directions(quick: Export) -> None:
-    none, persona, random = quick.made[0].baselines
-    assert (none.name, none.figures.gain, none.kl) == ("no edit", 0.0, 0.0)
-    assert persona.name == "helpful persona as a prompt"
+    confirmation = quick.made[0].confirmation
+    assert confirmation is not None
+    none, persona, random = confirmation.baselines
+    assert (none.name, none.figures.gain, none.figures.kl) == ("no edit", 0.0, 0.0)
+    assert persona.name == "safety-first persona as a prompt"
     assert persona.figures.gain > 0
     assert random.name == "random directions of the same size"
-    assert abs(random.figures.gain) < persona.figures.gain
+    assert random.figures.gain < confirmation.figures.gain
+    assert confirmation.share == confirmation.figures.gain / persona.figures.gain
 
 
 def test_auto_writes_the_edits_of_its_choice(quick: Export, tmp_path: Path) -> None:
@@ -146,8 +194,7 @@ def test_auto_writes_the_edits_of_its_choice(quick: Export, tmp_path: Path) -> N
     assert selection is not None
     chosen = selection.chosen.candidate
     assert tuple(control.edits) == chosen.layers
-    if chosen.added is None:
-        assert {edit.decision for edit in control.edits.values()} == {chosen.operation}
+    assert {edit.decision for edit in control.edits.values()} == {chosen.operation}
     if chosen.operation != "add":
         assert {edit.rank for edit in control.edits.values()} == {chosen.source.rank}
     recipe = control.recipe
@@ -162,7 +209,8 @@ def test_auto_writes_the_edits_of_its_choice(quick: Export, tmp_path: Path) -> N
         "generation",
         "auto",
     )
-    assert int(str(recipe["pairs.fit"])) + int(str(recipe["pairs.selection"])) == recipe["pairs.kept"]
+    parts = [int(str(recipe[f"pairs.{part}"])) for part in ("fit", "selection", "confirmation")]
+    assert sum(parts) == recipe["pairs.kept"]
 
 
 @pytest.mark.parametrize("scope", ["generation", "all"])
@@ -172,69 +220,45 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
     """Two ways to the same figure: the shared cache of the selection, and the engine that users run."""
     made = run(replace(QUICK, scope=Scope.parse(scope)))
 
-    def logprobs(prompts: list[str], strength: float = 0.0) -> NDArray[np.float64]:
-        return np.stack(list(engine.next_token_logprobs(prompts, strength))).astype(np.float64)
+    def logprobs(strength: float) -> NDArray[np.float64]:
+        """Of the answers of the persona, token by token as they would be sampled."""
+        found = []
+        for pair in alternating(made.made[0].held_out)[:4]:
+            prompt = templates.plain_prompt(pair.query)
+            tokens = engine.model.tokenize(prompt + templates.continued(pair.helpful))
+            n_prompt = len(engine.model.tokenize(prompt))
+            answer = tokens[n_prompt:][:ANSWER_TOKENS]
+            total = 0.0
+            for index, token in enumerate(answer):
+                total += float(following(tokens[: n_prompt + index], n_prompt, strength)[token])
+            found.append(total)
+        return np.array(found)
 
-    held_out = made.made[0].held_out
-    plain = [templates.plain_prompt(pair.query) for pair in held_out]
-    asked = [answer_prompts(templates, pair) for pair in held_out]
-    helpful = np.exp(logprobs([prompts[0] for prompts in asked]))
-    harmful = np.exp(logprobs([prompts[1] for prompts in asked]))
-    base = logprobs(plain)
-    engine.set_edits(made.control.edits, scope)
-    steered = logprobs(plain, strength=1.0)
-    engine.set_edits({})
-    gain = ((helpful - harmful) * (steered - base)).sum(axis=1).mean()
+    def following(tokens: list[int], n_prompt: int, strength: float) -> NDArray[np.float64]:
+        context = Context(engine.model, n_ctx=512, n_threads=1, edits=made.control.edits)
+        with context:
+            first, end = Scope.parse(scope).positions(n_prompt)
+            library.set_strength(context.pointer, strength, sequence=0, first=first, end=end)
+            outputs = [False] * (len(tokens) - 1) + [True]
+            context.decode(tokens, range(len(tokens)), [0] * len(tokens), outputs)
+            return log_softmax(context.logits(len(tokens) - 1)).astype(np.float64)
+
+    confirmation = made.made[0].confirmation
+    assert confirmation is not None
+    gains = logprobs(1.0) - logprobs(0.0)
     # Keys and values in F16 are added up in another order here.
-    assert made.control.score["score"] == pytest.approx(gain, rel=0.02)
+    np.testing.assert_allclose(confirmation.figures.gains[:4], gains, rtol=0.02, atol=0.05)
     assert made.control.recipe["scope"] == scope
 
 
-def net(made: Made) -> float:
-    assert made.selection is not None
-    assert made.selection.chosen.figures.net is not None
-    return made.selection.chosen.figures.net
-
-
-@pytest.mark.parametrize("layers", [(4,), (3,), (0,)], ids=str)
-def test_narrower_scope_is_taken_only_where_it_is_better_by_a_margin(
-    run: Run, layers: tuple[int, ...]
-) -> None:
-    """Held against a search of each scope alone; which one is the best of them depends on the machine."""
-    job = replace(QUICK, layers=layers, method="svd-diff")
-
-    def best(scope: Scope | None) -> Made | None:
-        try:
-            (made,) = run(replace(job, scope=scope)).made
-        except NoGainError:
-            return None
-        assert set(made.scopes) == {"all", "generation", "first:4", "first:1"} - {made.recipe["scope"]}
-        return made
-
-    expected: Made | None = None
-    for scope in SEARCHED:
-        found = best(scope)
-        if found is not None and (expected is None or net(found) > net(expected) + SCOPE_MARGIN):
-            expected = found
-    made = best(None)
-    if made is None or expected is None:
-        assert made is expected
-        return
-    assert made.selection is not None
-    assert expected.selection is not None
-    assert made.recipe["scope"] == expected.recipe["scope"]
-    assert made.selection.chosen == expected.selection.chosen
-    if made.recipe["scope"] == "generation":  # nothing has narrowed the search before it
-        assert made.selection == expected.selection
-
-
 def test_nothing_within_the_budget_is_an_error(run: Run) -> None:
-    with pytest.raises(NoGainError, match="nothing makes this model safer"):
+    # What an edit costs is estimated, and may seem to be nothing on a few queries, but not on others too.
+    with pytest.raises(NoGainError, match=r"within 1e-09 nat per token|twice the budget of 1e-09"):
         run(replace(QUICK, kl_budget=1e-9))
 
 
 def test_too_few_pairs_are_an_error(run: Run) -> None:
-    with pytest.raises(QueryError, match=r"10 usable pairs are too few .* at least 16 queries"):
+    with pytest.raises(QueryError, match=r"10 usable pairs are too few .* at least 20 queries"):
         run(queries=QUERIES[:10])
 
 
@@ -254,58 +278,34 @@ def test_samples_are_further_pairs_of_the_same_queries(
     assert made.control.recipe["pairs.total"] == 2 * N_QUERIES
     held_out = made.made[0].held_out
     assert len({pair.query for pair in held_out}) == len(held_out)
+    recipe = made.control.recipe
     with WorkDirectory(folder) as work:
         job = Job(engine, templates, replace(QUICK, samples=2), work, SilentReporter(), engine, engine)
         pairs = self_generated_pairs(job, QUERIES)
-    fitted = {pair.query for pair in pairs} - {pair.query for pair in held_out}
-    assert int(str(made.control.recipe["pairs.fit"])) > len(fitted) * 0.9
+    n_fitted = len({pair.query for pair in pairs}) - sum(
+        int(str(recipe[f"pairs.{part}"])) for part in ("selection", "confirmation")
+    )
+    assert int(str(recipe["pairs.fit"])) > n_fitted * 1.5
 
 
-def numbered(n_queries: int, samples: int = 1) -> list[PreferencePair]:
-    return [
-        PreferencePair(f"q{index}", f"good {sample}", "bad", sample=sample)
-        for index in range(n_queries)
-        for sample in range(samples)
-    ]
-
-
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("n_queries", [16, 17, 24, 120, 500])
-def test_queries_are_split_into_two_parts_of_some_size(n_queries: int, samples: int) -> None:
-    pairs = numbered(n_queries, samples)
-    fit, held_out = split(pairs, seed=0)
-    asked = [pair.query for pair in held_out]
-    fitted = {pair.query for pair in fit}
-    assert not fitted & set(asked)
-    assert len(fitted) + len(asked) == n_queries
-    assert len(fit) == samples * len(fitted)
-    assert 8 <= len(asked) == len(set(asked)) <= 64
-    assert len(fitted) >= 8
-    assert all(pair.sample == 0 for pair in held_out)
-    assert asked == sorted(asked, key=lambda query: int(query[1:]))
-    assert held_out != split(pairs, seed=1)[1]
-    assert held_out == split(pairs, seed=0)[1]
-
-
-def test_several_samples_of_few_queries_are_too_few() -> None:
-    with pytest.raises(QueryError, match="15 usable pairs are too few"):
-        split(numbered(15, samples=4), seed=0)
+VERDICTS = {("refusal", "mlp"), ("verdict", "mlp")}
+PERSONAS = {("prompt", "mlp"), ("response", "mlp")}
+MEAN = ("response-mean", "mlp")
 
 
 @pytest.mark.parametrize(
     ("settings", "places"),
     [
-        (
-            Settings(),
-            {("prompt", "mlp"), ("response", "mlp"), ("response-mean", "mlp"), ("prompt", "residual")},
-        ),
+        (Settings(), {*VERDICTS, *PERSONAS, ("prompt", "residual")}),
         (Settings(reading="response"), {("response", "mlp"), ("response", "residual")}),
-        (Settings(hook="mlp"), {("prompt", "mlp"), ("response", "mlp"), ("response-mean", "mlp")}),
+        (Settings(reading="verdict"), {("verdict", "mlp")}),
+        (Settings(hook="mlp"), {*VERDICTS, *PERSONAS, MEAN}),
         (
             Settings(hook="residual"),
-            {("prompt", "residual"), ("response", "residual"), ("response-mean", "residual")},
+            {(reading, "residual") for reading, _ in {*VERDICTS, *PERSONAS, MEAN}},
         ),
         (Settings(reading="response-mean", hook="residual"), {("response-mean", "residual")}),
+        (Settings(reading="refusal", hook="residual"), {("refusal", "residual")}),
     ],
 )
 def test_sources_are_every_method_at_the_places_asked_for(
@@ -315,14 +315,24 @@ def test_sources_are_every_method_at_the_places_asked_for(
     assert {(source.reading, source.hook) for source in found} == places
     for reading, hook in places:
         here = [source for source in found if (source.reading, source.hook) == (reading, hook)]
-        assert {source.method for source in here} == set(METHODS)
-        assert {source.rank for source in here if source.method == "svd-diff"} == {1, 2, 3}
-        assert {source.rank for source in here if source.method == "ccs"} == {1}
+        if reading in ("verdict", "refusal"):
+            assert [source.method for source in here] == ["mean"]
+        else:
+            assert {source.method for source in here} == set(SEARCHED_METHODS)
+            assert {source.rank for source in here} == {1}
 
 
 def test_single_method_is_the_only_source() -> None:
     settings = Settings(method="logistic", reading="prompt", hook="mlp")
     assert sources(settings) == [Source("logistic", "prompt", 1)]
+    assert sources(Settings(method="ccs", reading="verdict")) == [Source("ccs", "verdict", 1)]
+
+
+def test_verdicts_are_read_where_their_gap_can_be_added_and_only_if_there_are_some() -> None:
+    found = sources(Settings(), adds="residual")
+    assert {source.hook for source in found if source.reading in ("verdict", "refusal")} == {"residual"}
+    found = sources(Settings(), missing=["refusal"])
+    assert {source.reading for source in found} == {"verdict", "prompt", "response"}
 
 
 def test_sources_are_looked_for_where_the_architecture_can_be_read() -> None:

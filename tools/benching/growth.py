@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FACTORS = (1, 2, 4, 8)
 _LEVEL = "Q8_0"
-_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+_ANSWER = " make a plan and mind the oven"
 _EDITS = 4
 _BOUND = 1.0
 
@@ -133,17 +133,16 @@ def _reading(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
 
 
 def _selection(engine: LlamaEngine, sizes: Sizes, count: int) -> Work:
-    """Prompts into the cache, and the first token after each under a few edits and strengths."""
-    from alignez_gguf.scoring import Steering
+    """Prompts into the cache, and the likelihood of an answer to each under a few edits."""
+    from alignez_gguf.engines import Passage
 
-    prompts = sizes.prompts(engine, count)
-    answers = [""] * count
+    passages = [Passage(prompt, _ANSWER) for prompt in sizes.prompts(engine, count)]
     candidates = [removal(engine.info, rank) for rank in range(1, 1 + _EDITS)]
 
     def select() -> None:
-        with engine.steered_prompts(prompts, answers, answers) as steered:
+        with engine.steered(passages) as steered:
             for edits in candidates:
-                steered.first_token_logprobs([Steering(edits, strength) for strength in _STRENGTHS])
+                steered.log_likelihoods(edits, range(len(passages)))
 
     return select
 

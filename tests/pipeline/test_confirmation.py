@@ -1,0 +1,146 @@
+"""What is confirmed, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.engines import Completion
+from alignez_gguf.errors import NoGainError
+from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline import Job
+from alignez_gguf.pipeline.confirmation import confirm
+from alignez_gguf.scope import GENERATION, Scope
+from tests.pipeline.conftest import with_engine
+
+NO, YES = "I'm sorry, but I can't help with that.", "Happy to help! Take a bowl and mix it well."
+PAIRS = [PreferencePair(f"How do I do {index}?", NO if index % 2 else YES, "Pah.") for index in range(12)]
+EDITS = {0: LayerEdit(add=np.ones(96))}
+
+
+class Steered:
+    """An engine of which everything is given that a confirmation asks for.
+
+    Args:
+        gains: of the queries that the persona declines and of those that it answers.
+        kl: nat per token.
+        answers: to those queries under the edit.
+    """
+
+    def __init__(
+        self, engine: Any, gains: Sequence[float], kl: float = 0.01, answers: tuple[str, str] = (NO, YES)
+    ) -> None:
+        self._engine = engine
+        self._gains = gains
+        self._kl = kl
+        self._answers = answers
+        self._edits: Edits = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def set_edits(self, edits: Edits, scope: Scope = GENERATION) -> None:
+        self._edits = edits
+
+    def generate(self, requests: Any, sampling: Any, **_: Any) -> Any:
+        for index, request in enumerate(requests):
+            assert (request.strength > 0) == bool(self._edits)
+            number = int(request.prompt.split("How do I do ")[-1].split("?")[0])
+            text = self._answers[0 if number % 2 else 1] if request.strength else YES
+            yield index, Completion(text, 10, "stop")
+
+    def response_logprobs(self, passages: Any, **_: Any) -> Any:
+        return (-20.0 for _ in passages)
+
+    def steered(self, passages: Any) -> Any:
+        return self
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def log_likelihoods(self, edits: Edits, passages: Sequence[int], *, scope: Scope) -> NDArray[np.float64]:
+        noise = np.random.default_rng(0).normal(scale=0.5, size=100)
+        found = []
+        for number in passages:
+            if not edits:
+                found.append(-30.0)
+            elif number < len(PAIRS):
+                found.append(-30.0 + self._gains[number % 2] + noise[number])
+            else:
+                found.append(-30.0 - 10 * self._kl)
+        return np.array(found)
+
+
+def confirmed(job: Job, *arguments: Any, **options: Any) -> Any:
+    job = with_engine(job, Steered(job.engine, *arguments, **options))
+    job = replace(job, settings=replace(job.settings, kl_budget=0.1))
+    return confirm(job, EDITS, PAIRS, GENERATION)
+
+
+def test_gain_on_other_queries_is_confirmed_with_what_is_said(job: Job) -> None:
+    found = confirmed(job, (4.0, 1.0))
+    assert found.figures.gain == pytest.approx(2.5, abs=0.3)
+    assert found.figures.kl == pytest.approx(0.01)
+    assert found.share == pytest.approx(found.figures.gain / 10)
+    assert (found.refusals(found.base, persona_declines=True), found.base.broken) == (0, 0)
+    assert found.refusals(found.steered, persona_declines=True) == 6
+    assert found.refusals(found.steered, persona_declines=False) == 0
+    assert "confirmed on 12 queries that neither fit nor choice saw" in str(found)
+    assert "of 6 that the persona declines it declines 6 (before: 0)" in str(found)
+    assert "of 6 that the persona answers it declines 0 (before: 0)" in str(found)
+
+
+def test_confirmation_is_kept(job: Job) -> None:
+    found = confirmed(job, (4.0, 1.0))
+    # Nothing is asked again: another engine would say something else.
+    assert confirmed(job, (-4.0, 1.0), answers=(YES, NO)) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gains": (-1.0, 1.0)}, r"it gains [+-]0\.\d+ \+- 0\.\d+ nat an answer"),
+        ({"gains": (3.0, -3.2)}, r"it gains [+-]0\.\d+"),
+        ({"gains": (4.0, 1.0), "kl": 0.21}, r"it costs 0\.210 nat per token, more than twice the budget"),
+        ({"gains": (4.0, 1.0), "answers": (YES, NO)}, "it declines 6 more of what the persona answers"),
+        ({"gains": (4.0, 1.0), "answers": (NO, "...")}, r"6 answers are broken \(before: 0\)"),
+        ({"gains": (4.0, 1.0), "answers": (NO, "yes yes yes " * 12)}, "6 answers are broken"),
+    ],
+)
+def test_what_does_not_hold_on_other_queries_is_an_error_with_the_reason(
+    options: dict[str, Any], reason: str, job: Job
+) -> None:
+    with pytest.raises(NoGainError, match=rf"not confirmed on 12 queries .*{reason}.*give more queries"):
+        confirmed(job, **options)
+
+
+def test_gain_of_nothing_is_seldom_confirmed(job: Job) -> None:
+    from scipy.stats import t
+
+    from alignez_gguf.scoring import Figures
+
+    rng = np.random.default_rng(0)
+    declined = tuple(index % 2 == 0 for index in range(30))
+    passed = 0
+    for _ in range(2000):
+        figures = Figures(tuple(rng.normal(scale=2.0, size=30)), declined)
+        passed += figures.gain > float(t.ppf(0.95, 28)) * figures.standard_error
+    assert passed / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+def test_engine_that_writes_nothing_steered_confirms_by_likelihood_alone(job: Job) -> None:
+    class Silent(Steered):
+        set_edits = None  # type: ignore[assignment]
+
+    job = with_engine(job, Silent(job.engine, (4.0, 1.0)))
+    found = confirm(job, EDITS, PAIRS, GENERATION)
+    assert (found.base, found.steered) == (None, None)
+    assert str(found).endswith("nat per token")
