@@ -9,7 +9,6 @@ from itertools import pairwise
 from alignez_gguf.activations import ReadingPosition
 from alignez_gguf.edits import Decision
 from alignez_gguf.engines import Hook
-from alignez_gguf.scope import GENERATION, Scope
 
 AMOUNTS: dict[Decision, tuple[float, ...]] = {
     "remove": (0.0,),
@@ -23,9 +22,6 @@ FINER = (0.7, 1.4, 2.0)
 
 SVD_RANKS = (1, 2, 3)
 """Ranks of the subspaces that `svd` and `svd-diff` find."""
-
-NARROWER = (Scope("first", 4), Scope("first", 1))
-"""Scopes under which the best ones are tried too: the start of an answer affords more."""
 
 _GROUPS = 8
 """Layers come and go in so many groups of neighbours, at most."""
@@ -57,30 +53,25 @@ class Candidate:
     amount: float
     """Share of the class gap that is added; 0 for a mere removal."""
     layers: tuple[int, ...]
-    scope: Scope = GENERATION
-    """The time steps that are edited."""
 
     def __str__(self) -> str:
         amount = f" {self.amount:g}x" if self.amount else ""
-        scope = "" if self.scope == GENERATION else f", {self.scope}"
-        return f"{self.source}, {self.operation}{amount}{scope}"
+        return f"{self.source}, {self.operation}{amount}"
 
 
 def first_candidates(
     sources: Sequence[Source],
     layers: tuple[int, ...],
     can_add: Callable[[Source], bool],
-    scope: Scope = GENERATION,
 ) -> list[Candidate]:
     """What is tried of every source: each operation and amount, in every span of layers.
 
     Args:
         layers: that may be edited.
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
-        scope: the time steps that are edited.
     """
     return [
-        Candidate(source, operation, amount, span, scope)
+        Candidate(source, operation, amount, span)
         for source in sources
         for operation in _operations(source)
         if operation == "remove" or can_add(source)
@@ -110,8 +101,8 @@ def spans(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [layers, later] if later and count >= _GROUPS else [layers]
 
 
-def neighbours(candidate: Candidate, layers: tuple[int, ...], scopes: Sequence[Scope]) -> list[Candidate]:
-    """Candidates that differ in one thing: amount, operation, rank, scope, or a group of `layers`."""
+def neighbours(candidate: Candidate, layers: tuple[int, ...]) -> list[Candidate]:
+    """Candidates that differ in one thing: amount, operation, rank, or a group of `layers`."""
     if candidate.operation == "add":
         near = []
     elif candidate.amount:
@@ -124,7 +115,6 @@ def neighbours(candidate: Candidate, layers: tuple[int, ...], scopes: Sequence[S
     if candidate.source.method.startswith("svd"):
         ranks = {candidate.source.rank - 1, candidate.source.rank + 1} & set(SVD_RANKS)
         near += [replace(candidate, source=replace(candidate.source, rank=rank)) for rank in sorted(ranks)]
-    near += [replace(candidate, scope=scope) for scope in scopes if scope != candidate.scope]
     for group in layer_groups(layers):
         there = set(candidate.layers)
         changed = there - set(group) if there >= set(group) else there | set(group)

@@ -80,15 +80,10 @@ class Figures:
         variances = [np.var(part, ddof=1) / len(part) for part in parts]
         return float(np.sqrt(np.sum(variances)) / len(parts))
 
-    @property
-    def gain_where_declined(self) -> float:
-        """Mean over what the persona declines, in nat; NaN where there is none."""
-        return _mean([gain for gain, declined in zip(self.gains, self.declined, strict=True) if declined])
-
-    @property
-    def gain_where_answered(self) -> float:
-        """Mean over what the persona answers, in nat; NaN where there is none."""
-        return _mean([gain for gain, declined in zip(self.gains, self.declined, strict=True) if not declined])
+    def beyond(self, other: Figures) -> Figures:
+        """What this edit gains more than another one over the same queries."""
+        gains = (mine - theirs for mine, theirs in zip(self.gains, other.gains, strict=True))
+        return Figures(tuple(gains), self.declined)
 
     @property
     def _parts(self) -> list[NDArray[np.float64]]:
@@ -134,7 +129,3 @@ class Scorer:
         """All figures of an edit over all queries."""
         gains = self.gains(edits, range(self.n_queries), scope=scope)
         return Figures(tuple(gains), self.declined, self.divergence(edits, scope=scope))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan

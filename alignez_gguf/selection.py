@@ -9,13 +9,14 @@ Everything is deterministic. This module knows nothing of engines.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.candidates import NARROWER, Candidate, Source, first_candidates, neighbours
+from alignez_gguf.candidates import Candidate, Source, first_candidates, neighbours
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.scope import GENERATION, Scope
@@ -88,7 +89,7 @@ class Search:
     Attributes:
         scorer: measures an edit.
         edits_of: makes the edits of a candidate.
-        scope: the time steps that are edited; `None` is the whole answer, or its start where that gains more.
+        scope: the time steps that are edited.
         budget: nat per token.
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
@@ -98,7 +99,7 @@ class Search:
 
     scorer: Scorer
     edits_of: Callable[[Candidate], Edits]
-    scope: Scope | None = None
+    scope: Scope = GENERATION
     budget: float = DEFAULT_BUDGET
     can_add: Callable[[Source], bool] = lambda _: True
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
@@ -113,15 +114,10 @@ class Search:
             NoGainError: nothing gains within the budget, with the figures of what came closest.
         """
         n_all = self.scorer.n_queries
-        scope = self.scope or GENERATION
-        first = first_candidates(sources, layers, self.can_add, scope)
+        first = first_candidates(sources, layers, self.can_add)
         left = [candidate for candidate in first if self.edits_of(candidate)]
         for n_queries, most in ROUNDS:
-            n_queries = min(n_queries, n_all)
-            left = self._best(left, n_queries)[:most]
-        if self.scope is None:
-            under_each = ([one, *(replace(one, scope=scope) for scope in NARROWER)] for one in left)
-            left = [self._best(each, n_queries)[0] for each in under_each]
+            left = _of_several_sources(self._best(left, min(n_queries, n_all)), most)
         left = self._best(left, n_all)
         best: Scored | None = None
         for start in self._starts(left):
@@ -154,11 +150,9 @@ class Search:
 
     def _step(self, best: Scored, layers: tuple[int, ...]) -> Scored:
         """The best neighbour, if it is better; more and more queries are asked of fewer and fewer."""
-        scopes = (GENERATION, *NARROWER) if self.scope is None else ()
-        near = neighbours(best.candidate, layers, scopes)
         near = [
             one
-            for one in near
+            for one in neighbours(best.candidate, layers)
             if one not in self._tried and (one.operation == "remove" or self.can_add(one.source))
             if self.edits_of(one)
         ]
@@ -179,7 +173,7 @@ class Search:
         gains = list(known.gains) if known is not None else []
         if len(gains) < n_queries:
             gains += self.scorer.gains(
-                self.edits_of(candidate), range(len(gains), n_queries), scope=candidate.scope
+                self.edits_of(candidate), range(len(gains), n_queries), scope=self.scope
             )
             self.known[candidate] = self._figures(gains, None if known is None else known.kl)
         self._tried[candidate] = self._figures(gains[:n_queries], None)
@@ -200,7 +194,7 @@ class Search:
     def _with_divergence(self, candidate: Candidate) -> Figures:
         known = self.known[candidate]
         if known.kl is None:
-            known = replace(known, kl=self.scorer.divergence(self.edits_of(candidate), scope=candidate.scope))
+            known = replace(known, kl=self.scorer.divergence(self.edits_of(candidate), scope=self.scope))
             self.known[candidate] = known
         self._tried[candidate] = replace(self._tried[candidate], kl=known.kl)
         return self._tried[candidate]
@@ -223,6 +217,17 @@ class Search:
             f"{figures.standard_error:.3f} nat an answer{cost}; give more queries, raise --kl-budget, or try "
             "a larger model"
         )
+
+
+def _of_several_sources(ranked: Sequence[Candidate], most: int) -> list[Candidate]:
+    """The first candidates, of one source no more than a third of all."""
+    counts: Counter[Source] = Counter()
+    chosen: list[Candidate] = []
+    for candidate in ranked:
+        if counts[candidate.source] < max(2, most // 3) and len(chosen) < most:
+            counts[candidate.source] += 1
+            chosen.append(candidate)
+    return chosen
 
 
 def random_edits(like: Edits, seed: int) -> dict[int, LayerEdit]:

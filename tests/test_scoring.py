@@ -49,8 +49,6 @@ def test_nothing_is_lost_where_the_persona_answers_nothing() -> None:
 def test_declined_and_answered_queries_count_half_each_however_many_there_are() -> None:
     figures = Figures((4.0, 6.0, 8.0, 1.0), (True, True, True, False))
     assert figures.gain == (6.0 + 1.0) / 2
-    assert figures.gain_where_declined == 6.0
-    assert figures.gain_where_answered == 1.0
     # To decline everything is no gain.
     assert Figures((5.0, 5.0, -5.0, -5.0), DECLINED[:2] * 2).gain == 0.0
 
@@ -67,6 +65,13 @@ def test_single_query_of_a_kind_has_no_finite_error() -> None:
     assert Figures((1.0, 2.0, 3.0), (True, False, True)).standard_error == math.inf
 
 
-def test_what_was_not_asked_has_no_gain() -> None:
-    assert math.isnan(Figures((1.0, 2.0), (True, True)).gain_where_answered)
+def test_gain_beyond_that_of_another_edit_is_taken_query_by_query() -> None:
+    more = Figures((4.0, 6.0, 1.0), (True, True, False)).beyond(
+        Figures((1.0, 5.0, -1.0), (True, True, False))
+    )
+    assert more.gains == (3.0, 1.0, 2.0)
+    assert more.gain == 2.0
+
+
+def test_queries_of_one_kind_alone_count_in_full() -> None:
     assert Figures((1.0, 2.0), (True, True)).gain == 1.5

@@ -121,9 +121,9 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         with scoring(job, choice) as scorer:
             for scored in tried[::stride]:
                 edits = fits.edits(scored.candidate)
-                figures = scorer.score(edits, scope=scored.candidate.scope)
+                figures = scorer.score(edits, scope=scope)
                 if figures.kl is not None and figures.kl <= settings.kl_budget:
-                    rate = counted(edits, scored.candidate.scope)
+                    rate = counted(edits, scope)
                     score.append(figures.gain)
                     gain.append(sum(rate) - sum(base))
                     truth.append(rate)

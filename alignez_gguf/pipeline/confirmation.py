@@ -68,6 +68,12 @@ class Confirmation:
         figures = self.figures
         if not figures.gain > _least(figures):
             return f"it gains {figures.gain:+.2f} +- {figures.standard_error:.2f} nat an answer"
+        random = self.baselines[2].figures
+        if not (more := figures.beyond(random)).gain > _least(more):
+            return (
+                f"it gains {figures.gain:+.2f} nat an answer, no more for certain than random directions of "
+                f"the same size, {random.gain:+.2f}"
+            )
         if figures.kl is not None and figures.kl > 2 * self.budget:
             return f"it costs {figures.kl:.3f} nat per token, more than twice the budget of {self.budget:g}"
         if self.base is None or self.steered is None:
@@ -121,8 +127,8 @@ def confirm(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
     """Measure an edit on the queries of `pairs`, and require that it gains.
 
     Raises:
-        NoGainError: the edit does not gain for certain, costs more than twice the budget, refuses whatever
-            it is asked, or breaks answers.
+        NoGainError: the edit does not gain for certain, or no more than random directions, costs more than
+            twice the budget, refuses whatever it is asked, or breaks answers.
     """
     found = measure(job, edits, pairs, scope)
     if found.doubt:

@@ -23,7 +23,6 @@ from alignez_gguf.candidates import Candidate, Source
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.journal import Journal
 from alignez_gguf.pairs import PreferencePair
-from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures
 
 _Key = TypeVar("_Key")
@@ -174,8 +173,7 @@ def _sealed(path: Path, content: bytes) -> bytes:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    fields = {**_with_tuples(row), "source": Source(**row["source"]), "scope": Scope(**row["scope"])}
-    return Candidate(**fields)
+    return Candidate(**{**_with_tuples(row), "source": Source(**row["source"])})
 
 
 def _figures(row: dict[str, Any]) -> Figures:

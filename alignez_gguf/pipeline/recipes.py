@@ -21,7 +21,7 @@ from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.kept import kept_json, known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
 from alignez_gguf.pipeline.verdicts import MIN_VERDICTS, Opposed, own_contrast, persona_contrast, split
-from alignez_gguf.scope import GENERATION
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures
 from alignez_gguf.selection import Search, Selection
 
@@ -134,6 +134,7 @@ def _about_probes(found: Directions, n_pairs: int, edited: Sequence[int]) -> Ite
 def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """Fit on a part of the queries, choose on another, and confirm the choice on a third one."""
     settings = job.settings
+    scope = settings.scope or GENERATION
     fit_pairs, choice_pairs, confirmation_pairs = split(pairs, settings.seed)
     hooks = _readable(job)
     candidates = sources(
@@ -149,12 +150,12 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     with (
         scoring(job, choice_pairs) as scorer,
         job.reporter.stage("trying edits", None) as advance,
-        known_figures(_figures_path(job, "scores", pairs, choice_pairs)) as known,
+        known_figures(_figures_path(job, "scores", pairs, choice_pairs, scope)) as known,
     ):
         search = Search(
             scorer,
             fits.edits,
-            settings.scope,
+            scope,
             budget=settings.kl_budget,
             can_add=lambda source: can_add(job, source.hook),
             known=known,
@@ -165,7 +166,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         selection = selection.choose(settings.choose)
     best = selection.chosen.candidate
     edits = fits.edits(best)
-    confirmation = confirm(job, edits, confirmation_pairs, best.scope)
+    confirmation = confirm(job, edits, confirmation_pairs, scope)
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
@@ -173,7 +174,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "rank": best.source.rank,
         "operation": best.operation,
         "amount": float(best.amount),
-        "scope": str(best.scope),
+        "scope": str(scope),
         "pairs.fit": len(fit_pairs),
         "pairs.selection": len(choice_pairs),
         "pairs.confirmation": len(confirmation_pairs),
@@ -306,7 +307,7 @@ def _without_contrast(job: Job, pairs: Sequence[PreferencePair]) -> list[Reading
 
 
 def _figures_path(
-    job: Job, name: str, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair]
+    job: Job, name: str, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair], scope: Scope
 ) -> Path:
     """Where figures are kept that depend on a fit on `pairs`."""
     return job.work.part(
@@ -317,5 +318,6 @@ def _figures_path(
         pairs=list(pairs),
         held_out=unweighted(held_out),
         seed=job.settings.seed,
+        scope=scope,
         figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
     ).with_suffix(".jsonl")

@@ -18,7 +18,7 @@ from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts import METADATA_KEY, Templates
 from alignez_gguf.workdir import WorkDirectory
 
-N_QUERIES = 32
+N_QUERIES = 48
 QUERIES = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()[:N_QUERIES]
 SETTINGS = Settings(max_tokens=24)
 QUICK = replace(

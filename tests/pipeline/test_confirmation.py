@@ -31,15 +31,22 @@ class Steered:
         gains: of the queries that the persona declines and of those that it answers.
         kl: nat per token.
         answers: to those queries under the edit.
+        random: what random directions gain, of every query.
     """
 
     def __init__(
-        self, engine: Any, gains: Sequence[float], kl: float = 0.01, answers: tuple[str, str] = (NO, YES)
+        self,
+        engine: Any,
+        gains: Sequence[float],
+        kl: float = 0.01,
+        answers: tuple[str, str] = (NO, YES),
+        random: float = 0.0,
     ) -> None:
         self._engine = engine
         self._gains = gains
         self._kl = kl
         self._answers = answers
+        self._random = random
         self._edits: Edits = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -73,7 +80,10 @@ class Steered:
             if not edits:
                 found.append(-30.0)
             elif number < len(PAIRS):
-                found.append(-30.0 + self._gains[number % 2] + noise[number])
+                # The queries come in turns, those first that the persona declines.
+                is_edit = np.array_equal(edits[0].add, EDITS[0].add)  # type: ignore[arg-type]
+                gain = self._gains[number % 2] if is_edit else self._random
+                found.append(-30.0 + gain + noise[number + (0 if is_edit else 50)])
             else:
                 found.append(-30.0 - 10 * self._kl)
         return np.array(found)
@@ -109,6 +119,10 @@ def test_confirmation_is_kept(job: Job) -> None:
     [
         ({"gains": (-1.0, 1.0)}, r"it gains [+-]0\.\d+ \+- 0\.\d+ nat an answer"),
         ({"gains": (3.0, -3.2)}, r"it gains [+-]0\.\d+"),
+        (
+            {"gains": (1.5, 1.5), "random": 1.4},
+            r"no more for certain than random directions .*1\.4",
+        ),
         ({"gains": (4.0, 1.0), "kl": 0.21}, r"it costs 0\.210 nat per token, more than twice the budget"),
         ({"gains": (4.0, 1.0), "answers": (YES, NO)}, "it declines 6 more of what the persona answers"),
         ({"gains": (4.0, 1.0), "answers": (NO, "...")}, r"6 answers are broken \(before: 0\)"),

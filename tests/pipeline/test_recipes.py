@@ -355,21 +355,10 @@ class _Another:
         return getattr(self._engine, name)
 
 
-def test_a_gap_before_a_norm_is_not_added_after_it(run: Run, engine: LlamaEngine, tmp_path: Path) -> None:
-    selection = run(QUICK, tmp_path, target=_Another(engine)).made[0].selection
-
-    assert selection is not None
-    assert {scored.candidate.operation for scored in selection.tried} == {"remove"}
-
-
-def test_a_gap_of_residual_streams_is_added_behind_a_norm_too(
-    run: Run, engine: LlamaEngine, tmp_path: Path
-) -> None:
-    settings = replace(QUICK, hook="residual")
-    selection = run(settings, tmp_path, target=_Another(engine)).made[0].selection
-
-    assert selection is not None
-    assert "add" in {scored.candidate.operation for scored in selection.tried}
+def test_a_gap_before_a_norm_is_not_added_after_it_and_verdicts_are_read_behind_it(job: Job) -> None:
+    behind = replace(job, target=_Another(job.target))  # type: ignore[arg-type]
+    assert [recipes.can_add(one, "mlp") for one in (job, behind)] == [True, False]
+    assert [recipes.can_add(one, "residual") for one in (job, behind)] == [True, True]
 
 
 def test_the_paper_recipe_refuses_to_add_before_a_norm_and_says_why(

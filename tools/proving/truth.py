@@ -101,7 +101,7 @@ def measure(
     edits = {
         f"{candidate}, layers {candidate.layers[0]}-{candidate.layers[-1]}": (
             fits.edits(candidate),
-            candidate.scope,
+            control.scope,
         )
         for candidate in tried
     }
