@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
         for stop in _templates().stop:
             generate += ["--stop", stop]
         base, steered = folder / "base.jsonl", folder / "steered.jsonl"
-        export = ["export", str(demo.MODEL), "-q", "demo", "-o", str(control_file)]
+        # Answers of this world are decided by their first word.
+        export = ["export", str(demo.MODEL), "-q", "demo", "--scope", "first:1", "-o", str(control_file)]
         for command in (
             [*export, "--seed", str(options.seed)],
             [*generate, "-o", str(base)],
