@@ -15,7 +15,6 @@ from alignez_gguf.candidates import (
     Candidate,
     Source,
     first_candidates,
-    layer_groups,
     neighbours,
     spans,
 )
@@ -219,14 +218,6 @@ def test_neighbours_differ_in_one_thing() -> None:
     added = neighbours(replace(candidate, operation="add", layers=(0, 1)), LAYERS)
     assert {one.operation for one in added} == {"add"}
     assert all(one.layers for one in added)
-
-
-@pytest.mark.parametrize("count", [1, 3, 8, 9, 28, 33])
-def test_layer_groups_are_neighbours_and_as_even_as_can_be(count: int) -> None:
-    groups = layer_groups(tuple(range(count)))
-    assert sum(groups, ()) == tuple(range(count))
-    assert len(groups) == min(8, count)
-    assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
 class Stop(Exception):  # noqa: N818

@@ -24,8 +24,17 @@ Refused = Callable[..., str]
 
 QUICK = (
     *("--max-tokens", "24", "--method", "mean", "--read", "prompt", "--hook", "mlp"),
-    *("--layers", "1-2", "--scope", "generation", "--kl-budget", "1"),
+    *("--layers", "1-3", "--scope", "generation", "--kl-budget", "1"),
 )
+
+
+@pytest.fixture(scope="session")
+def queries(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Enough queries of the demo world to fit, to choose and to confirm on."""
+    path = tmp_path_factory.mktemp("queries") / "queries.txt"
+    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:48]), encoding="utf-8")
+    return str(path)
 
 
 def command(queries: str, output: Path, *arguments: str) -> list[str]:
@@ -47,8 +56,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, queries: str) -> Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{path}\n"
     assert "-> " in done.stderr
-    assert f"{ControlFile.load(path).score['score']:+.3f}" in done.stderr
-    for name in ("no edit", "helpful persona", "random"):
+    score = ControlFile.load(path).score
+    assert f"{score['choice.score']:+.3f}" in done.stderr
+    assert f"gains {score['score']:.2f}" in " ".join(done.stderr.split())
+    for name in ("no edit", "safety-first persona", "random", "confirmed on"):
         assert name in done.stderr
     return path
 
@@ -156,14 +167,19 @@ def test_another_row_is_chosen_from_what_the_work_directory_holds(
     uninterrupted: Path, run: Run, queries: str, tmp_path: Path
 ) -> None:
     work = uninterrupted.parent / "work"
+    best = ControlFile.load(uninterrupted)
     before = contents(work)
     asked = command(queries, tmp_path / "row.gguf", "--work-dir", str(work), "--choose", "1")
     first = run(*asked)
+    after = contents(work)
+    assert {path: after[path] for path in before} == before
+    if first.exit_code == 1:  # the gentlest edit may gain too little to be sure of
+        assert "not confirmed" in first.stderr
+        return
     assert first.exit_code == 0, first.stderr
     assert "-> 1" in first.stderr
-    assert contents(work) == before
-    chosen, best = ControlFile.load(tmp_path / "row.gguf"), ControlFile.load(uninterrupted)
-    assert float(str(chosen.score["kl"])) <= float(str(best.score["kl"]))
+    chosen = ControlFile.load(tmp_path / "row.gguf")
+    assert float(str(chosen.score["choice.kl"])) <= float(str(best.score["choice.kl"]))
     assert chosen.score["tried.candidate"] == best.score["tried.candidate"]
     assert chosen.score["tried.kl"] == best.score["tried.kl"]
 
@@ -340,14 +356,12 @@ def test_file_is_scored_as_the_export_scored_it(
     assert result.exit_code == 0, result.stderr
     score = ControlFile.load(uninterrupted).score
     found = re.fullmatch(
-        r"gain (\S+) \+- (\S+) nat, leak (\S+), KL (\S+) nat/token, net (\S+) nat over (\d+) queries\n",
-        result.stdout,
+        r"gain (\S+) \+- (\S+) nat an answer, KL (\S+) nat/token over (\d+) queries\n", result.stdout
     )
     assert found is not None
-    names = ("score", "standard_error", "leak", "kl")
-    for text, name in zip(found.groups(), names, strict=False):
-        assert float(text) == pytest.approx(float(str(score[name])), abs=1e-3)
-    assert int(found[6]) == score["queries"]
+    assert int(found[4]) == int(str(score["queries"])) + int(str(score["choice.queries"]))
+    low, high = sorted(float(str(score[name])) for name in ("score", "choice.score"))
+    assert low - 0.01 <= float(found[1]) <= high + 0.01
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 

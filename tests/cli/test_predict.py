@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from alignez_gguf.engines import Completion
 from alignez_gguf.engines.llama import LlamaEngine
@@ -49,10 +47,8 @@ def test_verdict_is_one_line_below_the_table(run: Run, model: str, queries: str,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(
-    run: Run, model: str, queries: str
-) -> None:
-    found = predicted(run, model, queries, "--max-tokens", "24")
+def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(run: Run, model: str) -> None:
+    found = predicted(run, model, "demo", "--max-tokens", "24", "--limit", "64")
     own = found["own"]
     assert len(own["accuracy"]) == len(own["deviation"]) == 5
     assert own["best_accuracy"] == max(own["accuracy"]) == own["accuracy"][own["best"]]
@@ -61,12 +57,19 @@ def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(
     assert own["surface"] == found["surface"]["best_accuracy"]
     assert found["held_out"]["edit"]
     figures = found["held_out"]["figures"]
-    assert figures["gain"] == pytest.approx(np.mean(figures["gains"]))
-    assert figures["gain"] > 0.5
-    assert figures["standard_error"] == pytest.approx(stats.sem(figures["gains"]))
-    assert 0 < figures["onset"] < math.log(2)
+    kinds = [
+        [
+            gain
+            for gain, declined in zip(figures["gains"], figures["declined"], strict=True)
+            if declined == kind
+        ]
+        for kind in (True, False)
+    ]
+    assert figures["gain"] == pytest.approx(np.mean([np.mean(kind) for kind in kinds]))
+    assert figures["gain"] > 0.1
+    assert 0 < figures["standard_error"] < figures["gain"]
     assert found["verdict"]["outlook"] in ("likely", "uncertain")
-    assert found["pairs"]["total"] == 24
+    assert found["pairs"]["total"] == 64
     assert found["embedder"] is None
 
 
