@@ -83,8 +83,11 @@ class Confirmation:
             - self.refusals(self.base, persona_declines=declines)
             for declines in (True, False)
         )
-        if unwanted > max(1, wanted):
-            return f"it declines {unwanted} more of what the persona answers, and {wanted} more of the others"
+        if any(self.figures.declined) and wanted <= unwanted:
+            return (
+                f"what is said gets no better: it declines {wanted:+d} of what the persona declines, and "
+                f"{unwanted:+d} of what that answers"
+            )
         if self.steered.broken > self.base.broken + max(1, len(figures.gains) // 20):
             return f"{self.steered.broken} answers are broken (before: {self.base.broken})"
         return ""
@@ -127,8 +130,9 @@ def confirm(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
     """Measure an edit on the queries of `pairs`, and require that it gains.
 
     Raises:
-        NoGainError: the edit does not gain for certain, or no more than random directions, costs more than
-            twice the budget, refuses whatever it is asked, or breaks answers.
+        NoGainError: the edit does not gain for certain, or no more than random directions; costs more than
+            twice the budget; does not decline what the persona declines more often, or what that answers more
+            often still; or breaks answers.
     """
     found = measure(job, edits, pairs, scope)
     if found.doubt:

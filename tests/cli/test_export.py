@@ -37,6 +37,15 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def few_queries(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Too few queries to measure on some of them what edits gain."""
+    path = tmp_path_factory.mktemp("few") / "queries.txt"
+    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:16]), encoding="utf-8")
+    return str(path)
+
+
 def command(queries: str, output: Path, *arguments: str) -> list[str]:
     options = ["-q", queries, "-o", str(output), "--threads", "1", *QUICK, *arguments]
     return ["export", str(demo.MODEL), *options]
@@ -195,7 +204,7 @@ def test_no_gain_exits_with_1_and_writes_no_file(run: Run, model: str, queries: 
     quick = [*QUICK[:-1], "1e-9"]
     result = run("export", model, "-q", queries, "-o", "control.gguf", *quick, "--quiet")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: nothing makes this model safer")
+    assert result.stderr.startswith("Error: nothing brings this model nearer to the safety-first persona")
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert not (tmp_path / "control.gguf").exists()
@@ -218,17 +227,20 @@ def test_pairs_of_a_file_stand_in_for_queries(
     run: Run, model: str, preferences: Path, tmp_path: Path
 ) -> None:
     options = ("--recipe", "paper", "--method", "mean", "--max-tokens", "24", "--work-dir", "work")
-    result = run("export", model, "--pairs", str(preferences), "-o", "given.gguf", *options)
+    given = tmp_path / "given.jsonl"
+    lines = preferences.read_text(encoding="utf-8").splitlines(keepends=True)
+    given.write_text("".join(lines[:16]), encoding="utf-8")
+    result = run("export", model, "--pairs", str(given), "-o", "given.gguf", *options)
     assert result.exit_code == 0, result.stderr
     recipe = ControlFile.load(tmp_path / "given.gguf").recipe
-    assert (recipe["pairs.given"], recipe["pairs.total"], recipe["pairs.kept"]) == (24, 24, 24)
-    assert "24 of 24 pairs are of use" in result.stderr
+    assert (recipe["pairs.given"], recipe["pairs.total"], recipe["pairs.kept"]) == (16, 16, 16)
+    assert "16 of 16 pairs are of use" in result.stderr
     assert "generating pairs" not in result.stderr
     assert not list((tmp_path / "work").glob("pairs-*"))
 
 
 def test_mixed_pairs_count_as_often_as_they_are_told_to(
-    run: Run, model: str, queries: str, preferences: Path, tmp_path: Path
+    run: Run, model: str, few_queries: str, preferences: Path, tmp_path: Path
 ) -> None:
     few = tmp_path / "few.jsonl"
     lines = preferences.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -236,17 +248,19 @@ def test_mixed_pairs_count_as_often_as_they_are_told_to(
     options = ("--recipe", "paper", "--method", "mean", "--max-tokens", "24", "--work-dir", "work", "--quiet")
 
     def made(*mix: str) -> ControlFile:
-        result = run("export", model, "-q", queries, "--pairs", str(few), *mix, "-o", "mixed.gguf", *options)
+        result = run(
+            "export", model, "-q", few_queries, "--pairs", str(few), *mix, "-o", "mixed.gguf", *options
+        )
         assert result.exit_code == 0, result.stderr
         return ControlFile.load(tmp_path / "mixed.gguf")
 
     once, often = made("--mix", "1"), made("--mix", "50")
     assert once.recipe["pairs.given"] == often.recipe["pairs.given"] == 6
-    assert once.recipe["pairs.total"] == 30
+    assert once.recipe["pairs.total"] == 22
     # Fitted anew, but what the model said and read was there.
     assert len(list((tmp_path / "work").glob("directions-*.npz"))) == 2
-    # At both readings of the answers and in both outputs at the prompts: the other recipe will ask for them.
-    assert len(list((tmp_path / "work").glob("activations-*"))) == 4
+    # At the answers, and in both outputs at the prompts: the other recipe will ask for them.
+    assert len(list((tmp_path / "work").glob("activations-*"))) == 3
     assert len(list((tmp_path / "work").glob("pairs-*"))) == 1
 
 
@@ -286,7 +300,7 @@ def test_generated_pairs_of_no_use_are_refused_with_the_reason(
     monkeypatch.setattr(LlamaEngine, "generate", same)
     result = run("export", model, "-q", queries, "-o", "out", "--recipe", recipe, "--quiet")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: 0 of 24 pairs are of use (left out: 24 identical); give")
+    assert result.stderr.startswith("Error: 0 of 48 pairs are of use (left out: 48 identical); give")
 
 
 def test_file_of_pairs_without_any_is_named(refused: Refused, model: str, tmp_path: Path) -> None:
@@ -378,10 +392,10 @@ def test_file_for_another_model_is_not_scored(
     [("stock", {"safe.lora.gguf", "safe.cvec.gguf"}), ("glp", {"safe"}), ("native", {"safe"})],
 )
 def test_other_forms_are_written_for_the_model(
-    run: Run, model: str, queries: str, tmp_path: Path, form: str, names: set[str]
+    run: Run, model: str, few_queries: str, tmp_path: Path, form: str, names: set[str]
 ) -> None:
     quick = ("--recipe", "paper", "--method", "mean", "--layers", "1-", "--max-tokens", "12")
-    result = run("export", model, "-q", queries, "-o", "safe", "--format", form, *quick, "--quiet")
+    result = run("export", model, "-q", few_queries, "-o", "safe", "--format", form, *quick, "--quiet")
     if form == "glp" and result.exit_code == 1:
         assert result.stderr.count("\n") == 1  # the format cannot carry every edit, and says so
         return

@@ -48,7 +48,7 @@ def test_verdict_is_one_line_below_the_table(run: Run, model: str, queries: str,
 
 
 def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(run: Run, model: str) -> None:
-    found = predicted(run, model, "demo", "--max-tokens", "24", "--limit", "64")
+    found = predicted(run, model, "demo", "--max-tokens", "24")
     own = found["own"]
     assert len(own["accuracy"]) == len(own["deviation"]) == 5
     assert own["best_accuracy"] == max(own["accuracy"]) == own["accuracy"][own["best"]]
@@ -69,7 +69,7 @@ def test_demo_model_is_told_apart_beyond_chance_and_its_edit_gains(run: Run, mod
     assert figures["gain"] > 0.1
     assert 0 < figures["standard_error"] < figures["gain"]
     assert found["verdict"]["outlook"] in ("likely", "uncertain")
-    assert found["pairs"]["total"] == 64
+    assert found["pairs"]["total"] == 128
     assert found["embedder"] is None
 
 
