@@ -105,7 +105,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 @click.option(
     "--choose",
     type=click.IntRange(1),
-    help="Take this row of the table of an earlier run with the same --work-dir; computes nothing anew.",
+    help="Take this row of the table of an earlier run with the same --work-dir, and confirm it.",
 )
 @click.option(
     "--score-only", type=options.FILE, metavar="CONTROL", help="Only score this control file on MODEL."
