@@ -267,9 +267,9 @@ def test_pairs_before_an_error_are_kept(store: PairStore, monkeypatch: pytest.Mo
     assert [pair.query for pair in store] == ["how?", "why?"]
 
 
-def test_default_sampling_is_that_of_the_paper() -> None:
+def test_default_sampling_ends_an_answer_after_its_first_sentences() -> None:
     sampling = default_sampling(TEMPLATES)
-    assert (sampling.max_tokens, sampling.stop) == (200, ("\nQ:",))
+    assert (sampling.max_tokens, sampling.stop) == (48, ("\nQ:",))
     assert sampling.temperature > 0
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @options.queries
 @options.column
 @options.output
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
+)
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Pairs for each query.")
 @options.work_dir
 @options.templates

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is read of a layer.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.option(
     "--work-dir",
