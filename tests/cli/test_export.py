@@ -24,7 +24,7 @@ Refused = Callable[..., str]
 
 QUICK = (
     *("--max-tokens", "24", "--method", "mean", "--read", "prompt", "--hook", "mlp"),
-    *("--layers", "1-3", "--scope", "generation", "--kl-budget", "1"),
+    *("--scope", "generation", "--kl-budget", "1"),
 )
 
 

@@ -26,7 +26,6 @@ QUICK = replace(
     method="mean",
     reading="prompt",
     hook="mlp",
-    layers=(1, 2, 3),
     kl_budget=1.0,
 )
 """A search among a few candidates, without the training of probes."""

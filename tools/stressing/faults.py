@@ -83,7 +83,7 @@ def undisturbed(processes: Forking, folder: Path, names: Sequence[str] = _FIVE) 
 def _commands(folder: Path) -> Iterator[tuple[str, ...]]:
     texts = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
     queries, labelled, control = folder / "queries.txt", folder / "labelled.jsonl", folder / "control.gguf"
-    queries.write_text("\n".join(texts[:24]), encoding="utf-8")
+    queries.write_text("\n".join(texts[:48]), encoding="utf-8")
     rows = [{"query": text, "harmful": number % 2 == 0} for number, text in enumerate(texts[:6])]
     labelled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     info = ModelInfo.from_gguf(demo.MODEL)
@@ -92,7 +92,7 @@ def _commands(folder: Path) -> Iterator[tuple[str, ...]]:
     ControlFile(info, edits).save(control)
     model, steered, short = str(demo.MODEL), ("-c", str(control)), ("--max-tokens", "16")
     quick = (
-        *("--method", "mean", "--read", "prompt", "--hook", "mlp", "--layers", "1-2"),
+        *("--method", "mean", "--read", "prompt", "--hook", "mlp"),
         *("--scope", "generation", "--kl-budget", "1"),
     )
     run = ("--quiet", "--threads", "1")
