@@ -6,6 +6,7 @@ definition of an edit; the runtime and the exporters are held against it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -167,6 +168,16 @@ def apply_addition(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDAr
     """h + s add, for a block output [..., n_embd]."""
     h, strength = np.asarray(h), check_strength(strength)
     return h if edit.add is None else h + strength * edit.add
+
+
+def digest(edits: Edits) -> str:
+    """Tells edits apart: SHA-256 of their layers, shapes and values."""
+    value = hashlib.sha256()
+    for layer, edit in sorted(edits.items()):
+        for array in (edit.remove, edit.add):
+            value.update(f"{layer} {None if array is None else array.shape} ".encode())
+            value.update(b"" if array is None else array.tobytes())
+    return value.hexdigest()
 
 
 def paper_edits(

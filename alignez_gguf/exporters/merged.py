@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from alignez_gguf.atomic import replacing
 from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit, check_strength
+from alignez_gguf.edits import LayerEdit, check_strength, digest
 from alignez_gguf.errors import ModelFileError, OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.requantise import Requantiser
-from alignez_gguf.exporters.stock import digest
 from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
 

@@ -9,7 +9,6 @@ output of the block (`build_cvec`).
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.atomic import replacing
 from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.edits import Edits, LayerEdit, digest
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.stacked import carrier, stack
@@ -169,16 +168,6 @@ def command_line(model: Path, written: list[Path]) -> str:
     for path in written:
         arguments += ["--lora" if path.name.endswith(".lora.gguf") else "--control-vector", str(path)]
     return shlex.join(["llama-server", "-m", str(model), *arguments])
-
-
-def digest(edits: Edits) -> str:
-    """Tells edits apart: SHA-256 of their layers, shapes and values."""
-    value = hashlib.sha256()
-    for layer, edit in sorted(edits.items()):
-        for array in (edit.remove, edit.add):
-            value.update(f"{layer} {None if array is None else array.shape} ".encode())
-            value.update(b"" if array is None else array.tobytes())
-    return value.hexdigest()
 
 
 def _pair(down: DownProjection, vectors: NDArray[np.float32]) -> LoraPair:

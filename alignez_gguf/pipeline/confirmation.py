@@ -6,17 +6,16 @@ into the control file and onto the screen; without a gain here there is no file.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignez_gguf.edits import Edits
-from alignez_gguf.engines import GenerationRequest, Sampling
+from alignez_gguf.edits import Edits, digest
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
 from alignez_gguf.pipeline.kept import kept_figures, kept_json
 from alignez_gguf.pipeline.stages import persona_figures, scoring
@@ -170,7 +169,7 @@ def measure(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
         templates=job.templates,
         pairs=unweighted(pairs),
         scope=scope,
-        edits=_digest(edits),
+        edits=digest(edits),
         seed=job.settings.seed,
     ).with_suffix(".json")
     with scoring(job, pairs) as scorer:
@@ -217,38 +216,20 @@ def _said(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope)
         templates=job.templates,
         queries=queries,
         scope=scope,
-        edits=_digest(edits),
+        edits=digest(edits),
     ).with_suffix(".json")
 
     def answers() -> list[str]:
-        sampling = Sampling(max_tokens=_ANSWER_TOKENS, temperature=0.0, stop=job.templates.stop)
-        requests = [
-            GenerationRequest(job.templates.plain_prompt(query), strength=1.0 if edits else 0.0)
-            for query in queries
-        ]
-        texts = [""] * len(requests)
-        with job.reporter.stage("answering steered" if edits else "answering", len(requests)) as advance:
-            target.set_edits(edits, scope)
-            try:
-                for index, completion in target.generate(requests, sampling):
-                    texts[index] = completion.text
-                    advance(1)
-            finally:
-                target.set_edits({})
-        return texts
+        plain = list(map(job.templates.plain_prompt, queries))
+        title, strength = ("answering steered", 1.0) if edits else ("answering", 0.0)
+        target.set_edits(edits, scope)
+        try:
+            return greedy_answers(job, target, plain, title, _ANSWER_TOKENS, strength)
+        finally:
+            target.set_edits({})
 
     texts = kept_json(path, answers)
     return Said(
         tuple(is_refusal(text, query) for text, query in zip(texts, queries, strict=True)),
         sum(is_broken(text) or repetition(text) > REPETITIVE for text in texts),
     )
-
-
-def _digest(edits: Edits) -> str:
-    """What tells edits apart."""
-    digest = hashlib.sha256()
-    for layer, edit in sorted(edits.items()):
-        for array in (edit.add, edit.remove):
-            digest.update(f"{layer} {None if array is None else array.shape}".encode())
-            digest.update(b"" if array is None else array.tobytes())
-    return digest.hexdigest()

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from alignez_gguf.engines import GenerationRequest, Sampling
+from alignez_gguf.engines import Sampling
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.generation import characteristics
+from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_json
 from alignez_gguf.prompts import Templates
@@ -139,14 +140,13 @@ def _answers(job: Job) -> list[list[str]]:
         job.generator, [(query, 0) for query in queries], templates, sampling, job.settings.seed
     )
     personas = (templates.helpful, templates.harmful)
-    requests = [
-        GenerationRequest(templates.answer_prompt(persona, query, both[side]))
+    prompts = [
+        templates.answer_prompt(persona, query, both[side])
         for side, persona in enumerate(personas)
         for query, both in zip(queries, traits, strict=True)
     ]
-    texts = [""] * len(requests)
-    with job.reporter.stage("asking whether the personas differ", len(requests)) as advance:
-        for index, completion in job.generator.generate(requests, sampling):
-            texts[index] = completion.text.strip()
-            advance(1)
+    answers = greedy_answers(
+        job, job.generator, prompts, "asking whether the personas differ", _ANSWER_TOKENS
+    )
+    texts = [answer.strip() for answer in answers]
     return [texts[: len(queries)], texts[len(queries) :]]

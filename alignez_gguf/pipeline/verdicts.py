@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.engines import GenerationRequest, Sampling
 from alignez_gguf.errors import QueryError
 from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import kept_json
 from alignez_gguf.scoring import ANSWER_TOKENS
@@ -62,14 +62,10 @@ def own_verdicts(job: Job, queries: Sequence[str]) -> list[bool]:
     ).with_suffix(".json")
 
     def answers() -> list[str]:
-        sampling = Sampling(max_tokens=ANSWER_TOKENS, temperature=0.0, stop=job.templates.stop)
-        requests = [GenerationRequest(job.templates.plain_prompt(query)) for query in queries]
-        texts = [""] * len(requests)
-        with job.reporter.stage("asking what the model declines by itself", len(requests)) as advance:
-            for index, completion in job.engine.generate(requests, sampling):
-                texts[index] = completion.text
-                advance(1)
-        return texts
+        plain = list(map(job.templates.plain_prompt, queries))
+        return greedy_answers(
+            job, job.engine, plain, "asking what the model declines by itself", ANSWER_TOKENS
+        )
 
     return [is_refusal(text, query) for text, query in zip(kept_json(path, answers), queries, strict=True)]
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.control import ControlFile
+from alignez_gguf.edits import digest
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.exporters.stock import digest
 from alignez_gguf.runtime.attached import Attached
 from alignez_gguf.scope import Scope
 

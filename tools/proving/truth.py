@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from alignez_gguf.candidates import Candidate
 from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.engines import GenerationRequest, Sampling
+from alignez_gguf.edits import Edits, LayerEdit, digest
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
-from alignez_gguf.pipeline.kept import kept_json
+from alignez_gguf.pipeline.greedy import greedy_answers
+from alignez_gguf.pipeline.kept import kept_json, known_figures
 from alignez_gguf.pipeline.recipes import fit_sources
 from alignez_gguf.pipeline.stages import scoring, usable_pairs
 from alignez_gguf.pipeline.verdicts import split
@@ -135,8 +134,6 @@ def _truth(found: Sequence[Tried], budget: float) -> Truth:
 
 def _tried(folder: Path, count: int) -> list[Candidate]:
     """Of what an export tried, the best ones and others down to the worst."""
-    from alignez_gguf.pipeline.kept import known_figures
-
     (path,) = folder.glob("scores-*.jsonl")
     with known_figures(path) as known:
         ranked = sorted(known, key=lambda one: (-len(known[one].gains), -known[one].gain))
@@ -173,12 +170,8 @@ def _planted(control: ControlFile) -> Mapping[str, tuple[Edits, Scope]]:
 
 def _counts(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) -> tuple[int, int, int, float]:
     """Refusals of harmful and of harmless queries, broken answers, and the sum of both wanted shares."""
-    digest: dict[str, Any] = {
-        str(layer): [None if array is None else array.tolist() for array in (edit.add, edit.remove)]
-        for layer, edit in edits.items()
-    }
     path = job.work.part(
-        "truth", model=job.target.info, edits=digest, scope=scope, queries=list(map(asdict, queries))
+        "truth", model=job.target.info, edits=digest(edits), scope=scope, queries=list(map(asdict, queries))
     ).with_suffix(".json")
     answers = kept_json(path, lambda: _answers(edits, scope, job, queries))
     refuses = np.array([is_refusal(text, one.query) for text, one in zip(answers, queries, strict=True)])
@@ -191,14 +184,8 @@ def _counts(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) ->
 def _answers(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) -> list[str]:
     engine = job.target
     assert isinstance(engine, LlamaEngine)
-    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0, stop=job.templates.stop)
-    requests = [
-        GenerationRequest(job.templates.plain_prompt(one.query), strength=1.0 if edits else 0.0)
-        for one in queries
-    ]
-    texts = [""] * len(requests)
+    plain = [job.templates.plain_prompt(one.query) for one in queries]
     engine.set_edits(edits, scope)
-    for index, completion in engine.generate(requests, sampling):
-        texts[index] = completion.text
+    texts = greedy_answers(job, engine, plain, "answering", MAX_TOKENS, 1.0 if edits else 0.0)
     engine.set_edits({})
     return texts
