@@ -18,11 +18,11 @@ from alignez_gguf.atomic import write_all
 from alignez_gguf.errors import ModelFileError, WorkDirectoryError
 
 ReadingPosition = Literal["prompt", "response", "response-mean", "verdict", "refusal"]
-"""Where the two sides of a contrast are read: at the last token of query and response, as the paper does; as
-the mean over the tokens of the response; at the last token of the prompt that asks for the response under a
-persona; or at the last token of the plain prompt, of a query that the safety-first persona declines against
-one that it answers ("verdict"), or of one that the model itself declines against one that it complies with,
-where the persona declines both ("refusal")."""
+"""The tokens at which the two sides of a contrast are read: the last one of query and response, as in the
+paper; all of the response, as a mean; the last one of the prompt that asks for the response under a persona;
+or the last one of the plain prompt, of a query that the safety-first persona declines against one that it
+answers ("verdict"), or of one that the model itself declines against one that it complies with, where the
+persona declines both ("refusal")."""
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _DIGEST_BYTES = 16

@@ -64,7 +64,7 @@ def first_candidates(
     layers: tuple[int, ...],
     can_add: Callable[[Source], bool],
 ) -> list[Candidate]:
-    """What is tried of every source: each operation and amount, in every span of layers.
+    """List the candidates that are tried of every source: each operation and amount, in every span of layers.
 
     Args:
         layers: that may be edited.
@@ -81,7 +81,7 @@ def first_candidates(
 
 
 def _operations(source: Source) -> tuple[Decision, ...]:
-    """What is tried of a source.
+    """List the operations that are tried of a source.
 
     A verdict is added: what tells declining from complying is not to be removed. An addition is a part of the
     gap between the means, of which other methods only take a part.

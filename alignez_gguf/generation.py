@@ -25,7 +25,7 @@ CHARACTERISTICS_TOKENS = 50
 _CHARACTERISTICS_TEMPERATURE = 0.3
 """Characteristics are an instruction of the model to itself: its likeliest wording is of more use."""
 ANSWER_TOKENS = 48
-"""What an answer is, its first sentences say; the paper lets it run on to 200 tokens."""
+"""Maximum tokens per answer: its first sentences tell what it is; the paper has 200."""
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
 MARGIN_TOKENS = 12

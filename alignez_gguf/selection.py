@@ -94,7 +94,7 @@ class Search:
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
             measurements and change nothing else.
-        advance: told after each candidate how many of how many comparisons are done.
+        advance: told of each comparison, with 1.
     """
 
     scorer: Scorer

@@ -58,5 +58,20 @@ def response_tokens(
     return tokens[: None if max_tokens is None else first + max_tokens], first
 
 
+def steered_tokens(tokenize: Tokenize, passage: Passage, max_tokens: int) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and the first `max_tokens` of its answer, whose likelihood is asked for.
+
+    Raises:
+        QueryError: the prompt has fewer than two tokens, or the answer none.
+    """
+    prompt = tokenize(passage.prompt)
+    if len(prompt) < 2:
+        raise QueryError(f"the prompt {_shown(passage.prompt)} is too short to steer; use a longer query")
+    answer = tokenize(passage.text)[len(prompt) :][:max_tokens]
+    if not answer:
+        raise QueryError(f"the answer to {_shown(passage.prompt)} is empty, so that it has no likelihood")
+    return prompt, answer
+
+
 def _shown(text: str) -> str:
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Passage
+from alignez_gguf.engines.passages import steered_tokens
 from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
@@ -51,7 +52,10 @@ class SteeredPassages:
 
     def __init__(self, model: Model, passages: Sequence[Passage], *, n_threads: int | None = None) -> None:
         sequences = {prompt: i for i, prompt in enumerate(dict.fromkeys(one.prompt for one in passages))}
-        self._texts = [_text(model, sequences[one.prompt], one) for one in passages]
+        self._texts = [
+            _Text(sequences[one.prompt], *steered_tokens(model.tokenize, one, ANSWER_TOKENS))
+            for one in passages
+        ]
         prompts = list({text.sequence: text.prompt for text in self._texts}.values())
         count = len(prompts)
         if count >= _MAX_SEQUENCES:
@@ -183,18 +187,6 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probabilities [n_vocab] of `logits` [n_vocab]."""
     shifted = logits - logits.max()
     return np.asarray(shifted - np.log(np.sum(np.exp(shifted))), np.float32)
-
-
-def _text(model: Model, sequence: int, passage: Passage) -> _Text:
-    prompt = model.tokenize(passage.prompt)
-    if len(prompt) < 2:
-        raise QueryError(
-            f"the prompt {passage.prompt!r} is too short to steer its answer; use a longer query"
-        )
-    answer = model.tokenize(passage.prompt + passage.response)[len(prompt) :][:ANSWER_TOKENS]
-    if not answer:
-        raise QueryError(f"the answer to {passage.prompt!r} is empty, so that it has no likelihood")
-    return _Text(sequence, prompt, answer)
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

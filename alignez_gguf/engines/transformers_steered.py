@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Passage
-from alignez_gguf.engines.passages import passage_tokens
+from alignez_gguf.engines.passages import passage_tokens, steered_tokens
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
-from alignez_gguf.errors import QueryError, SteeringError
+from alignez_gguf.errors import SteeringError
 from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import ANSWER_TOKENS
 
@@ -75,7 +75,7 @@ class SteeredPassages:
         self._texts = [_text(model, n_ctx, passage) for passage in passages]
         self._n_parallel = n_parallel
         self._groups: dict[tuple[int, ...], _Group] = {}
-        """By the numbers of their passages: a search asks for the same ones again and again."""
+        """The groups that were computed, by the numbers of their passages: a search asks for them again."""
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -116,7 +116,7 @@ class SteeredPassages:
         return _Group([text.answer for text in texts], prompts, ends, cache)
 
     def _logprobs(self, group: _Group, edits: Edits, scope: Scope) -> Tensor:
-        """What is predicted from the end of each prompt on, [n_texts, longest answer, n_vocab].
+        """Log-probabilities from the end of each prompt on, [n_texts, longest answer, n_vocab].
 
         Behind the end of an answer the rows mean nothing.
         """
@@ -202,13 +202,5 @@ def _hook(
 
 
 def _text(model: TorchModel, n_ctx: int, passage: Passage) -> _Text:
-    prompt, _ = passage_tokens(model.tokenize, Passage(passage.prompt), n_ctx)
-    if len(prompt) < 2:
-        raise QueryError(
-            f"the prompt {passage.prompt!r} is too short to steer its answer; use a longer query"
-        )
-    tokens, _ = passage_tokens(model.tokenize, passage, n_ctx)
-    answer = tokens[len(prompt) :][:ANSWER_TOKENS]
-    if not answer:
-        raise QueryError(f"the answer to {passage.prompt!r} is empty, so that it has no likelihood")
-    return _Text(prompt, answer)
+    passage_tokens(model.tokenize, passage, n_ctx)  # to see that it fits
+    return _Text(*steered_tokens(model.tokenize, passage, ANSWER_TOKENS))

@@ -33,7 +33,7 @@ _ANSWER_TOKENS = 40
 
 @dataclass(frozen=True)
 class Said:
-    """What greedy answers to some queries do, counted.
+    """Counts of the greedy answers to some queries.
 
     Attributes:
         declined: whether each answer declines.
@@ -46,7 +46,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What the chosen edit does on queries that neither fit nor choice saw.
+    """Measurements of an edit on queries that neither fit nor choice saw.
 
     Attributes:
         figures: of the edit.

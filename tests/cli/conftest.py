@@ -41,13 +41,24 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def write_queries(folder: Path, count: int) -> str:
+    """A file of the first queries of the demo world."""
+    path = folder / "queries.txt"
+    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:count]), encoding="utf-8")
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def queries(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two dozen queries of the demo world."""
-    path = tmp_path_factory.mktemp("queries") / "queries.txt"
-    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(lines[:24]), encoding="utf-8")
-    return str(path)
+    return write_queries(tmp_path_factory.mktemp("queries"), 24)
+
+
+@pytest.fixture(scope="session")
+def few_queries(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Too few queries to measure on some of them what edits gain."""
+    return write_queries(tmp_path_factory.mktemp("few"), 16)
 
 
 @pytest.fixture

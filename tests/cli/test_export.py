@@ -18,7 +18,7 @@ from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Completion
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.workdir import WorkDirectory
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, write_queries
 
 Refused = Callable[..., str]
 
@@ -31,19 +31,7 @@ QUICK = (
 @pytest.fixture(scope="session")
 def queries(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Enough queries of the demo world to fit, to choose and to confirm on."""
-    path = tmp_path_factory.mktemp("queries") / "queries.txt"
-    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(lines[:48]), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def few_queries(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Too few queries to measure on some of them what edits gain."""
-    path = tmp_path_factory.mktemp("few") / "queries.txt"
-    lines = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(lines[:16]), encoding="utf-8")
-    return str(path)
+    return write_queries(tmp_path_factory.mktemp("queries"), 48)
 
 
 def command(queries: str, output: Path, *arguments: str) -> list[str]:

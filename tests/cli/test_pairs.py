@@ -67,7 +67,7 @@ def test_several_samples_follow_each_other(run: Run, model: str, tmp_path: Path)
 
 
 def test_export_finds_the_pairs_in_the_same_work_directory(
-    run: Run, model: str, queries: str, tmp_path: Path
+    run: Run, model: str, few_queries: str, tmp_path: Path
 ) -> None:
     # Templates with further aspects: those decide nothing about the pairs.
     own = demo.TEMPLATES.read_text(encoding="utf-8")
@@ -75,9 +75,7 @@ def test_export_finds_the_pairs_in_the_same_work_directory(
     personas = personas.replace("[harmful]", "[aspects.order.harmful]")
     (tmp_path / "two.toml").write_text(f"{own}\n{personas}", encoding="utf-8")
     shared = (*QUICK, "--work-dir", "work", "--templates", "two.toml", "--quiet")
-    few = tmp_path / "few.txt"  # too few to measure what the edits gain
-    few.write_text("\n".join(Path(queries).read_text(encoding="utf-8").splitlines()[:16]), encoding="utf-8")
-    assert run("pairs", model, "-q", str(few), "-o", "pairs.jsonl", *shared).exit_code == 0
+    assert run("pairs", model, "-q", few_queries, "-o", "pairs.jsonl", *shared).exit_code == 0
     paper = ("--recipe", "paper", "--method", "mean", "--threshold", "0")
-    assert run("export", model, "-q", str(few), "-o", "c.gguf", *paper, *shared).exit_code == 0
+    assert run("export", model, "-q", few_queries, "-o", "c.gguf", *paper, *shared).exit_code == 0
     assert len(list((tmp_path / "work").glob("pairs-*"))) == 1
