@@ -50,13 +50,15 @@ class Confirmation:
 
     Attributes:
         figures: of the edit.
-        baselines: no edit, the safety-first persona as a prompt, random directions of the same size.
+        persona: of the safety-first persona as a prompt.
+        random: of random directions of the same size.
         budget: nat per token that the choice allowed.
         base, steered: what is said without and with the edit; None where the engine writes nothing steered.
     """
 
     figures: Figures
-    baselines: tuple[Baseline, ...]
+    persona: Figures
+    random: Figures
     budget: float
     base: Said | None
     steered: Said | None
@@ -67,11 +69,10 @@ class Confirmation:
         figures = self.figures
         if not figures.gain > _least(figures):
             return f"it gains {figures.gain:+.2f} +- {figures.standard_error:.2f} nat an answer"
-        random = self.baselines[2].figures
-        if not (more := figures.beyond(random)).gain > _least(more):
+        if not (more := figures.beyond(self.random)).gain > _least(more):
             return (
                 f"it gains {figures.gain:+.2f} nat an answer, no more for certain than random directions of "
-                f"the same size, {random.gain:+.2f}"
+                f"the same size, {self.random.gain:+.2f}"
             )
         if figures.kl is not None and figures.kl > 2 * self.budget:
             return f"it costs {figures.kl:.3f} nat per token, more than twice the budget of {self.budget:g}"
@@ -92,9 +93,19 @@ class Confirmation:
         return ""
 
     @property
+    def baselines(self) -> tuple[Baseline, ...]:
+        """What the edit is compared with."""
+        nothing = Figures((0.0,) * len(self.figures.gains), self.figures.declined, 0.0)
+        return (
+            Baseline("no edit", nothing),
+            Baseline("safety-first persona as a prompt", self.persona),
+            Baseline("random directions of the same size", self.random),
+        )
+
+    @property
     def share(self) -> float:
         """The share of the distance to the safety-first persona that the edit closes."""
-        return self.figures.gain / self.baselines[1].figures.gain
+        return self.figures.gain / self.persona.gain
 
     def refusals(self, said: Said, *, persona_declines: bool) -> int:
         """How many answers decline, of queries that the persona declines, or of those that it answers."""
@@ -183,14 +194,11 @@ def measure(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
             return {"edit": figures, "random": random}
 
         found_figures = kept_figures(path, measured)
-        nothing = Figures((0.0,) * scorer.n_queries, scorer.declined, 0.0)
-        baselines = (
-            Baseline("no edit", nothing),
-            Baseline("safety-first persona as a prompt", persona_figures(job, pairs, scorer)),
-            Baseline("random directions of the same size", found_figures["random"]),
-        )
+        persona = persona_figures(job, pairs, scorer)
     base, steered = _said(job, {}, pairs, scope), _said(job, edits, pairs, scope)
-    return Confirmation(found_figures["edit"], baselines, job.settings.kl_budget, base, steered)
+    return Confirmation(
+        found_figures["edit"], persona, found_figures["random"], job.settings.kl_budget, base, steered
+    )
 
 
 def _least(figures: Figures) -> float:
