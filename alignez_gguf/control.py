@@ -2,7 +2,7 @@
 
 Stock llama.cpp (common/common.cpp, common_control_vector_load_one) adds `direction.N` for N >= 1 and refuses
 a file with any other tensor. So it steers rightly with a file that only adds, from layer 1 on, and refuses
-one that removes, or that adds at layer 0, instead of applying a part of it.
+one that removes, that adds at layer 0 or that has a gate, instead of applying a part of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from alignez_gguf.atomic import replacing
 from alignez_gguf.edits import Edits, LayerEdit, is_orthonormal
 from alignez_gguf.errors import ControlFileError, SteeringError
+from alignez_gguf.gate import Gate
 from alignez_gguf.gguf_header import MAX_ARRAY, GgufError, Header, Scalar, TensorInfo, read_header
 from alignez_gguf.layer_report import FIGURES, REQUIRED_FIGURES, LayerReport
 from alignez_gguf.model_info import ModelInfo
@@ -41,6 +42,8 @@ _ARCHITECTURE = "controlvector"
 _F32 = 0
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _HASH = "alignez.sha256"
+_GATE = "gate"
+"""The tensor of a gate's weights; what else there is to it are `alignez.gate.tokens` and `.threshold`."""
 _MAX_LAYERS = MAX_ARRAY
 """Of a model: the figures of its layers have to be readable again."""
 _MAX_RANK = 1024
@@ -61,6 +64,7 @@ class ControlFile:
         recipe: how the directions were made; keys in lower case.
         layers: the figures of the fit, for all layers of the model.
         score: what the selection saw; keys in lower case.
+        gate: which requests are steered; all of them if `None`.
 
     Raises:
         ControlFileError: no layer is edited, an edit does not fit `model`, or a value cannot be stored.
@@ -71,6 +75,7 @@ class ControlFile:
     recipe: Mapping[str, Field] = field(default_factory=dict)
     layers: LayerReport | None = None
     score: Mapping[str, Field] = field(default_factory=dict)
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         edits = {layer: self.edits[layer] for layer in sorted(self.edits)}
@@ -90,6 +95,8 @@ class ControlFile:
                 raise ControlFileError(f"the addition at layer {layer} is too long for a number of 32 bits")
         if self.layers is not None:
             self.layers.check(self.model.n_layer)
+        if self.gate is not None and len(self.gate.tokens) > MAX_ARRAY:
+            raise ControlFileError(f"the gate reads {len(self.gate.tokens)} tokens, over {MAX_ARRAY}")
         object.__setattr__(self, "edits", MappingProxyType(edits))
         for name in ("recipe", "score"):
             fields = {
@@ -118,6 +125,7 @@ class ControlFile:
             "model": [getattr(self.model, name) for name in (*_MODEL_TEXT, *_MODEL_COUNT)],
             "recipe": dict(self.recipe),
             "score": dict(self.score),
+            **({} if self.gate is None else {"gate": self.gate.digest}),
         }
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
         for name, array in (*self._tensors(), *self._figures()):
@@ -132,6 +140,8 @@ class ControlFile:
                 yield f"direction.{layer}", edit.add
             if edit.remove is not None:
                 yield f"projection.{layer}", edit.remove[0] if edit.rank == 1 else edit.remove
+        if self.gate is not None:
+            yield _GATE, self.gate.weights
 
     def _figures(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         return iter(()) if self.layers is None else self.layers.columns()
@@ -242,6 +252,9 @@ class ControlFile:
             put_floats(f"alignez.layer.{name}", values)
         for key, value in self.score.items():
             put(f"alignez.score.{key}", value)
+        if self.gate is not None:
+            put("alignez.gate.tokens", tuple(self.gate.tokens.tolist()))
+            put("alignez.gate.threshold", self.gate.threshold)
         writer.add_string(_HASH, self.sha256)
         for name, tensor in self._tensors():
             writer.add_tensor(name, tensor)
@@ -270,7 +283,9 @@ class _Reader:
                 "it is a GLP file, whose directions may be meant for removal, not for addition"
             )
         ours = self._format_version() > 0
-        tensors = self._tensors()
+        tensors, weights = self._tensors()
+        if not ours and weights is not None:
+            raise ControlFileError("it has a gate but no alignez.format_version")
         if not ours and any(kind == "projection" for kind, _ in tensors):
             raise ControlFileError("it has projections but no alignez.format_version")
         control = ControlFile(
@@ -279,6 +294,7 @@ class _Reader:
             recipe=self._fields("alignez.recipe.") if ours else {},
             layers=self._report() if ours else None,
             score=self._fields("alignez.score.") if ours else {},
+            gate=None if weights is None else self._gate(weights),
         )
         if self.metadata.get(_HASH, control.sha256) != control.sha256:
             raise ControlFileError(
@@ -323,21 +339,36 @@ class _Reader:
             raise ControlFileError(f"{key} is {value!r}, not a positive whole number")
         return value
 
-    def _tensors(self) -> dict[tuple[str, int], TensorInfo]:
-        tensors = {}
+    def _tensors(self) -> tuple[dict[tuple[str, int], TensorInfo], TensorInfo | None]:
+        """Those of the edits by kind and layer, and the weights of the gate, if there is one."""
+        tensors, weights = {}, None
         for tensor in self.header.tensors:
             match = _TENSOR.fullmatch(tensor.name)
-            if match is None:
+            if match is None and tensor.name != _GATE:
                 raise ControlFileError(f"it has an unknown tensor {tensor.name!r}")
-            dims = 2 if match[1] == "projection" else 1
+            dims = 2 if match is not None and match[1] == "projection" else 1
             if tensor.ggml_type != _F32:
                 raise ControlFileError(f"{tensor.name} is not F32")
             if len(tensor.shape) > dims or tensor.n_elements == 0:
                 raise ControlFileError(f"{tensor.name} has the shape {list(tensor.shape)}")
             if tensor.offset + 4 * tensor.n_elements > self.header.file_size:
                 raise ControlFileError(f"it ends inside {tensor.name}")
-            tensors[match[1], int(match[2])] = tensor
-        return tensors
+            if match is None:
+                weights = tensor
+            else:
+                tensors[match[1], int(match[2])] = tensor
+        return tensors, weights
+
+    def _gate(self, weights: TensorInfo) -> Gate:
+        tokens = self.metadata.get("alignez.gate.tokens")
+        if not isinstance(tokens, tuple) or not all(
+            type(token) is int and 0 <= token < 2**31 for token in tokens
+        ):
+            raise ControlFileError("alignez.gate.tokens is not an array of token ids")
+        threshold = self.metadata.get("alignez.gate.threshold")
+        if type(threshold) is not float:
+            raise ControlFileError(f"alignez.gate.threshold is {threshold!r}, not a number")
+        return Gate(np.array(tokens, np.int32), self._array(weights), threshold)
 
     def _edits(self, tensors: Mapping[tuple[str, int], TensorInfo]) -> dict[int, LayerEdit]:
         edits = {}

@@ -14,6 +14,7 @@ from alignez_gguf.edits import Edits, check_strength
 from alignez_gguf.engines import Completion, GenerationRequest, Generator, Sampling
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.framing import Framing
+from alignez_gguf.gate import Gate
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.scope import Scope
 
@@ -26,7 +27,9 @@ class SteerableEngine(Generator, Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
-    def set_edits(self, edits: Edits, scope: str | Scope = "generation") -> None: ...
+    def set_edits(
+        self, edits: Edits, scope: str | Scope = "generation", gate: Gate | None = None
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class Conversation:
 
     def _steer(self, control: ControlFile, scope: Scope | None) -> None:
         control.check_fits(self._engine.info)
-        self._engine.set_edits(control.edits, scope or control.scope)
+        self._engine.set_edits(control.edits, scope or control.scope, control.gate)
         self._control, self._given_scope = control, scope
 
     def _complete(

@@ -101,12 +101,14 @@ class Scorer:
         declined: whether the persona declines each query.
         n_tokens: of each answer of the base model, as far as it is measured.
         base: log-likelihoods of all passages without an edit, in nat.
+        opens: whether each passage is steered; where a gate stays closed, it is the base model's.
     """
 
     model: SteeredModel
     declined: tuple[bool, ...]
     n_tokens: tuple[int, ...]
     base: NDArray[np.float64]
+    opens: tuple[bool, ...]
 
     @property
     def n_queries(self) -> int:
@@ -114,18 +116,31 @@ class Scorer:
 
     def gains(self, edits: Edits, queries: Sequence[int], *, scope: Scope = GENERATION) -> list[float]:
         """The gains over these queries, in nat, where the time steps of `scope` are steered."""
-        steered = self.model.log_likelihoods(edits, queries, scope=scope)
-        return [float(gain) for gain in steered - self.base[list(queries)]]
+        return [float(gain) for gain in self._gains(edits, queries, scope)]
 
     def divergence(self, edits: Edits, *, scope: Scope = GENERATION) -> float:
         """KL(P_base || P_steered) in nat per token; 0 where the persona answers nothing."""
         if not self.n_tokens:
             return 0.0
         own = range(self.n_queries, self.n_queries + len(self.n_tokens))
-        steered = self.model.log_likelihoods(edits, own, scope=scope)
-        return float((self.base[list(own)] - steered).sum() / sum(self.n_tokens))
+        return float(-self._gains(edits, own, scope).sum() / sum(self.n_tokens))
 
     def score(self, edits: Edits, *, scope: Scope = GENERATION) -> Figures:
         """All figures of an edit over all queries."""
         gains = self.gains(edits, range(self.n_queries), scope=scope)
         return Figures(tuple(gains), self.declined, self.divergence(edits, scope=scope))
+
+    def holding(self, n_steered: int) -> int:
+        """So many first queries hold `n_steered` that are steered; all, where there are not as many."""
+        steered = [index for index, opens in enumerate(self.opens[: self.n_queries]) if opens]
+        return steered[n_steered - 1] + 1 if len(steered) > n_steered else self.n_queries
+
+    def _gains(self, edits: Edits, passages: Sequence[int], scope: Scope) -> NDArray[np.float64]:
+        """log P_steered - log P_base of passages by number; those that are not steered gain exactly 0."""
+        gains = np.zeros(len(passages))
+        steered = np.array([self.opens[number] for number in passages], bool)
+        numbers = np.array(passages, int)[steered]
+        if len(numbers):
+            found = self.model.log_likelihoods(edits, numbers.tolist(), scope=scope)
+            gains[steered] = found - self.base[numbers]
+        return gains

@@ -26,7 +26,7 @@ DEFAULT_BUDGET = 0.1
 """Nat per token."""
 
 ROUNDS = ((4, 20), (12, 6))
-"""Queries on which candidates are compared, and how many of them go on; at last all queries are."""
+"""Steered queries on which candidates are compared, and how many of those go on; at last on all queries."""
 
 _STARTS = 3
 """Sources from the best candidates of which the search goes on."""
@@ -117,7 +117,7 @@ class Search:
         first = first_candidates(sources, layers, self.can_add)
         left = [candidate for candidate in first if self.edits_of(candidate)]
         for n_queries, most in ROUNDS:
-            left = _of_several_sources(self._best(left, min(n_queries, n_all)), most)
+            left = _of_several_sources(self._best(left, self.scorer.holding(n_queries)), most)
         left = self._best(left, n_all)
         best: Scored | None = None
         for start in self._starts(left):
@@ -157,7 +157,7 @@ class Search:
             if self.edits_of(one)
         ]
         for n_queries, _ in ROUNDS:
-            n_queries = min(n_queries, self.scorer.n_queries)
+            n_queries = self.scorer.holding(n_queries)
             former = self._figures(best.figures.gains[:n_queries], None).gain
             near = [one for one in self._best(near, n_queries) if self._tried[one].gain > former][:_FOLLOWED]
         return self._affordable(self._best(near, self.scorer.n_queries), best) or best

@@ -50,7 +50,8 @@ def steer_transformers(
     Raises:
         ControlFileError: the file is malformed or made for another model.
         ModelFileError: the layers of this architecture cannot be told, or it has no KV cache.
-        SteeringError: the strength or the scope is not valid, or the model is a PEFT model. While the handle
+        SteeringError: the strength or the scope is not valid, the control has a gate, or the model is a PEFT
+            model. While the handle
             is there, also whatever runs the layers without a call of the model.
     """
     if not isinstance(control, ControlFile):
@@ -66,6 +67,10 @@ class TransformersSteering:
         if hasattr(model, "get_base_model"):
             raise SteeringError(
                 "a PEFT model runs its base model past the hooks; steer its get_base_model(), and run that"
+            )
+        if control.gate is not None:
+            raise SteeringError(
+                "the control has a gate, which transformers models are not asked; export with --gate off"
             )
         config = model.config.get_text_config()
         control.check_fits(

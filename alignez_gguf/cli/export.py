@@ -70,6 +70,14 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     help="The time steps that are edited: generation (the default), all, or first:N.",
 )
 @click.option(
+    "--gate",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="auto steers only requests that look harmful to the model, where it can tell; off steers all. A "
+    "--format of other programs knows no gate.",
+)
+@click.option(
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
 )
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Pairs for each query.")
@@ -131,6 +139,7 @@ def export(
     target_file: Path | None,
     score_only: Path | None,
     scope: str | None,
+    gate: str,
     layers: str | None,
     work_dir: Path | None,
     templates: Path | None,
@@ -180,7 +189,10 @@ def export(
     if settings["choose"] is not None and len(aspects) > 1:
         raise click.UsageError("--choose takes a row of one table: export one aspect at a time.")
     chosen = Settings(
-        scope=None if scope is None else Scope.parse(scope), aspects=_aspects(aspects), **settings
+        scope=None if scope is None else Scope.parse(scope),
+        gate=gate == "auto" and form == "native",
+        aspects=_aspects(aspects),
+        **settings,
     )
     given = _given(pairs_file, mix)
     asked = load_queries(queries, column) if queries is not None and (not given or mix is not None) else []

@@ -199,7 +199,7 @@ def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None)
 
     loaded = ControlFile.load(control)
     loaded.check_fits(engine.info)
-    engine.set_edits(loaded.edits, scope or loaded.scope)
+    engine.set_edits(loaded.edits, scope or loaded.scope, loaded.gate)
     return loaded
 
 

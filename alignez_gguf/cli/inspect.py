@@ -38,6 +38,9 @@ def _described(control: ControlFile) -> dict[str, Any]:
         "sha256": control.sha256,
         "recipe": dict(control.recipe),
         "score": dict(control.score),
+        "gate": None
+        if control.gate is None
+        else {"tokens": len(control.gate.tokens), "threshold": control.gate.threshold},
         "layers": [_layer(control, layer) for layer in range(_n_layer(control))],
     }
 
@@ -73,6 +76,11 @@ def _print(control: ControlFile) -> None:
         shown = [f"{key} {_short(value)}" for key, value in fields.items() if not isinstance(value, tuple)]
         if shown:
             console.print(f"{title}: {', '.join(shown)}")
+    if control.gate is not None:
+        console.print(
+            f"gate: steers where the weighted log-probabilities of {len(control.gate.tokens)} tokens "
+            f"behind the prompt exceed {control.gate.threshold:.3f}"
+        )
     layers = [_layer(control, layer) for layer in range(_n_layer(control))]
     columns = list(layers[0])
     table = Table(*(column.replace("_", " ") for column in columns))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from alignez_gguf.engines import Completion, Sampling
 from alignez_gguf.engines.completing import GrowingCompletion
 from alignez_gguf.engines.slots import Slots, Treatment
+from alignez_gguf.gate import Gate
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.sampling import Sampler, SamplerThreads
 
@@ -22,6 +23,7 @@ class Job:
     seed: int
     treatment: Treatment
     keep_prompt: bool
+    gate: Gate | None = None
 
 
 def generate(
@@ -43,7 +45,7 @@ def generate(
         """Fill a slot with the next job that is not finished by its first token."""
         for job in waiting:
             text = opened.enter_context(_Growing(job, sampling, on_text))
-            logits = slots.prefill(slot, job.tokens, job.treatment)
+            logits = slots.prefill(slot, job.tokens, job.treatment, job.gate)
             if job.keep_prompt:
                 slots.keep(slot)
             text.take(slots.context.model, text.sampler.sample(slots.context, logits))

@@ -38,6 +38,7 @@ from alignez_gguf.engines.slots import (
 )
 from alignez_gguf.engines.steered import SteeredPassages, log_softmax
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.gate import Gate
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import CELLS, Context
@@ -98,6 +99,7 @@ class LlamaEngine:
         self._prompts = None if self.model.uses_gpu else PromptCache()
         self._edits: Edits = {}
         self._scope = Scope()
+        self._gate: Gate | None = None
         self._generating = False
         # One of both at a time, unless a text is read while others grow: each takes memory.
         self._reading: Slots | None = None
@@ -110,8 +112,10 @@ class LlamaEngine:
     def info(self) -> ModelInfo:
         return self.model.info
 
-    def set_edits(self, edits: Edits, scope: str | Scope = "generation") -> None:
+    def set_edits(self, edits: Edits, scope: str | Scope = "generation", gate: Gate | None = None) -> None:
         """Steer requests with a strength above 0 by these edits; no edits make them all unsteered.
+
+        With a gate, only those for which it opens; it is asked by `generate` alone.
 
         Raises:
             SteeringError: the edits do not fit the model, or the scope is unknown.
@@ -125,6 +129,7 @@ class LlamaEngine:
             pass  # a small one, to see that llama.cpp takes them
         self._edits = {layer: edit for layer, edit in edits.items() if edit.decision != "none"}
         self._scope = scope
+        self._gate = gate
 
     def generate(
         self,
@@ -138,7 +143,14 @@ class LlamaEngine:
         The iterator has to be finished or closed before the next call computes anything.
         """
         jobs = [
-            Job(index, tokens, request.seed, self._treatment(request.strength, tokens), request.keep_prompt)
+            Job(
+                index,
+                tokens,
+                request.seed,
+                self._treatment(request.strength, tokens),
+                request.keep_prompt,
+                self._gate,
+            )
             for index, request in enumerate(requests)
             for tokens in [self._tokens(request.prompt, sampling.max_tokens)]
         ]

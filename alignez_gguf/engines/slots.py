@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from alignez_gguf.engines.prompt_cache import PromptCache
+from alignez_gguf.gate import Gate
 from alignez_gguf.model_info import FLOAT_WEIGHTS
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
@@ -163,8 +164,21 @@ class Slots:
         self._prompts = prompts
         self._held = [_Held([], UNSTEERED) for _ in range(context.n_sequences)]
 
-    def prefill(self, slot: int, tokens: Sequence[int], treatment: Treatment = UNSTEERED) -> int:
-        """Make a slot hold a prompt, computing only what no slot holds; the index of its logits."""
+    def prefill(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        treatment: Treatment = UNSTEERED,
+        gate: Gate | None = None,
+    ) -> int:
+        """Make a slot hold a prompt, computing only what no slot holds; the index of its logits.
+
+        Where a gate stays closed, the slot and the logits are those of the unsteered prompt.
+        """
+        if gate is not None and treatment.strength:
+            index = self.prefill(slot, tokens)
+            if not gate.opens(self.context.logits(index)):
+                return index
         pieces = self.plan(slot, tokens, len(tokens) - 1, treatment)
         for piece in pieces:
             self.compute(slot, piece)

@@ -133,7 +133,7 @@ def evaluate(
             provenance["aligned_model"] = asdict(engine.info)
     with open_base() as engine:
         control.check_fits(engine.info)
-        engine.set_edits(control.edits, settings.scope)
+        engine.set_edits(control.edits, settings.scope, control.gate)
         templates = templates_of(engine)
         provenance |= {
             "base_model": asdict(engine.info),
@@ -183,7 +183,7 @@ def controldigest(control: ControlFile) -> str:
         layer: [None if array is None else array.tolist() for array in (edit.add, edit.remove)]
         for layer, edit in control.edits.items()
     }
-    return digest(edits)
+    return digest(edits if control.gate is None else [edits, control.gate.digest])
 
 
 def _aligned_answers(

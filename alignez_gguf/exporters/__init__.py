@@ -67,6 +67,11 @@ def write(
 
     weights = ModelWeights(model_path)
     control.check_fits(weights.info)
+    if control.gate is not None and form != "native":
+        raise SteeringError(
+            f"the control steers only requests for which its gate opens, and {form} files steer every one; "
+            "export with --gate off for other programs"
+        )
     if form == "native":
         control.save(output)
         return Written((output,), shlex.join(["alignez-gguf", "chat", str(model_path), "-c", str(output)]))

@@ -14,6 +14,7 @@ from alignez_gguf.errors import NoGainError
 from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.refusal import is_refusal
+from alignez_gguf.gate import Gate
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
@@ -136,7 +137,9 @@ class Confirmation:
         return text
 
 
-def confirm(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope) -> Confirmation:
+def confirm(
+    job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope, gate: Gate | None = None
+) -> Confirmation:
     """Measure an edit on the queries of `pairs`, and require that it gains.
 
     Raises:
@@ -144,7 +147,7 @@ def confirm(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
             twice the budget; does not decline what the persona declines more often, or what that answers more
             often still; or breaks answers.
     """
-    found = measure(job, edits, pairs, scope)
+    found = measure(job, edits, pairs, scope, gate)
     if found.doubt:
         raise NoGainError(
             f"the chosen edit is not confirmed on {len(pairs)} queries that neither fit nor choice saw: "
@@ -168,7 +171,9 @@ def require_no_harm(found: Confirmation) -> None:
         )
 
 
-def measure(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope) -> Confirmation:
+def measure(
+    job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope, gate: Gate | None = None
+) -> Confirmation:
     """Measure an edit on the queries of `pairs`; kept.
 
     Raises:
@@ -181,9 +186,10 @@ def measure(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
         pairs=unweighted(pairs),
         scope=scope,
         edits=digest(edits),
+        gate=gate and gate.digest,
         seed=job.settings.seed,
     ).with_suffix(".json")
-    with scoring(job, pairs) as scorer:
+    with scoring(job, pairs, gate) as scorer:
 
         def measured() -> dict[str, Figures]:
             with job.reporter.stage("confirming the chosen edit", 2) as advance:
@@ -195,7 +201,7 @@ def measure(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scop
 
         found_figures = kept_figures(path, measured)
         persona = persona_figures(job, pairs, scorer)
-    base, steered = _said(job, {}, pairs, scope), _said(job, edits, pairs, scope)
+    base, steered = _said(job, {}, pairs, scope, None), _said(job, edits, pairs, scope, gate)
     return Confirmation(
         found_figures["edit"], persona, found_figures["random"], job.settings.kl_budget, base, steered
     )
@@ -208,7 +214,9 @@ def _least(figures: Figures) -> float:
     return float(t.ppf(1 - LEVEL, max(1, len(figures.gains) - 2))) * figures.standard_error
 
 
-def _said(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope) -> Said | None:
+def _said(
+    job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope, gate: Gate | None
+) -> Said | None:
     """The greedy answers of the target to the plain queries, counted; kept.
 
     None where the engine writes nothing steered.
@@ -225,12 +233,13 @@ def _said(job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope)
         queries=queries,
         scope=scope,
         edits=digest(edits),
+        gate=gate and gate.digest,
     ).with_suffix(".json")
 
     def answers() -> list[str]:
         plain = list(map(job.templates.plain_prompt, queries))
         title, strength = ("answering steered", 1.0) if edits else ("answering", 0.0)
-        target.set_edits(edits, scope)
+        target.set_edits(edits, scope, gate)
         try:
             return greedy_answers(job, target, plain, title, _ANSWER_TOKENS, strength)
         finally:

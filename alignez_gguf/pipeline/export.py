@@ -82,6 +82,8 @@ def export(
         raise QueryError("given pairs belong to one aspect; export one aspect at a time, or leave them out")
     if len(settings.aspects) > 1 and settings.scope is None:
         settings = replace(settings, scope=GENERATION)  # one file has one scope
+    if len(settings.aspects) > 1:
+        settings = replace(settings, gate=False)  # what is harmful is not when to be helpful
     jobs = [
         Job(
             engine,
@@ -110,6 +112,7 @@ def export(
     tradeoffs: Sequence[Tradeoff] = ()
     if len(jobs) > 1:
         edits, tradeoffs, scale = combine_within_budget(jobs, made)
+    seen_by_gate = [] if made[0].gate is None else [query for twin in templates.twins for query in twin]
     control = ControlFile(
         model=target.info,
         edits=edits,
@@ -128,13 +131,14 @@ def export(
                 for field in fields(PairFilterReport)
             },
             "pairs.given": len(given),
-            **_query_hashes([*queries, *(pair.query for pair in given)]),
+            **_query_hashes([*queries, *(pair.query for pair in given), *seen_by_gate]),
         },
         layers=LayerReport.of(made[0].directions),
         score={
             **_per_aspect(jobs, [_score(one) for one in made]),
             **{f"aspects.{name}": values for name, values in _tradeoff_columns(tradeoffs).items()},
         },
+        gate=made[0].gate,
     )
     return Export(control, filtered, made, tradeoffs)
 
@@ -171,7 +175,7 @@ def score_control(
     )
     pairs, _ = _some_usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
     _, choice, confirmation = split(pairs, settings.seed)
-    with scoring(job, [*choice, *confirmation]) as scorer:
+    with scoring(job, [*choice, *confirmation], control.gate) as scorer:
         scope = settings.scope or control.scope
         return scorer.score(control.edits, scope=scope), scorer.n_queries
 

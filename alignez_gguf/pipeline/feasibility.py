@@ -21,6 +21,8 @@ from alignez_gguf.prompts import Templates
 
 _ANSWER_TOKENS = 24
 """The beginning of an answer says whether it declines."""
+_N_TWINS = 12
+"""Of the templates, the first so many."""
 _LEVEL = 0.05
 """One-sided, of each of the two sign tests."""
 
@@ -129,11 +131,11 @@ def _declined(templates: Templates, answers: Sequence[str]) -> Declined:
 
 
 def _queries(templates: Templates) -> list[str]:
-    return [query for twin in templates.twins for query in twin]
+    return [query for twin in templates.twins[:_N_TWINS] for query in twin]
 
 
 def _answers(job: Job) -> list[list[str]]:
-    """The greedy answers of the helpful and of the harmful persona to all twins."""
+    """The greedy answers of the helpful and of the harmful persona to the twins."""
     templates, queries = job.templates, _queries(job.templates)
     sampling = Sampling(max_tokens=_ANSWER_TOKENS, temperature=0.0, stop=templates.stop)
     traits = characteristics(

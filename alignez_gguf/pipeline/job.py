@@ -10,6 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 from alignez_gguf.activations import ReadingPosition
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Engine, Generator, Hook, Passage
+from alignez_gguf.gate import Gate
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import SAFETY, Templates
 from alignez_gguf.scope import Scope
@@ -45,6 +46,7 @@ class Settings:
         max_tokens: of an answer, at most.
         samples: self-generated pairs for each query.
         aspects: one or several.
+        gate: steer only requests for which a gate opens, where one can be fitted; for `auto` and one aspect.
         force: go on where the personas show no contrast to amplify.
         choose: a row of the table of the selection instead of the best one, counted from 1.
     """
@@ -62,6 +64,7 @@ class Settings:
     samples: int = 1
     aspects: tuple[Aspect, ...] = (Aspect(),)
     choose: int | None = None
+    gate: bool = True
     force: bool = False
 
 
@@ -82,8 +85,8 @@ class SteerableEngine(Engine, Protocol):
 class SteeredGenerator(Generator, Protocol):
     """An engine that can also write under an edit."""
 
-    def set_edits(self, edits: Edits, scope: Scope = ...) -> None:
-        """Edit what is generated at a strength above 0; no edits end that."""
+    def set_edits(self, edits: Edits, scope: Scope = ..., gate: Gate | None = None) -> None:
+        """Edit what is generated at a strength above 0, where a gate opens; no edits end that."""
         ...
 
 

@@ -14,9 +14,11 @@ from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits, paper_edits, span_edits
 from alignez_gguf.engines import HOOKS, Hook
 from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError, SteeringError
+from alignez_gguf.gate import Gate
 from alignez_gguf.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.gating import fitted_gate
 from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.kept import kept_json, known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
@@ -44,6 +46,7 @@ class Made:
         selection: what the label-free choice saw.
         confirmation: what the chosen edit does on queries that neither fit nor choice saw.
         held_out: the pairs that it was confirmed on.
+        gate: for which requests the edits are made; for all where it is None.
     """
 
     edits: Edits
@@ -52,6 +55,7 @@ class Made:
     selection: Selection | None = None
     confirmation: Confirmation | None = None
     held_out: Sequence[PreferencePair] = ()
+    gate: Gate | None = None
 
 
 def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
@@ -146,27 +150,20 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
     fits = fit_sources(job, fit_pairs, candidates)
-    layers = settings.layers or tuple(range(job.target.info.n_layer))
-    with (
-        scoring(job, choice_pairs) as scorer,
-        job.reporter.stage("trying edits", None) as advance,
-        known_figures(_figures_path(job, "scores", pairs, choice_pairs, scope)) as known,
-    ):
-        search = Search(
-            scorer,
-            fits.edits,
-            scope,
-            budget=settings.kl_budget,
-            can_add=lambda source: can_add(job, source.hook),
-            known=known,
-            advance=advance,
-        )
-        selection = search.run(candidates, layers)
+    selection, gate = _best_choice(
+        job,
+        fits,
+        candidates,
+        scope,
+        pairs,
+        choice_pairs,
+        gates=dict.fromkeys([fitted_gate(job, fit_pairs), None]),
+    )
     if settings.choose is not None:
         selection = selection.choose(settings.choose)
     best = selection.chosen.candidate
     edits = fits.edits(best)
-    confirmation = confirm(job, edits, confirmation_pairs, scope)
+    confirmation = confirm(job, edits, confirmation_pairs, scope, gate)
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
@@ -180,7 +177,56 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "pairs.confirmation": len(confirmation_pairs),
     }
     fitted = fits.of(best.source).directions
-    return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs)
+    return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
+
+
+def _best_choice(
+    job: Job,
+    fits: Fits,
+    candidates: Sequence[Source],
+    scope: Scope,
+    pairs: Sequence[PreferencePair],
+    choice_pairs: Sequence[PreferencePair],
+    gates: Collection[Gate | None],
+) -> tuple[Selection, Gate | None]:
+    """The best edit behind the gate that lets it gain most; `None` steers every request.
+
+    Without a gate an edit can also mend answers to harmless requests; behind one it can be stronger.
+
+    Raises:
+        NoGainError: nothing gains, behind any gate.
+    """
+    layers = job.settings.layers or tuple(range(job.target.info.n_layer))
+    found: list[tuple[Selection, Gate | None]] = []
+    reasons: list[NoGainError] = []
+    for gate in gates:
+        with (
+            scoring(job, choice_pairs, gate) as scorer,
+            job.reporter.stage("trying edits" + (" behind the gate" if gate else ""), None) as advance,
+            known_figures(_figures_path(job, "scores", pairs, choice_pairs, scope, gate)) as known,
+        ):
+            search = Search(
+                scorer,
+                fits.edits,
+                scope,
+                budget=job.settings.kl_budget,
+                can_add=lambda source: can_add(job, source.hook),
+                known=known,
+                advance=advance,
+            )
+            try:
+                found.append((search.run(candidates, layers), gate))
+            except NoGainError as error:
+                reasons.append(error)
+    if not found:
+        raise reasons[-1]
+    if len(gates) > 1:
+        gains = [
+            f"{selection.chosen.figures.gain:+.2f} nat {'behind the gate' if gate else 'without it'}"
+            for selection, gate in found
+        ]
+        job.reporter.note(f"the best edit gains {' and '.join(gains)}")
+    return max(found, key=lambda each: each[0].chosen.figures.gain)
 
 
 @dataclass(frozen=True)
@@ -307,7 +353,12 @@ def _without_contrast(job: Job, pairs: Sequence[PreferencePair]) -> list[Reading
 
 
 def _figures_path(
-    job: Job, name: str, pairs: Sequence[PreferencePair], held_out: Sequence[PreferencePair], scope: Scope
+    job: Job,
+    name: str,
+    pairs: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
+    scope: Scope,
+    gate: Gate | None,
 ) -> Path:
     """Where figures are kept that depend on a fit on `pairs`."""
     return job.work.part(
@@ -319,5 +370,6 @@ def _figures_path(
         held_out=unweighted(held_out),
         seed=job.settings.seed,
         scope=scope,
+        gate=gate and gate.digest,
         figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
     ).with_suffix(".jsonl")

@@ -17,6 +17,7 @@ from alignez_gguf.directions import Directions
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import GenerationRequest, Passage, Sampling
 from alignez_gguf.filters import PairFilterReport, filter_pairs, text_fault
+from alignez_gguf.gate import Gate
 from alignez_gguf.generation import (
     answer_prompts,
     answered,
@@ -215,8 +216,8 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
 
 
 @contextmanager
-def scoring(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Scorer]:
-    """What scores edits of the target over the queries of `pairs`, one for each query.
+def scoring(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None) -> Iterator[Scorer]:
+    """What scores edits of the target over the queries of `pairs`, one for each query, behind a gate.
 
     The queries come as `verdicts.alternating` orders them.
     """
@@ -242,7 +243,25 @@ def scoring(job: Job, pairs: Sequence[PreferencePair]) -> Iterator[Scorer]:
             tuple(map(declines, pairs)),
             tuple(answer.n_tokens for _, answer in own),
             kept_array(path, measured),
+            _opens(job, [passage.prompt for passage in passages], gate),
         )
+
+
+def _opens(job: Job, prompts: Sequence[str], gate: Gate | None) -> tuple[bool, ...]:
+    """For which prompts a gate opens; kept."""
+    if gate is None:
+        return (True,) * len(prompts)
+    path = job.work.part("opens", model=job.target.info, prompts=prompts, gate=gate.digest).with_suffix(
+        ".json"
+    )
+
+    def asked() -> list[bool]:
+        different = list(dict.fromkeys(prompts))
+        opens = map(gate.opens, job.target.next_token_logprobs(different))
+        of_prompt = dict(zip(different, opens, strict=True))
+        return [of_prompt[prompt] for prompt in prompts]
+
+    return tuple(kept_json(path, asked))
 
 
 class _OnDemand:

@@ -90,7 +90,7 @@ def split(
     _, n_choice, n_confirmation = (
         max(least, round(share * len(queries))) for least, share in zip(_MIN_QUERIES, _SHARES, strict=True)
     )
-    groups = _look_alikes(queries)
+    groups = look_alikes(queries)
     order = np.random.default_rng(seed).permutation(len(groups))
     shuffled = [queries[index] for group in order for index in groups[group]]
     n_choice, n_confirmation = min(n_choice, _MOST_CHOSEN), min(n_confirmation, _MOST_CHOSEN)
@@ -146,7 +146,7 @@ def _matched(ours: Sequence[str], theirs: Sequence[str]) -> Opposed:
     return [(rows[row], columns[column]) for row, column in matched]
 
 
-def _look_alikes(queries: Sequence[str]) -> list[list[int]]:
+def look_alikes(queries: Sequence[str]) -> list[list[int]]:
     """Groups of one query, or of two that look more like each other than like any other one."""
     likeness = _likeness(queries)
     np.fill_diagonal(likeness, -1.0)

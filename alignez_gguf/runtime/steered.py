@@ -8,13 +8,16 @@ every cached token the strengths it was computed under, and drops what another r
 A chat handler for images evaluates a prompt in parts, the images by itself, before `generate` gets it as a
 whole (MTMDChatHandler in llama_cpp/llama_chat_format.py). Where the model has a handler, such parts are the
 inside of a prompt, and `generate` computes its last token again, steered.
+
+Where a control has a gate, `generate` computes the prompt unsteered first, which decides whether the control
+steers this request; if so, what is steered of the prompt is computed again.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +40,7 @@ class Control:
     def __init__(self, control: ControlFile, strength: float, scope: Scope, attached: Attached) -> None:
         self.strength = strength
         self.scope = scope
+        self.gate = control.gate
         self.attached = attached
         self.digest = digest(control.edits)
         self.positions = range(0)
@@ -125,12 +129,43 @@ class SteeredModel:
         self._begin(self._llm.n_ctx() + 1)
         self._is_part = True
 
-    def _begin(self, n_prompt: int) -> None:
-        """Start a request whose prompt ends at position `n_prompt`."""
+    def _begin(self, n_prompt: int, closed: Collection[Control] = ()) -> None:
+        """Start a request whose prompt ends at position `n_prompt`, without the controls of a closed gate."""
         self._is_part = False
         for control in self.controls:
+            if control in closed:
+                control.steer(range(0))
+                continue
             first, end = control.scope.positions(n_prompt)
             control.steer(range(first, self._llm.n_ctx() if end is None else end))
+
+    def _closed(self, prompt: list[int], *, is_whole: bool) -> list[Control]:
+        """The controls whose gate stays closed for a prompt; where one has a gate, it is computed unsteered.
+
+        Raises:
+            SteeringError: the prompt goes on from a text in the cache, whose end no gate was made for.
+        """
+        import llama_cpp
+
+        gated = [control for control in self.controls if control.gate is not None]
+        if not gated:
+            return []
+        if not is_whole:
+            raise SteeringError(
+                "a control with a gate is asked at the end of a whole prompt; call generate with reset=True"
+            )
+        self._begin(len(prompt), self.controls)
+        self._keep_prefix(self._n_reusable(prompt))
+        rest = prompt[self._llm.n_tokens :]
+        if rest:
+            self._computes = True
+            try:
+                self._eval(rest)
+            finally:
+                self._computes = False
+        row = llama_cpp.llama_get_logits_ith(self._llm._ctx.ctx, -1)
+        logits = np.ctypeslib.as_array(row, (self._llm.n_vocab(),))
+        return [control for control in gated if control.gate is not None and not control.gate.opens(logits)]
 
     def _strengths(self, position: int) -> tuple[float, ...]:
         return tuple(control.strength_at(position) for control in self.controls)
@@ -221,7 +256,7 @@ class SteeredModel:
         self._take_stock()
         prompt = list(bound.arguments["tokens"])
         n_cached = 0 if bound.arguments["reset"] else self._llm.n_tokens
-        self._begin(n_cached + len(prompt))
+        self._begin(n_cached + len(prompt), self._closed(prompt, is_whole=n_cached == 0))
         if bound.arguments["reset"]:
             self._keep_prefix(self._n_reusable(prompt))
         tokens = self._original["generate"](*bound.args, **bound.kwargs)
@@ -248,6 +283,8 @@ class SteeredModel:
         if not self._computes and self._llm.chat_handler is not None:
             if first == 0:
                 self._begin_part()
+        elif not self._computes and any(control.gate is not None for control in self.controls):
+            raise SteeringError("a control with a gate steers what generate computes, and eval is no request")
         elif not self._computes and (first == 0 or len(tokens) > 1):
             self._begin(first + len(tokens))
         self._cached[first:] = map(self._strengths, range(first, first + len(tokens)))

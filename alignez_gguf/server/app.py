@@ -14,6 +14,7 @@ import anyio
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from alignez_gguf.server.admission import Admission
 from alignez_gguf.server.description import (
     ANSWER,
     HEALTH,
@@ -25,7 +26,6 @@ from alignez_gguf.server.description import (
     describe,
 )
 from alignez_gguf.server.errors import ApiError, install
-from alignez_gguf.server.gate import Gate
 from alignez_gguf.server.jobs import Job
 from alignez_gguf.server.metrics import Metrics
 from alignez_gguf.server.reply import Choice, Reply
@@ -76,7 +76,7 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
     app.openapi = lambda: document  # type: ignore[method-assign]
     paths = [path for route in app.routes if (path := getattr(route, "path", "")) and "{" not in path]
     app.add_middleware(
-        Gate,
+        Admission,
         metrics=metrics,
         api_keys=keys,
         body_bytes=service.limits.body_bytes,

@@ -74,7 +74,7 @@ def _methods(request: Request) -> set[str]:
     """What a path can be asked with; Starlette names those of the first route only."""
     fitting = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
     methods = {method for route in fitting for method in getattr(route, "methods", None) or ()}
-    return methods | {"HEAD"} if "GET" in methods else methods  # see `Gate`
+    return methods | {"HEAD"} if "GET" in methods else methods  # see `Admission`
 
 
 def install(app: FastAPI) -> None:

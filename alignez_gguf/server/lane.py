@@ -23,6 +23,7 @@ from alignez_gguf.engines.slots import (
     can_be_exact,
     company_needed_from,
 )
+from alignez_gguf.gate import Gate
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
@@ -60,6 +61,7 @@ class Lane:
     Args:
         model: outlives the lane.
         controls: the edits of each control, by name; without any, all answers are unsteered.
+        gates: of the controls that have one, by name.
         n_ctx: the longest prompt and answer together, in tokens.
         n_parallel: the most sequences that grow at once.
         n_threads: default: the number of physical cores.
@@ -73,6 +75,7 @@ class Lane:
         self,
         model: Model,
         controls: Mapping[str, Edits],
+        gates: Mapping[str, Gate],
         *,
         n_ctx: int,
         n_parallel: int,
@@ -82,6 +85,7 @@ class Lane:
         exact = can_be_exact(model)
         piece = EXACT_PIECE if exact else FAST_PIECE
         self._numbers = {name: number for number, name in enumerate(controls)}
+        self._gates = gates
         with ExitStack() as opened:
             self._context = opened.enter_context(
                 Context(
@@ -156,12 +160,18 @@ class Lane:
         if job.strength:
             scope = job.scope.positions(len(job.tokens))
             treatment = Treatment(job.strength, *scope, control=self._numbers[job.control])
+        gate = self._gates.get(job.control) if job.strength else None
         base_logits: NDArray[np.float32] | None = None
         own, twin = range(self.n_parallel, self.n_parallel + _STAGING)
-        if job.divergence:
-            index = yield from self._prompt(twin, job.tokens, UNSTEERED)
+        if job.divergence or gate is not None:
+            index = yield from self._prompt(twin if job.divergence else own, job.tokens, UNSTEERED)
             base_logits = self._context.logits(index).copy()
-        index = yield from self._prompt(own, job.tokens, treatment)
+        if gate is not None and base_logits is not None and not gate.opens(base_logits):
+            treatment = UNSTEERED
+        if not job.divergence:
+            base_logits = None
+        if job.divergence or gate is None or treatment is not UNSTEERED:
+            index = yield from self._prompt(own, job.tokens, treatment)
         answer.advance(self._context, index, base_logits)
         if answer.done:
             answer.close()

@@ -108,6 +108,7 @@ class Service:
             lane = Lane(
                 self.model,
                 {name: control.edits for name, control in controls.items()},
+                {name: control.gate for name, control in controls.items() if control.gate is not None},
                 n_ctx=self.n_ctx,
                 n_parallel=max(2, min(n_parallel, room)),
                 n_threads=n_threads,

@@ -13,9 +13,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from alignez_gguf.errors import AlignezError
+from alignez_gguf.server.admission import HEAD_BYTES
 from alignez_gguf.server.app import create_app
 from alignez_gguf.server.connection import Connection
-from alignez_gguf.server.gate import HEAD_BYTES
 from alignez_gguf.server.service import Service
 
 _BACKLOG = 2048

@@ -14,9 +14,9 @@ import pytest
 
 from alignez_gguf.engines import Sampling
 from alignez_gguf.server import reply as reply_module
+from alignez_gguf.server.admission import HEAD_BYTES
 from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.gate import HEAD_BYTES
 from alignez_gguf.server.jobs import Job, Piece, Ticket
 from alignez_gguf.server.reply import Reply
 from tests.server.client import Server, until

@@ -126,7 +126,7 @@ def ask(
     sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0, stop=templates.stop)
     determined_by = {"model": engine.info, "sampling": sampling}
     if control is not None:
-        engine.set_edits(control.edits, control.scope)
+        engine.set_edits(control.edits, control.scope, control.gate)
         determined_by |= {"edits": controldigest(control), "scope": str(control.scope)}
     with RowStore(work.part(f"answers-{system}", **determined_by).with_suffix(".jsonl")) as store:
         prompts = plain

@@ -22,7 +22,7 @@ _HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class Gate:
+class Admission:
     """An ASGI application around another.
 
     Args:

@@ -1,0 +1,87 @@
+"""Which requests are steered: decided once, at the end of the prompt, by what the model would say next.
+
+Pure numpy, no I/O. The runtimes ask a gate, `pipeline.gating` fits one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from alignez_gguf.errors import SteeringError
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Opens for a request whose first token, as the unsteered model would draw it, says that it is harmful.
+
+    With p the probabilities of the token after the prompt, it opens where
+
+        sum_i weights[i] log p(tokens[i]) > threshold.
+
+    A request for which it stays closed is answered by the unsteered model, bit for bit. The logits are those
+    that the prefill of the prompt computes anyway, so a closed gate costs nothing; an open one costs a second
+    computation of the last prompt tokens. The arrays are copied and read-only.
+
+    Attributes:
+        tokens: [k], the ids of some tokens, int32.
+        weights: [k], float32.
+        threshold: in nat.
+
+    Raises:
+        SteeringError: the arrays do not belong together, or a value is not finite.
+    """
+
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    threshold: float
+
+    def __post_init__(self) -> None:
+        tokens = np.array(self.tokens, np.int32)
+        weights = np.array(self.weights, np.float32)
+        if tokens.ndim != 1 or tokens.shape != weights.shape or not len(tokens):
+            raise SteeringError(
+                f"a gate has as many weights as tokens, not {list(weights.shape)} and {list(tokens.shape)}"
+            )
+        if tokens.min() < 0 or len(np.unique(tokens)) != len(tokens):
+            raise SteeringError("the tokens of a gate must be different ids from 0 on")
+        if not np.isfinite(weights).all() or not math.isfinite(self.threshold):
+            raise SteeringError("the weights and the threshold of a gate must be finite")
+        for name, array in (("tokens", tokens), ("weights", weights)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    @property
+    def digest(self) -> str:
+        """Tells gates apart: SHA-256 of their tokens, weights and threshold."""
+        value = hashlib.sha256(self.tokens.tobytes())
+        value.update(self.weights.tobytes())
+        value.update(repr(self.threshold).encode())
+        return value.hexdigest()
+
+    def score(self, logits: ArrayLike) -> float:
+        """The weighted log-probabilities, in nat, of the logits [n_vocab] after a prompt.
+
+        Raises:
+            SteeringError: the model has fewer tokens, or the logits are not finite.
+        """
+        row = np.asarray(logits, np.float64)
+        if self.tokens.max() >= len(row):
+            raise SteeringError(
+                f"the gate reads token {self.tokens.max()}, but the model has {len(row)}; use a control file "
+                "made for this model"
+            )
+        largest = row.max()
+        log_sum = largest + math.log(np.exp(row - largest).sum())
+        score = float(self.weights.astype(np.float64) @ (row[self.tokens] - log_sum))
+        if not math.isfinite(score):
+            raise SteeringError("the gate cannot be read: the model gives a token that it reads no logit")
+        return score
+
+    def opens(self, logits: ArrayLike) -> bool:
+        """Whether a request is steered, by the logits [n_vocab] after its prompt; see `score`."""
+        return self.score(logits) > self.threshold

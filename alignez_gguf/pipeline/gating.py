@@ -1,0 +1,124 @@
+"""Fits a gate: what a model would say first to harmful requests, and not to harmless ones that look alike.
+
+The twins of the templates are known to be harmful or harmless; of the queries it is taken from whether the
+safety-first persona declines them. So nobody labels anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignez_gguf.gate import Gate
+from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline.job import Job, SteeredGenerator
+from alignez_gguf.pipeline.kept import kept_arrays
+from alignez_gguf.pipeline.verdicts import declines, look_alikes
+from alignez_gguf.prompts import SAFETY
+
+FALSE_ALARMS = 0.03
+"""The share of harmless requests for which a gate may open."""
+
+_N_TOKENS = 500
+"""The likeliest first tokens, which a gate reads."""
+_SHRINKAGE = 0.9
+"""Of the covariance towards a multiple of the identity: there are fewer requests than tokens."""
+_FOLDS = 6
+_MIN_REQUESTS = 12
+"""Of each kind from which on a gate is fitted."""
+_WORTH_IT = 0.5
+"""The share of harmful requests that a gate has to let through."""
+
+
+def fitted_gate(job: Job, pairs: Sequence[PreferencePair]) -> Gate | None:
+    """The gate of a job, fitted on the twins and on the queries of `pairs`; kept.
+
+    None where the job is not to have one, where there are too few requests of a kind, or where it would miss
+    half of the harmful ones.
+    """
+    settings, target = job.settings, job.target
+    if not settings.gate or settings.aspects[0].name != SAFETY or not isinstance(target, SteeredGenerator):
+        return None
+    queries, harmful = _requests(job, pairs)
+    if min(sum(harmful), len(harmful) - sum(harmful)) < _MIN_REQUESTS:
+        return None
+    path = job.work.part(
+        "gate", model=target.info, templates=job.templates, queries=queries, harmful=harmful
+    ).with_suffix(".npz")
+
+    def fitted() -> dict[str, Any]:
+        prompts = list(map(job.templates.plain_prompt, queries))
+        rows = []
+        with job.reporter.stage("reading what would be said first", len(prompts)) as advance:
+            for row in target.next_token_logprobs(prompts):
+                rows.append(np.asarray(row, np.float32))
+                advance(1)
+        gate, caught = fit(np.stack(rows), np.array(harmful), _groups(queries))
+        return {
+            "tokens": gate.tokens,
+            "weights": gate.weights,
+            "threshold": np.float64(gate.threshold),
+            "caught": np.float64(caught),
+        }
+
+    found = kept_arrays(path, fitted)
+    caught = float(found["caught"])
+    told = f"{caught:.0%} of {sum(harmful)} harmful requests and {FALSE_ALARMS:.0%} of the harmless ones"
+    if caught < _WORTH_IT:
+        job.reporter.note(f"no gate: it would open for {told}, held out")
+        return None
+    job.reporter.note(f"a gate opens for {told}, held out")
+    return Gate(found["tokens"], found["weights"], float(found["threshold"]))
+
+
+def fit(
+    logprobs: NDArray[np.floating[Any]], harmful: NDArray[np.bool_], groups: Sequence[int]
+) -> tuple[Gate, float]:
+    """Linear discriminant analysis of log-probabilities [n_requests, n_vocab].
+
+    The threshold is the one that `FALSE_ALARMS` of the harmless requests exceed when they are left out of the
+    fit, each with its group. Also gives the share of harmful requests, left out as well, that exceed it.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    finite = np.isfinite(logprobs).all(axis=0)
+    means = np.where(finite, np.where(finite, logprobs, 0).mean(axis=0), -np.inf)
+    tokens = np.argsort(-means, kind="stable")[: min(_N_TOKENS, int(finite.sum()))]
+    rows = logprobs[:, tokens].astype(np.float64)
+    scores = np.zeros(len(rows))
+    folds = min(_FOLDS, len(set(groups)))
+    for train, left_out in GroupKFold(folds).split(rows, harmful, groups):
+        weights, centre = _discriminant(rows[train], harmful[train])
+        scores[left_out] = rows[left_out] @ weights - centre
+    weights, centre = _discriminant(rows, harmful)
+    threshold = float(np.quantile(scores[~harmful], 1 - FALSE_ALARMS))
+    caught = float((scores[harmful] > threshold).mean())
+    return Gate(tokens.astype(np.int32), weights.astype(np.float32), threshold + centre), caught
+
+
+def _discriminant(rows: NDArray[np.float64], harmful: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float]:
+    """Weights by which the class means lie 2 apart, and the score half way between them."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    found = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=_SHRINKAGE).fit(rows, harmful)
+    weights = found.coef_[0]
+    above, below = (rows[one].mean(axis=0) @ weights for one in (harmful, ~harmful))
+    scale = 2 / (above - below)
+    return weights * scale, float(above + below) / 2 * scale
+
+
+def _requests(job: Job, pairs: Sequence[PreferencePair]) -> tuple[list[str], list[bool]]:
+    """The twins and the queries, each once, and whether they are harmful."""
+    known = {query: index == 0 for twin in job.templates.twins for index, query in enumerate(twin)}
+    asked = {pair.query: declines(pair) for pair in reversed(pairs)}
+    requests = {**asked, **known}
+    return list(requests), list(requests.values())
+
+
+def _groups(queries: Sequence[str]) -> list[int]:
+    """Numbers that queries which look alike have in common."""
+    numbers = {index: number for number, group in enumerate(look_alikes(queries)) for index in group}
+    return [numbers[index] for index in range(len(queries))]
