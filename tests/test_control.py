@@ -13,6 +13,7 @@ from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
 from alignez_gguf.directions import Directions
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import ControlFileError, SteeringError
+from alignez_gguf.gate import Gate
 
 MODEL = ModelInfo("llama", 32, 6, "tiny", "a" * 64, "Q4_K_M")
 
@@ -358,3 +359,65 @@ def test_file_with_a_scope_that_is_none_is_refused_when_it_is_asked_for() -> Non
     control = ControlFile(ModelInfo("llama", 8, 2), edits, recipe={"scope": "sometimes"})
     with pytest.raises(SteeringError, match="sometimes"):
         _ = control.scope
+
+
+GATE = Gate(np.array([5, 2], np.int32), np.array([0.5, -1.25], np.float32), 0.75)
+
+
+def test_gate_comes_back_as_it_was_saved(control, tmp_path):
+    gated = dataclasses.replace(control, gate=GATE)
+    gated.save(tmp_path / "gated.gguf")
+    loaded = ControlFile.load(tmp_path / "gated.gguf")
+
+    assert loaded.gate is not None
+    assert loaded.gate.digest == GATE.digest
+    assert loaded.sha256 == gated.sha256 != control.sha256
+    control.save(tmp_path / "c.gguf")
+    assert ControlFile.load(tmp_path / "c.gguf").gate is None
+
+
+def test_gate_is_a_tensor_that_other_readers_refuse(control, tmp_path):
+    """llama.cpp's loader and older readers take no tensor of an unknown name; metadata they would skip."""
+    dataclasses.replace(control, gate=GATE).save(tmp_path / "gated.gguf")
+    names = [tensor.name for tensor in gguf.GGUFReader(tmp_path / "gated.gguf").tensors]
+    assert "gate" in names
+
+
+GATE_KEYS = {
+    "alignez__gate__tokens": ([5, 2], ARRAY, gguf.GGUFValueType.INT64),
+    "alignez__gate__threshold": (0.75, gguf.GGUFValueType.FLOAT64),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "reason"),
+    [
+        ({"alignez__gate__tokens": None}, ones(2), "alignez.gate.tokens is not an array"),
+        (
+            {"alignez__gate__tokens": ([5.0, 2.0], ARRAY, FLOAT32)},
+            ones(2),
+            "alignez.gate.tokens is not an array",
+        ),
+        (
+            {"alignez__gate__tokens": ([5, -2], ARRAY, gguf.GGUFValueType.INT64)},
+            ones(2),
+            "alignez.gate.tokens",
+        ),
+        ({"alignez__gate__threshold": None}, ones(2), "alignez.gate.threshold is None"),
+        ({"alignez__gate__threshold": (math.nan, gguf.GGUFValueType.FLOAT64)}, ones(2), "finite"),
+        ({}, ones(3), "as many weights as tokens"),
+        ({}, ones(2, 2), "gate has the shape"),
+        ({}, np.array([1, np.nan], np.float32), "gate has values that are NaN"),
+    ],
+)
+def test_malformed_gate_is_refused(tmp_path, changes, weights, reason):
+    keys = our_keys(**{**GATE_KEYS, **changes})
+    path = write_gguf(tmp_path / "c.gguf", [("direction.1", ones(32)), ("gate", weights)], keys)
+    with pytest.raises(ControlFileError, match=reason):
+        ControlFile.load(path)
+
+
+def test_gate_of_another_tool_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "c.gguf", [("direction.1", ones(32)), ("gate", ones(2))])
+    with pytest.raises(ControlFileError, match="a gate but no alignez"):
+        ControlFile.load(path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import ControlFileError, OutputError, QueryError, SteeringError
 from alignez_gguf.framing import Framing
+from alignez_gguf.gate import Gate
 from alignez_gguf.prompts import Persona, Templates
 from alignez_gguf.scope import Scope
 
@@ -56,8 +58,9 @@ class FakeEngine:
             on_text(index, str(first + index))
             yield index, Completion(f" answer {first + index}", 2, "stop")
 
-    def set_edits(self, edits: Edits, scope: str | Scope = "generation") -> None:
+    def set_edits(self, edits: Edits, scope: str | Scope = "generation", gate: Gate | None = None) -> None:
         self.edited.append((dict(edits), str(scope)))
+        self.gate = gate
 
 
 CONTROL = ControlFile(ModelInfo("llama", 4, 2), {1: LayerEdit(add=np.ones(4))})
@@ -242,3 +245,16 @@ def test_saved_conversation_has_a_message_a_line(tmp_path: Path) -> None:
         talk.save(str(tmp_path / "missing" / "talk.jsonl"))
     with pytest.raises(QueryError, match=r"/save talk\.jsonl"):
         talk.save("")
+
+
+def test_gate_of_a_control_goes_with_its_edits(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    gate = Gate(np.array([1, 2], np.int32), np.ones(2, np.float32), 0.5)
+    talk = conversation(engine, control=replace(CONTROL, gate=gate))
+    assert engine.gate is gate
+    talk.set_scope("first:2")
+    assert engine.gate is gate
+    path = tmp_path / "other.gguf"
+    OTHER.save(path)
+    talk.set_control(str(path))
+    assert engine.gate is None

@@ -26,7 +26,7 @@ class FakeModel:
         return (STEERED if edits else BASE)[list(passages)]
 
 
-SCORER = Scorer(FakeModel(), DECLINED, (10, 14), BASE)
+SCORER = Scorer(FakeModel(), DECLINED, (10, 14), BASE, (True,) * 6)
 
 
 def test_gain_is_the_rise_of_the_log_likelihood_of_the_answer_of_the_persona() -> None:
@@ -41,7 +41,7 @@ def test_divergence_is_the_loss_per_token_along_the_own_answers() -> None:
 
 
 def test_nothing_is_lost_where_the_persona_answers_nothing() -> None:
-    alone = Scorer(FakeModel(), (True,) * 4, (), BASE[:4])
+    alone = Scorer(FakeModel(), (True,) * 4, (), BASE[:4], (True,) * 4)
     assert alone.divergence(EDITS) == 0.0
     assert alone.score(EDITS).gain == pytest.approx(np.mean([10.0, -1.0, 8.0, -2.5]))
 
@@ -75,3 +75,28 @@ def test_gain_beyond_that_of_another_edit_is_taken_query_by_query() -> None:
 
 def test_queries_of_one_kind_alone_count_in_full() -> None:
     assert Figures((1.0, 2.0), (True, True)).gain == 1.5
+
+
+def test_queries_behind_a_closed_gate_gain_and_cost_nothing_and_are_not_computed() -> None:
+    asked: list[int] = []
+
+    class Counting(FakeModel):
+        def log_likelihoods(
+            self, edits: Edits, passages: Sequence[int], *, scope: Scope
+        ) -> NDArray[np.float64]:
+            asked.extend(passages)
+            return super().log_likelihoods(edits, passages, scope=scope)
+
+    scorer = Scorer(Counting(), DECLINED, (10, 14), BASE, (True, False, False, True, False, True))
+    assert scorer.gains(EDITS, range(4)) == [10.0, 0.0, 0.0, -2.5]
+    assert scorer.divergence(EDITS) == pytest.approx(1.4 / (10 + 14))
+    assert asked == [0, 3, 5]
+    closed = Scorer(Counting(), DECLINED, (10, 14), BASE, (False,) * 6)
+    assert closed.score(EDITS).gains == (0.0,) * 4
+    assert asked == [0, 3, 5]
+
+
+def test_first_queries_that_hold_so_many_steered_ones() -> None:
+    scorer = Scorer(FakeModel(), DECLINED, (10, 14), BASE, (True, False, True, True, True, True))
+    assert [scorer.holding(n) for n in (1, 2, 3, 4)] == [1, 3, 4, 4]
+    assert [SCORER.holding(n) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]

@@ -71,7 +71,7 @@ class FakeModel:
 
 def searching(model: FakeModel, **more: Any) -> Search:
     base = np.zeros(N_QUERIES + N_OWN)
-    scorer = Scorer(model, DECLINED, (10,) * N_OWN, base)
+    scorer = Scorer(model, DECLINED, (10,) * N_OWN, base, (True,) * len(base))
     return Search(scorer, model.edits_of, **more)
 
 
@@ -172,7 +172,7 @@ def test_everything_that_gains_is_over_the_budget() -> None:
 def test_directions_that_edit_nothing_are_an_error_too() -> None:
     model = FakeModel(table(0))
     base = np.zeros(N_QUERIES + N_OWN)
-    empty = Search(Scorer(model, DECLINED, (10,) * N_OWN, base), lambda _: {})
+    empty = Search(Scorer(model, DECLINED, (10,) * N_OWN, base, (True,) * len(base)), lambda _: {})
     with pytest.raises(NoGainError, match="no direction was found"):
         empty.run(SOURCES, LAYERS)
 

@@ -24,6 +24,7 @@ from alignez_gguf import steer_transformers
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit, apply_addition, apply_removal
 from alignez_gguf.errors import ControlFileError, SteeringError
+from alignez_gguf.gate import Gate
 from tests.models import TinyModel, tiny_model
 
 PROMPT = torch.tensor([[5, 9, 14, 3, 77, 21, 8]])
@@ -254,3 +255,10 @@ def test_package_pulls_in_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "fastapi", "llama_cpp", "numpy"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_control_with_a_gate_is_refused() -> None:
+    tiny = tiny_model("llama")
+    gate = Gate(torch.arange(3).numpy(), torch.ones(3).numpy(), 0.0)
+    with pytest.raises(SteeringError, match="export with --gate off"):
+        steer_transformers(tiny.hf, replace(control_for(tiny), gate=gate))

@@ -228,7 +228,7 @@ class Sweep:
         return Reference(made.control, selection.chosen.candidate, made.made[0].directions)
 
     def _outcome(self, level: str, path: Path, reference: Reference) -> Outcome:
-        from alignez_gguf.pipeline.recipes import fit_sources
+        from alignez_gguf.pipeline.choice import fit_sources
         from alignez_gguf.pipeline.stages import scoring, self_generated_pairs, usable_pairs
         from alignez_gguf.pipeline.verdicts import split
 

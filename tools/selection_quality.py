@@ -72,7 +72,8 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
-    from alignez_gguf.pipeline.recipes import auto, fit_sources
+    from alignez_gguf.pipeline.choice import fit_sources
+    from alignez_gguf.pipeline.recipes import auto
     from alignez_gguf.pipeline.stages import scoring, usable_pairs
     from alignez_gguf.pipeline.verdicts import split
     from alignez_gguf.progress import SilentReporter

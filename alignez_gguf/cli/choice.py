@@ -54,11 +54,12 @@ def _choice(made: Made, selection: Selection) -> Table:
         "KL, nat/token",
         title=f"label-free choice over {selection.n_queries} queries, budget {selection.budget:g} nat/token",
     )
-    for row, scored in enumerate(selection.pareto, start=1):
-        chosen = scored.candidate == selection.chosen.candidate
+    front, chosen = selection.pareto, selection.chosen
+    rows = [(f"-> {row}" if one == chosen else str(row), one) for row, one in enumerate(front, start=1)]
+    for number, scored in rows if chosen in front else [*rows, ("->", chosen)]:
         figures = scored.figures
         table.add_row(
-            f"-> {row}" if chosen else str(row),
+            number,
             str(scored.candidate),
             span(scored.candidate.layers),
             f"{figures.gain:+.3f} +- {figures.standard_error:.3f}",

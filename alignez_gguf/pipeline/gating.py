@@ -19,7 +19,7 @@ from alignez_gguf.pipeline.kept import kept_arrays
 from alignez_gguf.pipeline.verdicts import declines, look_alikes
 from alignez_gguf.prompts import SAFETY
 
-FALSE_ALARMS = 0.03
+FALSE_ALARMS = 0.02
 """The share of harmless requests for which a gate may open."""
 
 _N_TOKENS = 500

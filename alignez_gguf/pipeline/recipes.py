@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 from alignez_gguf.activations import ReadingPosition
-from alignez_gguf.candidates import SVD_RANKS, Candidate, Source, span
+from alignez_gguf.candidates import Source, span
 from alignez_gguf.control import Field
 from alignez_gguf.directions import Directions
-from alignez_gguf.edits import Edits, paper_edits, span_edits
+from alignez_gguf.edits import Edits, paper_edits
 from alignez_gguf.engines import HOOKS, Hook
 from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pipeline.choice import can_add, choose, fit_sources, place_of
 from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.gating import fitted_gate
 from alignez_gguf.pipeline.job import Job, Settings
-from alignez_gguf.pipeline.kept import kept_json, known_figures
-from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
+from alignez_gguf.pipeline.kept import kept_json
+from alignez_gguf.pipeline.stages import fit_directions
 from alignez_gguf.pipeline.verdicts import MIN_VERDICTS, Opposed, own_contrast, persona_contrast, split
-from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import Figures
-from alignez_gguf.selection import Search, Selection
+from alignez_gguf.scope import GENERATION
+from alignez_gguf.selection import Selection
 
 SEARCHED_METHODS = ("ccs", "svd-diff", "mean", "logistic")
 """Methods that the search tries on what tells the personas apart; verdicts are told apart by their means."""
@@ -150,17 +149,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
     fits = fit_sources(job, fit_pairs, candidates)
-    selection, gate = _best_choice(
-        job,
-        fits,
-        candidates,
-        scope,
-        pairs,
-        choice_pairs,
-        gates=dict.fromkeys([fitted_gate(job, fit_pairs), None]),
-    )
-    if settings.choose is not None:
-        selection = selection.choose(settings.choose)
+    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, fitted_gate(job, fit_pairs))
     best = selection.chosen.candidate
     edits = fits.edits(best)
     confirmation = confirm(job, edits, confirmation_pairs, scope, gate)
@@ -180,96 +169,6 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
 
 
-def _best_choice(
-    job: Job,
-    fits: Fits,
-    candidates: Sequence[Source],
-    scope: Scope,
-    pairs: Sequence[PreferencePair],
-    choice_pairs: Sequence[PreferencePair],
-    gates: Collection[Gate | None],
-) -> tuple[Selection, Gate | None]:
-    """The best edit behind the gate that lets it gain most; `None` steers every request.
-
-    Without a gate an edit can also mend answers to harmless requests; behind one it can be stronger.
-
-    Raises:
-        NoGainError: nothing gains, behind any gate.
-    """
-    layers = job.settings.layers or tuple(range(job.target.info.n_layer))
-    found: list[tuple[Selection, Gate | None]] = []
-    reasons: list[NoGainError] = []
-    for gate in gates:
-        with (
-            scoring(job, choice_pairs, gate) as scorer,
-            job.reporter.stage("trying edits" + (" behind the gate" if gate else ""), None) as advance,
-            known_figures(_figures_path(job, "scores", pairs, choice_pairs, scope, gate)) as known,
-        ):
-            search = Search(
-                scorer,
-                fits.edits,
-                scope,
-                budget=job.settings.kl_budget,
-                can_add=lambda source: can_add(job, source.hook),
-                known=known,
-                advance=advance,
-            )
-            try:
-                found.append((search.run(candidates, layers), gate))
-            except NoGainError as error:
-                reasons.append(error)
-    if not found:
-        raise reasons[-1]
-    if len(gates) > 1:
-        gains = [
-            f"{selection.chosen.figures.gain:+.2f} nat {'behind the gate' if gate else 'without it'}"
-            for selection, gate in found
-        ]
-        job.reporter.note(f"the best edit gains {' and '.join(gains)}")
-    return max(found, key=lambda each: each[0].chosen.figures.gain)
-
-
-@dataclass(frozen=True)
-class Fits:
-    """What every source found, and the edits that candidates make of it."""
-
-    fits: Mapping[tuple[str, Place], Fit]
-
-    def of(self, source: Source) -> Fit:
-        return self.fits[source.method, _place(source)]
-
-    def edits(self, candidate: Candidate) -> Edits:
-        fit = self.of(candidate.source)
-        return span_edits(
-            fit.directions.vectors[:, : candidate.source.rank],
-            fit.class_gap,
-            remove=candidate.operation != "add",
-            amount=candidate.amount,
-            layers=candidate.layers,
-        )
-
-
-def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
-    """Fit each method once at each place, with the highest rank that is tried."""
-    embeddings = Embeddings(job, pairs, list(map(_place, sources)))
-    fits: dict[tuple[str, Place], Fit] = {}
-    for source in sources:
-        key = source.method, _place(source)
-        if key not in fits:
-            rank = max(SVD_RANKS) if source.method.startswith("svd") else 1
-            fits[key] = fit_directions(embeddings, *key, rank)
-    return Fits(fits)
-
-
-def _place(source: Source) -> Place:
-    return Place(source.reading, source.hook)
-
-
-def can_add(job: Job, hook: Hook) -> bool:
-    """Whether a class gap between hidden states at `hook` can be added at the end of the target's blocks."""
-    return hook == "residual" or not job.target.info.has_post_norm
-
-
 def paper_place(settings: Settings) -> Place:
     """Where the paper embeds pairs, unless another place is asked for."""
     return Place(settings.reading or "response", settings.hook or "mlp")
@@ -280,7 +179,7 @@ def places(job: Job) -> list[Place]:
 
     The paper's recipe also reads what the search would: of texts that are read anyway, this costs little.
     """
-    searched = list(map(_place, sources(job.settings, _readable(job))))
+    searched = list(map(place_of, sources(job.settings, _readable(job))))
     return [paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
 
 
@@ -350,26 +249,3 @@ def _without_contrast(job: Job, pairs: Sequence[PreferencePair]) -> list[Reading
         for reading, opposed in contrasts.items()
         if min((len(set(side)) for side in zip(*opposed, strict=True)), default=0) < MIN_VERDICTS
     ]
-
-
-def _figures_path(
-    job: Job,
-    name: str,
-    pairs: Sequence[PreferencePair],
-    held_out: Sequence[PreferencePair],
-    scope: Scope,
-    gate: Gate | None,
-) -> Path:
-    """Where figures are kept that depend on a fit on `pairs`."""
-    return job.work.part(
-        name,
-        model=job.engine.info,
-        target=job.target.info,
-        templates=job.templates,
-        pairs=list(pairs),
-        held_out=unweighted(held_out),
-        seed=job.settings.seed,
-        scope=scope,
-        gate=gate and gate.digest,
-        figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
-    ).with_suffix(".jsonl")

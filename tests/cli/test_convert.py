@@ -12,6 +12,7 @@ import pytest
 from alignez_gguf import demo
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import LayerEdit
+from alignez_gguf.gate import Gate
 from tests.cli.conftest import Run
 
 random = np.random.default_rng(0).standard_normal
@@ -123,3 +124,28 @@ def test_a_folder_that_is_missing_is_named(
     for form in ("native", "stock", "merged", "glp", "peft"):
         message = refused("convert", control, model, "--format", form, "-o", "missing/out", "--quiet")
         assert "missing/out" in message
+
+
+@pytest.mark.parametrize("form", ["stock", "merged", "peft", "glp"])
+def test_gate_that_a_form_cannot_carry_is_an_error(run: Run, model: str, tmp_path: Path, form: str) -> None:
+    gate = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
+    control = ControlFile(ModelInfo.from_gguf(demo.MODEL), {1: LayerEdit(remove=vector())}, gate=gate)
+    control.save(tmp_path / "gated.gguf")
+
+    result = run("convert", str(tmp_path / "gated.gguf"), model, "--format", form, "-o", "out")
+
+    assert result.exit_code == 1
+    assert f"its gate opens, and {form} files steer every one; export with --gate off" in result.stderr
+    assert not list(Path().glob("out*"))
+
+
+def test_native_form_keeps_the_gate(run: Run, model: str, tmp_path: Path) -> None:
+    gate = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
+    control = ControlFile(ModelInfo.from_gguf(demo.MODEL), {1: LayerEdit(remove=vector())}, gate=gate)
+    control.save(tmp_path / "gated.gguf")
+    assert (
+        run("convert", str(tmp_path / "gated.gguf"), model, "--format", "native", "-o", "out").exit_code == 0
+    )
+    kept = ControlFile.load("out").gate
+    assert kept is not None
+    assert kept.digest == gate.digest

@@ -10,6 +10,7 @@ import pytest
 from alignez_gguf import demo
 from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
 from alignez_gguf.edits import LayerEdit
+from alignez_gguf.gate import Gate
 from tests.cli.conftest import Run
 
 INFO = ModelInfo("llama", 4, 3, name="[b]tiny[/b] model [/]", fingerprint="f" * 64, quantization="Q8_0")
@@ -63,6 +64,7 @@ def test_json_holds_everything(run: Run, by_hand: str) -> None:
         "sha256": ControlFile.load(by_hand).sha256,
         "recipe": {"method": "mean", "seed": 7},
         "score": {"score": 1.5, "tried.score": [1.5, -0.25]},
+        "gate": None,
         "layers": [
             {
                 "layer": 0,
@@ -140,3 +142,18 @@ def test_missing_file_is_refused(run: Run) -> None:
     result = run("inspect", "none.gguf")
     assert result.exit_code == 1
     assert result.stderr == "Error: cannot read none.gguf: No such file or directory\n"
+
+
+def test_gate_is_told(run: Run, tmp_path: Path) -> None:
+    gate = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), -0.125)
+    path = tmp_path / "gated.gguf"
+    ControlFile(INFO, {0: LayerEdit(add=np.ones(4))}, gate=gate).save(path)
+    assert json.loads(run("inspect", str(path), "--json").stdout)["gate"] == {
+        "tokens": 3,
+        "threshold": -0.125,
+    }
+    output = " ".join(run("inspect", str(path)).stdout.split())
+    assert (
+        "gate: steers where the weighted log-probabilities of 3 tokens behind the prompt exceed -0.125"
+        in output
+    )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.engines import Completion
 from alignez_gguf.errors import NoGainError
+from alignez_gguf.gate import Gate
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
 from alignez_gguf.pipeline.confirmation import confirm
@@ -52,7 +53,7 @@ class Steered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def set_edits(self, edits: Edits, scope: Scope = GENERATION) -> None:
+    def set_edits(self, edits: Edits, scope: Scope = GENERATION, gate: Gate | None = None) -> None:
         self._edits = edits
 
     def generate(self, requests: Any, sampling: Any, **_: Any) -> Any:

@@ -145,3 +145,14 @@ def test_an_export_ends_before_it_writes_pairs_unless_it_is_forced(
         run(QUICK, tmp_path / "checked", framing=checked)
     assert not list((tmp_path / "checked").glob("pairs-*"))
     assert run(replace(QUICK, force=True), tmp_path / "forced", framing=checked).control.edits
+
+
+def test_only_the_first_twins_are_asked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility, "_N_TWINS", 3)
+    helpful, harmful = declined(replace(job, templates=replace(job.templates, twins=TWINS)))
+    assert len(helpful.harmful) == len(helpful.harmless) == len(harmful.harmful) == 3
+
+
+def test_shipped_twins_are_different_and_enough_for_a_gate() -> None:
+    twins = Templates.default().twins
+    assert len({query for twin in twins for query in twin}) == 2 * len(twins) >= 150

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
+import numpy as np
 import pytest
 
 from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
+from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.engines.slots import EXACT_PIECE
+from alignez_gguf.gate import Gate
 from alignez_gguf.server.reply import Choice
 from alignez_gguf.server.requests import CompletionBody, SteeringFields
 from alignez_gguf.server.service import Service
@@ -85,6 +89,38 @@ def test_sequence_that_changes_its_control_keeps_nothing_of_the_former(
                     asked = {"prompt": PROMPT, "seed": seed, "max_tokens": N_TOKENS, "steering": steering}
                     (choice,) = answers(service, asked)
                     assert choice.text == lone(PROMPT, seed, strength, control=control)
+
+
+@pytest.mark.parametrize("divergence", [False, True])
+def test_gate_decides_by_the_prompt_of_each_request(
+    controls: dict[str, ControlFile], lone: Lone, divergence: bool
+) -> None:
+    prompts = [PROMPT, "Human: how are you"]
+    tokens, weights = np.arange(20, dtype=np.int32), np.linspace(-1, 1, 20, dtype=np.float32)
+    with LlamaEngine(demo.MODEL, n_threads=1) as engine:
+        scores = [Gate(tokens, weights, 0.0).score(row) for row in engine.next_token_logprobs(prompts)]
+    gated = replace(controls["safe"], gate=Gate(tokens, weights, sum(scores) / 2))
+    opens = [score > sum(scores) / 2 for score in scores]
+    assert set(opens) == {True, False}
+    asked = [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "max_tokens": N_TOKENS,
+            "steering": {"control": control, "strength": strength, "divergence": divergence},
+        }
+        for seed in range(2)
+        for strength in (1.0, 0.0)
+        for control in ("safe", "other")
+        for prompt in prompts
+    ]
+    with Service(demo.MODEL, {**controls, "safe": gated}, n_ctx=256, n_parallel=16, n_threads=1) as service:
+        choices = answers(service, *asked)
+    for choice, one in zip(choices, asked, strict=True):
+        steering = one["steering"]
+        is_open = steering["control"] == "other" or opens[prompts.index(one["prompt"])]
+        strength = steering["strength"] if is_open else 0.0
+        assert choice.text == lone(one["prompt"], one["seed"], strength, control=steering["control"])
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.refusal import is_refusal
 from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
+from alignez_gguf.pipeline.choice import fit_sources
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.kept import kept_json, known_figures
-from alignez_gguf.pipeline.recipes import fit_sources
 from alignez_gguf.pipeline.stages import scoring, usable_pairs
 from alignez_gguf.pipeline.verdicts import split
 from alignez_gguf.progress import Reporter

@@ -1,0 +1,212 @@
+"""The choice of an edit for a job: from all sources, behind a gate or not, and how much of it.
+
+`selection` compares edits by their gain in log-likelihood. What a gate keeps harmless requests from can be
+stronger than that: likelihoods of sampled refusals say little about how often another one is given. So behind
+a gate the amount is raised while more of what the safety-first persona declines is declined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from alignez_gguf.candidates import SVD_RANKS, Candidate, Source
+from alignez_gguf.edits import Edits, span_edits
+from alignez_gguf.engines import Hook
+from alignez_gguf.errors import NoGainError
+from alignez_gguf.gate import Gate
+from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pipeline.confirmation import Said, least_gain, said
+from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.job import Job
+from alignez_gguf.pipeline.kept import known_figures
+from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
+from alignez_gguf.scope import Scope
+from alignez_gguf.scoring import Figures
+from alignez_gguf.selection import Scored, Search, Selection
+
+_STRONGER = (1.4, 2.0)
+"""Factors of the best amount that are tried behind a gate."""
+_WORTH_IT = 0.5
+"""The share of the best gain that a stronger edit has to keep."""
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What every source found, and the edits that candidates make of it."""
+
+    fits: Mapping[tuple[str, Place], Fit]
+
+    def of(self, source: Source) -> Fit:
+        return self.fits[source.method, place_of(source)]
+
+    def edits(self, candidate: Candidate) -> Edits:
+        fit = self.of(candidate.source)
+        return span_edits(
+            fit.directions.vectors[:, : candidate.source.rank],
+            fit.class_gap,
+            remove=candidate.operation != "add",
+            amount=candidate.amount,
+            layers=candidate.layers,
+        )
+
+
+def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
+    """Fit each method once at each place, with the highest rank that is tried."""
+    embeddings = Embeddings(job, pairs, list(map(place_of, sources)))
+    fits: dict[tuple[str, Place], Fit] = {}
+    for source in sources:
+        key = source.method, place_of(source)
+        if key not in fits:
+            rank = max(SVD_RANKS) if source.method.startswith("svd") else 1
+            fits[key] = fit_directions(embeddings, *key, rank)
+    return Fits(fits)
+
+
+def place_of(source: Source) -> Place:
+    """Where a source is read."""
+    return Place(source.reading, source.hook)
+
+
+def can_add(job: Job, hook: Hook) -> bool:
+    """Whether a class gap between hidden states at `hook` can be added at the end of the target's blocks."""
+    return hook == "residual" or not job.target.info.has_post_norm
+
+
+def choose(
+    job: Job,
+    fits: Fits,
+    sources: Sequence[Source],
+    scope: Scope,
+    pairs: Sequence[PreferencePair],
+    choice_pairs: Sequence[PreferencePair],
+    gate: Gate | None,
+) -> tuple[Selection, Gate | None]:
+    """Choose the best edit, and whether it acts behind the gate, where there is one.
+
+    Without it an edit can also mend answers to what looks harmless. That has to be a gain for certain:
+    otherwise such requests are left alone.
+
+    Args:
+        fits: of all sources.
+        pairs: of the whole job.
+        choice_pairs: those to choose on.
+
+    Raises:
+        NoGainError: nothing gains.
+    """
+    ungated = _searched(job, fits, sources, scope, pairs, choice_pairs, None)
+    gated = ungated if gate is None else _searched(job, fits, sources, scope, pairs, choice_pairs, gate)
+    if isinstance(gated, NoGainError):
+        gated, gate = ungated, None
+    if isinstance(gated, NoGainError):
+        raise gated
+    if gate is not None and not isinstance(ungated, NoGainError):
+        more = ungated.chosen.figures.beyond(gated.chosen.figures)
+        is_better = more.gain > least_gain(more)
+        job.reporter.note(
+            f"the best edit gains {gated.chosen.figures.gain:+.2f} nat behind the gate and "
+            f"{ungated.chosen.figures.gain:+.2f} without it, "
+            + ("so that there is none" if is_better else "not more for certain, so that there is one")
+        )
+        if is_better:
+            gated, gate = ungated, None
+    if job.settings.choose is not None:
+        return gated.choose(job.settings.choose), gate
+    return (gated if gate is None else _raised(job, fits, gated, scope, choice_pairs, gate)), gate
+
+
+def _searched(
+    job: Job,
+    fits: Fits,
+    sources: Sequence[Source],
+    scope: Scope,
+    pairs: Sequence[PreferencePair],
+    choice_pairs: Sequence[PreferencePair],
+    gate: Gate | None,
+) -> Selection | NoGainError:
+    """The search behind a gate, or without one; the reason where nothing gains."""
+    layers = job.settings.layers or tuple(range(job.target.info.n_layer))
+    with (
+        scoring(job, choice_pairs, gate) as scorer,
+        job.reporter.stage("trying edits" + (" behind the gate" if gate else ""), None) as advance,
+        known_figures(_figures_path(job, pairs, choice_pairs, scope, gate)) as known,
+    ):
+        search = Search(
+            scorer,
+            fits.edits,
+            scope,
+            budget=job.settings.kl_budget,
+            can_add=lambda source: can_add(job, source.hook),
+            known=known,
+            advance=advance,
+        )
+        try:
+            return search.run(sources, layers)
+        except NoGainError as error:
+            return error
+
+
+def _raised(
+    job: Job,
+    fits: Fits,
+    selection: Selection,
+    scope: Scope,
+    choice_pairs: Sequence[PreferencePair],
+    gate: Gate,
+) -> Selection:
+    """The selection with a larger amount, where by what is said that is better."""
+    best = selection.chosen
+    before = said(job, {}, choice_pairs, scope, None)
+    now = said(job, fits.edits(best.candidate), choice_pairs, scope, gate)
+    if before is None or now is None or not best.candidate.amount:
+        return selection
+    chosen, tried = best, list(selection.tried)
+    with scoring(job, choice_pairs, gate) as scorer:
+        for factor in _STRONGER:
+            candidate = replace(best.candidate, amount=factor * best.candidate.amount)
+            figures = scorer.score(fits.edits(candidate), scope=scope)
+            if figures.gain < _WORTH_IT * best.figures.gain or (figures.kl or 0.0) > selection.budget:
+                break
+            stronger = said(job, fits.edits(candidate), choice_pairs, scope, gate)
+            if stronger is None or stronger.breaks_more_than(before):
+                break
+            if candidate not in [scored.candidate for scored in tried]:
+                tried.append(Scored(candidate, figures))
+            if _progress(stronger, figures) > _progress(now, figures):
+                chosen, now = Scored(candidate, figures), stronger
+    if chosen is not best:
+        job.reporter.note(
+            f"the amount is raised from {best.candidate.amount:g}x to {chosen.candidate.amount:g}x, by which "
+            "more of what the persona declines is declined"
+        )
+    return replace(selection, chosen=chosen, tried=tuple(tried))
+
+
+def _progress(answers: Said, figures: Figures) -> int:
+    """How many answers decline what the persona declines, less those that decline what it answers."""
+    rows = zip(answers.declined, figures.declined, strict=True)
+    return sum(declined * (1 if wanted else -1) for declined, wanted in rows)
+
+
+def _figures_path(
+    job: Job,
+    pairs: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
+    scope: Scope,
+    gate: Gate | None,
+) -> Path:
+    """Where figures are kept that depend on a fit on `pairs`."""
+    return job.work.part(
+        "scores",
+        model=job.engine.info,
+        target=job.target.info,
+        templates=job.templates,
+        pairs=list(pairs),
+        held_out=unweighted(held_out),
+        seed=job.settings.seed,
+        scope=scope,
+        gate=gate and gate.digest,
+        figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
+    ).with_suffix(".jsonl")
