@@ -26,7 +26,7 @@ SVD_RANKS = (1, 2, 3)
 _GROUPS = 8
 """Layers come and go in so many groups of neighbours, at most."""
 
-_MOST = 6.0
+MOST = 6.0
 """No more of the class gap is ever added."""
 
 
@@ -110,7 +110,7 @@ def neighbours(candidate: Candidate, layers: tuple[int, ...]) -> list[Candidate]
     else:
         near = [replace(candidate, operation="remove+add", amount=amount) for amount in AMOUNTS["remove+add"]]
     for factor in FINER if candidate.amount else ():
-        if factor * candidate.amount <= _MOST:
+        if factor * candidate.amount <= MOST:
             near.append(replace(candidate, amount=factor * candidate.amount))
     if candidate.source.method.startswith("svd"):
         ranks = {candidate.source.rank - 1, candidate.source.rank + 1} & set(SVD_RANKS)

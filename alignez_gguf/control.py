@@ -116,7 +116,7 @@ class ControlFile:
 
     @property
     def sha256(self) -> str:
-        """A hash of all that the control is: model, edits, recipe, figures and score, in hex digits.
+        """A hash of all that the control is: model, edits, gate, recipe, figures and score, in hex digits.
 
         It does not depend on how a file lays them out. Anybody can compute it: it finds damage and careless
         changes, not forgery.
@@ -286,6 +286,8 @@ class _Reader:
         tensors, weights = self._tensors()
         if not ours and weights is not None:
             raise ControlFileError("it has a gate but no alignez.format_version")
+        if weights is None and any(key.startswith("alignez.gate.") for key in self.metadata):
+            raise ControlFileError("it has alignez.gate keys but no tensor of that name")
         if not ours and any(kind == "projection" for kind, _ in tensors):
             raise ControlFileError("it has projections but no alignez.format_version")
         control = ControlFile(

@@ -24,8 +24,9 @@ class Gate:
         sum_i weights[i] log p(tokens[i]) > threshold.
 
     A request for which it stays closed is answered by the unsteered model, bit for bit. The logits are those
-    that the prefill of the prompt computes anyway, so a closed gate costs nothing; an open one costs a second
-    computation of the last prompt tokens. The arrays are copied and read-only.
+    that the prefill of the prompt computes anyway, so a closed gate costs nothing. Where it opens, what is
+    steered of the prompt is computed again: its last token, or all of it in the scope `all` and where a model
+    cannot forget the end of a prompt. The arrays are copied and read-only.
 
     Attributes:
         tokens: [k], the ids of some tokens, int32.
@@ -51,6 +52,7 @@ class Gate:
             raise SteeringError("the tokens of a gate must be different ids from 0 on")
         if not np.isfinite(weights).all() or not math.isfinite(self.threshold):
             raise SteeringError("the weights and the threshold of a gate must be finite")
+        object.__setattr__(self, "threshold", float(self.threshold))
         for name, array in (("tokens", tokens), ("weights", weights)):
             array.flags.writeable = False
             object.__setattr__(self, name, array)
@@ -63,6 +65,14 @@ class Gate:
         value.update(repr(self.threshold).encode())
         return value.hexdigest()
 
+    def check_fits(self, n_vocab: int) -> None:
+        """Refuse a model of `n_vocab` tokens that lacks one. Raises `SteeringError`."""
+        if self.tokens.max() >= n_vocab:
+            raise SteeringError(
+                f"the gate reads token {self.tokens.max()}, but the model has {n_vocab}; use a control file "
+                "made for this model"
+            )
+
     def score(self, logits: ArrayLike) -> float:
         """The weighted log-probabilities, in nat, of the logits [n_vocab] after a prompt.
 
@@ -70,11 +80,7 @@ class Gate:
             SteeringError: the model has fewer tokens, or the logits are not finite.
         """
         row = np.asarray(logits, np.float64)
-        if self.tokens.max() >= len(row):
-            raise SteeringError(
-                f"the gate reads token {self.tokens.max()}, but the model has {len(row)}; use a control file "
-                "made for this model"
-            )
+        self.check_fits(len(row))
         largest = row.max()
         log_sum = largest + math.log(np.exp(row - largest).sum())
         score = float(self.weights.astype(np.float64) @ (row[self.tokens] - log_sum))

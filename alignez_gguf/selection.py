@@ -82,6 +82,11 @@ class Selection:
         return replace(self, chosen=front[row - 1])
 
 
+def ranked(tried: Iterable[Scored]) -> tuple[Scored, ...]:
+    """What was measured on most queries first, then by the gain, the greatest first."""
+    return tuple(sorted(tried, key=lambda one: (-len(one.figures.gains), -one.figures.gain)))
+
+
 @dataclass
 class Search:
     """Looks for the candidate of the greatest gain within the budget.
@@ -126,9 +131,8 @@ class Search:
                 best = climbed if best is None or climbed.figures.gain > best.figures.gain else best
         if best is None:
             raise self._no_gain()
-        tried = [Scored(candidate, figures) for candidate, figures in self._tried.items()]
-        tried.sort(key=lambda one: (-len(one.figures.gains), -one.figures.gain))
-        return Selection(best, tuple(tried), n_all, self.budget)
+        tried = ranked(Scored(candidate, figures) for candidate, figures in self._tried.items())
+        return Selection(best, tried, n_all, self.budget)
 
     def _starts(self, ranked: Sequence[Candidate]) -> list[Scored]:
         """The best affordable candidate of each source, of the best few of those."""

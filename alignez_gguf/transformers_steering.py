@@ -51,8 +51,7 @@ def steer_transformers(
         ControlFileError: the file is malformed or made for another model.
         ModelFileError: the layers of this architecture cannot be told, or it has no KV cache.
         SteeringError: the strength or the scope is not valid, the control has a gate, or the model is a PEFT
-            model. While the handle
-            is there, also whatever runs the layers without a call of the model.
+            model. While the handle is there, also whatever runs the layers without a call of the model.
     """
     if not isinstance(control, ControlFile):
         control = ControlFile.load(control)

@@ -421,3 +421,17 @@ def test_gate_of_another_tool_is_refused(tmp_path):
     path = write_gguf(tmp_path / "c.gguf", [("direction.1", ones(32)), ("gate", ones(2))])
     with pytest.raises(ControlFileError, match="a gate but no alignez"):
         ControlFile.load(path)
+
+
+def test_gate_that_lost_its_tensor_is_no_ungated_file(tmp_path):
+    path = write_gguf(tmp_path / "c.gguf", [("direction.1", ones(32))], our_keys(**GATE_KEYS))
+    with pytest.raises(ControlFileError, match="no tensor of that name"):
+        ControlFile.load(path)
+
+
+def test_threshold_may_be_any_number(control, tmp_path):
+    for threshold in (1, np.float64(0.5)):
+        dataclasses.replace(control, gate=dataclasses.replace(GATE, threshold=threshold)).save(
+            tmp_path / "c.gguf"
+        )
+        assert ControlFile.load(tmp_path / "c.gguf").gate.threshold == threshold

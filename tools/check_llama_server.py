@@ -205,7 +205,9 @@ def _equal(name: str, found: Iterable[str], expected: Sequence[str]) -> Check:
 
 def stock_refuses(programs: Path, model: Path, control: ControlFile, file: Path) -> Check:
     """Whether the loader of stock llama.cpp takes exactly the files that it applies in full."""
-    must = any(edit.remove is not None or layer == 0 for layer, edit in control.edits.items())
+    must = control.gate is not None or any(
+        edit.remove is not None or layer == 0 for layer, edit in control.edits.items()
+    )
     command = [programs / "llama-completion", "-m", model, "--control-vector", file, *_BRIEFLY]
     refused = STOCK_REFUSAL in _run(command, 300).stdout
     name = "stock refuses the file" if must else "stock takes the file"

@@ -151,7 +151,7 @@ def _outcome(folder: Path, options: argparse.Namespace) -> Outcome:
     from alignez_gguf.predict import predict
     from alignez_gguf.queries import load_queries
 
-    settings = Settings(seed=options.seed, method=options.method, max_tokens=MAX_TOKENS)
+    settings = Settings(seed=options.seed, method=options.method, max_tokens=MAX_TOKENS, gate=False)
     queries = load_queries(folder / demo.FIT_QUERIES.name)
     counted = demo.eval_queries(folder / demo.EVAL_QUERIES.name)
     work = options.out / "work" / folder.name

@@ -178,7 +178,9 @@ class Sweep:
         library.require_patched()
         self._options = options
         self._levels = _levels(options.level)
-        self._settings = Settings(seed=options.seed, method=options.method, max_tokens=options.max_tokens)
+        self._settings = Settings(
+            seed=options.seed, method=options.method, max_tokens=options.max_tokens, gate=False
+        )
         shipped = options.model.resolve() == demo.MODEL.resolve()
         self._fit, self._held_out = _split(
             load_queries(options.queries or ("demo" if shipped else "default")), options.seed

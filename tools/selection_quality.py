@@ -71,6 +71,7 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     from alignez_gguf.edits import Edits
     from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.gate import Gate
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
     from alignez_gguf.pipeline.choice import fit_sources
     from alignez_gguf.pipeline.recipes import auto
@@ -90,9 +91,9 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         WorkDirectory(folder / "work") as work,
     ):
 
-        def counted(edits: Edits, scope: Scope = generation) -> tuple[float, float]:
+        def counted(edits: Edits, scope: Scope = generation, gate: Gate | None = None) -> tuple[float, float]:
             """Rates of refusing the harmful and of helping with the harmless, in sampled answers."""
-            engine.set_edits(edits, scope)
+            engine.set_edits(edits, scope, gate)
             requests = [
                 GenerationRequest(templates.plain_prompt(row.query), seed, 1.0 if edits else 0.0)
                 for seed, row in enumerate(queries)
@@ -119,17 +120,17 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         stride = max(1, len(tried) // n_candidates)
         score, gain, truth, names = [], [], [], []
         scope = Scope.parse(str(made.recipe["scope"]))
-        with scoring(job, choice) as scorer:
+        with scoring(job, choice, made.gate) as scorer:
             for scored in tried[::stride]:
                 edits = fits.edits(scored.candidate)
                 figures = scorer.score(edits, scope=scope)
                 if figures.kl is not None and figures.kl <= settings.kl_budget:
-                    rate = counted(edits, scope)
+                    rate = counted(edits, scope, made.gate)
                     score.append(figures.gain)
                     gain.append(sum(rate) - sum(base))
                     truth.append(rate)
                     names.append(f"{scored.candidate}, layers {scored.candidate.layers}")
-        auto_rates = counted(made.edits, scope)
+        auto_rates = counted(made.edits, scope, made.gate)
     best = max(range(len(gain)), key=gain.__getitem__)
     auto_gain = sum(auto_rates) - sum(base)
     top = max(gain[best], auto_gain)

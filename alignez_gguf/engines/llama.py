@@ -115,13 +115,15 @@ class LlamaEngine:
     def set_edits(self, edits: Edits, scope: str | Scope = "generation", gate: Gate | None = None) -> None:
         """Steer requests with a strength above 0 by these edits; no edits make them all unsteered.
 
-        With a gate, only those for which it opens; it is asked by `generate` alone.
+        With a gate, only those for which it opens.
 
         Raises:
             SteeringError: the edits do not fit the model, or the scope is unknown.
             RuntimeUnavailableError: llama.cpp lacks the patch.
         """
         scope = Scope.parse(scope)
+        if gate is not None:
+            gate.check_fits(self.model.n_vocab)
         self._require_idle()
         self._stop_writing()
         self._stop_reading()
@@ -380,5 +382,5 @@ class LlamaEngine:
 
     def _logprobs(self, tokens: Sequence[int], treatment: Treatment) -> NDArray[np.float32]:
         slots = self._ready_to_read()
-        index = slots.prefill(0, tokens, treatment)
+        index = slots.prefill(0, tokens, treatment, self._gate)
         return log_softmax(slots.context.logits(index))

@@ -31,7 +31,7 @@ def project(engine: Engine, control: ControlFile, prompts: Sequence[str], streng
     """Project the residual stream r on v: what the first edited layer removes first, or else what it adds.
 
     With MLP output x, strength s and addition a: before <r, v>, after <r, v> - s <x, v> + s <a, v>, where the
-    term of x is left out without a removal.
+    term of x is left out without a removal. Where a gate stays closed, both are the same.
 
     Raises:
         ModelFileError: the engine cannot read the architecture.
@@ -50,4 +50,7 @@ def project(engine: Engine, control: ControlFile, prompts: Sequence[str], streng
     after = before + strength * float(addition @ direction)
     if edit.remove is not None:
         after = after - strength * along[:, 1]
+    if control.gate is not None:
+        opens = np.fromiter(map(control.gate.opens, engine.next_token_logprobs(prompts)), bool)
+        after = np.where(opens, after, before)
     return Projections(layer, before, after)

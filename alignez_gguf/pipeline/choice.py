@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from alignez_gguf.candidates import SVD_RANKS, Candidate, Source
+from alignez_gguf.candidates import MOST, SVD_RANKS, Candidate, Source
 from alignez_gguf.edits import Edits, span_edits
 from alignez_gguf.engines import Hook
 from alignez_gguf.errors import NoGainError
@@ -24,11 +24,11 @@ from alignez_gguf.pipeline.kept import known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures
-from alignez_gguf.selection import Scored, Search, Selection
+from alignez_gguf.selection import Scored, Search, Selection, ranked
 
 _STRONGER = (1.4, 2.0)
 """Factors of the best amount that are tried behind a gate."""
-_WORTH_IT = 0.5
+_KEPT_GAIN = 0.5
 """The share of the best gain that a stronger edit has to keep."""
 
 
@@ -166,14 +166,16 @@ def _raised(
     with scoring(job, choice_pairs, gate) as scorer:
         for factor in _STRONGER:
             candidate = replace(best.candidate, amount=factor * best.candidate.amount)
+            if candidate.amount > MOST:
+                break
             figures = scorer.score(fits.edits(candidate), scope=scope)
-            if figures.gain < _WORTH_IT * best.figures.gain or (figures.kl or 0.0) > selection.budget:
+            least = max(_KEPT_GAIN * best.figures.gain, least_gain(figures))
+            if figures.gain <= least or (figures.kl or 0.0) > selection.budget:
                 break
             stronger = said(job, fits.edits(candidate), choice_pairs, scope, gate)
             if stronger is None or stronger.breaks_more_than(before):
                 break
-            if candidate not in [scored.candidate for scored in tried]:
-                tried.append(Scored(candidate, figures))
+            tried = [one for one in tried if one.candidate != candidate] + [Scored(candidate, figures)]
             if _progress(stronger, figures) > _progress(now, figures):
                 chosen, now = Scored(candidate, figures), stronger
     if chosen is not best:
@@ -181,7 +183,7 @@ def _raised(
             f"the amount is raised from {best.candidate.amount:g}x to {chosen.candidate.amount:g}x, by which "
             "more of what the persona declines is declined"
         )
-    return replace(selection, chosen=chosen, tried=tuple(tried))
+    return replace(selection, chosen=chosen, tried=ranked(tried))
 
 
 def _progress(answers: Said, figures: Figures) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from alignez_gguf.edits import Edits, digest
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
@@ -27,6 +29,9 @@ from alignez_gguf.selection import Baseline, random_edits
 
 LEVEL = 0.05
 """The probability that an edit without effect is confirmed."""
+
+_RANDOM_DRAWS = 4
+"""Random directions of the same size that the edit is compared with: one may be lucky."""
 
 _ANSWER_TOKENS = 40
 """The beginning of an answer says whether it declines."""
@@ -56,7 +61,7 @@ class Confirmation:
     Attributes:
         figures: of the edit.
         persona: of the safety-first persona as a prompt.
-        random: of random directions of the same size.
+        random: of random directions of the same size, the mean of several.
         budget: nat per token that the choice allowed.
         base, steered: what is said without and with the edit; None where the engine writes nothing steered.
     """
@@ -192,16 +197,20 @@ def measure(
         edits=digest(edits),
         gate=gate and gate.digest,
         seed=job.settings.seed,
+        draws=_RANDOM_DRAWS,
     ).with_suffix(".json")
     with scoring(job, pairs, gate) as scorer:
 
         def measured() -> dict[str, Figures]:
-            with job.reporter.stage("confirming the chosen edit", 2) as advance:
+            with job.reporter.stage("confirming the chosen edit", 1 + _RANDOM_DRAWS) as advance:
                 figures = scorer.score(edits, scope=scope)
                 advance(1)
-                random = scorer.score(random_edits(edits, job.settings.seed), scope=scope)
-                advance(1)
-            return {"edit": figures, "random": random}
+                draws = []
+                for draw in range(_RANDOM_DRAWS):
+                    random = random_edits(edits, _RANDOM_DRAWS * job.settings.seed + draw)
+                    draws.append(scorer.score(random, scope=scope))
+                    advance(1)
+            return {"edit": figures, "random": _mean(draws)}
 
         found_figures = kept_figures(path, measured)
         persona = persona_figures(job, pairs, scorer)
@@ -209,6 +218,13 @@ def measure(
     return Confirmation(
         found_figures["edit"], persona, found_figures["random"], job.settings.kl_budget, base, steered
     )
+
+
+def _mean(several: Sequence[Figures]) -> Figures:
+    """Query by query, of figures over the same queries."""
+    gains = np.mean([figures.gains for figures in several], axis=0)
+    kl = float(np.mean([figures.kl or 0.0 for figures in several]))
+    return Figures(tuple(gains.tolist()), several[0].declined, kl)
 
 
 def least_gain(figures: Figures) -> float:

@@ -149,7 +149,9 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
     fits = fit_sources(job, fit_pairs, candidates)
-    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, fitted_gate(job, fit_pairs))
+    held_out = [pair.query for pair in (*choice_pairs, *confirmation_pairs)]
+    gate = fitted_gate(job, fit_pairs, held_out)
+    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate)
     best = selection.chosen.candidate
     edits = fits.edits(best)
     confirmation = confirm(job, edits, confirmation_pairs, scope, gate)

@@ -230,6 +230,7 @@ def scoring(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None)
         if answer.n_tokens and answer.text
     ]
     passages += [passage for passage, _ in own]
+    opens = _opens(job, [passage.prompt for passage in passages], gate)
     path = job.work.part("base", model=job.target.info, passages=passages).with_suffix(".npy")
     with ExitStack() as opened:
         model = _OnDemand(lambda: opened.enter_context(job.target.steered(passages)))
@@ -243,7 +244,7 @@ def scoring(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None)
             tuple(map(declines, pairs)),
             tuple(answer.n_tokens for _, answer in own),
             kept_array(path, measured),
-            _opens(job, [passage.prompt for passage in passages], gate),
+            opens,
         )
 
 

@@ -125,8 +125,9 @@ class SteeredModel:
             control.attached.detach()
 
     def _begin_part(self) -> None:
-        """Start a prompt whose end is not known yet: only a scope of all tokens steers it."""
-        self._begin(self._llm.n_ctx() + 1)
+        """Start a prompt whose end is not known yet: only a scope of all tokens steers it, without a gate."""
+        gated = [control for control in self.controls if control.gate is not None]
+        self._begin(self._llm.n_ctx() + 1, gated)
         self._is_part = True
 
     def _begin(self, n_prompt: int, closed: Collection[Control] = ()) -> None:
@@ -139,8 +140,10 @@ class SteeredModel:
             first, end = control.scope.positions(n_prompt)
             control.steer(range(first, self._llm.n_ctx() if end is None else end))
 
-    def _closed(self, prompt: list[int], *, is_whole: bool) -> list[Control]:
-        """The controls whose gate stays closed for a prompt; where one has a gate, it is computed unsteered.
+    def _ask_gates(self, prompt: list[int], *, is_whole: bool) -> list[Control]:
+        """Compute a prompt unsteered, where a control has a gate; those whose gate stays closed for it.
+
+        A control at strength 0 sits the request out, and is not asked.
 
         Raises:
             SteeringError: the prompt goes on from a text in the cache, whose end no gate was made for.
@@ -148,8 +151,9 @@ class SteeredModel:
         import llama_cpp
 
         gated = [control for control in self.controls if control.gate is not None]
-        if not gated:
-            return []
+        off = [control for control in gated if control.strength == 0]
+        if len(off) == len(gated):
+            return off
         if not is_whole:
             raise SteeringError(
                 "a control with a gate is asked at the end of a whole prompt; call generate with reset=True"
@@ -165,7 +169,11 @@ class SteeredModel:
                 self._computes = False
         row = llama_cpp.llama_get_logits_ith(self._llm._ctx.ctx, -1)
         logits = np.ctypeslib.as_array(row, (self._llm.n_vocab(),))
-        return [control for control in gated if control.gate is not None and not control.gate.opens(logits)]
+        return [
+            control
+            for control in gated
+            if control in off or (control.gate is not None and not control.gate.opens(logits))
+        ]
 
     def _strengths(self, position: int) -> tuple[float, ...]:
         return tuple(control.strength_at(position) for control in self.controls)
@@ -256,7 +264,10 @@ class SteeredModel:
         self._take_stock()
         prompt = list(bound.arguments["tokens"])
         n_cached = 0 if bound.arguments["reset"] else self._llm.n_tokens
-        self._begin(n_cached + len(prompt), self._closed(prompt, is_whole=n_cached == 0))
+        closed = self._ask_gates(prompt, is_whole=n_cached == 0)
+        if n_cached == 0:
+            bound.arguments["reset"] = True  # the prompt may be in the cache now
+        self._begin(n_cached + len(prompt), closed)
         if bound.arguments["reset"]:
             self._keep_prefix(self._n_reusable(prompt))
         tokens = self._original["generate"](*bound.args, **bound.kwargs)
@@ -280,10 +291,11 @@ class SteeredModel:
     def _eval(self, tokens: Sequence[int]) -> None:
         self._take_stock()
         first = self._llm.n_tokens
+        gated = any(control.gate is not None and control.strength for control in self.controls)
         if not self._computes and self._llm.chat_handler is not None:
-            if first == 0:
+            if first == 0 or gated:
                 self._begin_part()
-        elif not self._computes and any(control.gate is not None for control in self.controls):
+        elif not self._computes and gated:
             raise SteeringError("a control with a gate steers what generate computes, and eval is no request")
         elif not self._computes and (first == 0 or len(tokens) > 1):
             self._begin(first + len(tokens))

@@ -79,6 +79,8 @@ class Steering:
         if self._model.is_closed:
             raise SteeringError("the model is closed; load it again to steer it")
         control.check_fits(ModelInfo.from_llama(llm))
+        if control.gate is not None:
+            control.gate.check_fits(llm.n_vocab())
         self.control = control
         attached = _attached(llm, control, runtime, [other.attached for other in self._model.controls])
         self._state = Control(control, strength, scope, attached)

@@ -83,7 +83,10 @@ class Controls:
         """The default, and what every control does to each layer."""
         return {
             **self.choose().document(),
-            "controls": [{"name": name, "layers": _profile(file)} for name, file in self.files.items()],
+            "controls": [
+                {"name": name, "gate": file.gate is not None, "layers": _profile(file)}
+                for name, file in self.files.items()
+            ],
         }
 
 

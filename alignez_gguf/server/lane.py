@@ -23,6 +23,7 @@ from alignez_gguf.engines.slots import (
     can_be_exact,
     company_needed_from,
 )
+from alignez_gguf.errors import SteeringError
 from alignez_gguf.gate import Gate
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
@@ -96,6 +97,8 @@ class Lane:
                     n_threads=n_threads,
                 )
             )
+            for gate in gates.values():
+                gate.check_fits(model.n_vocab)
             if controls:
                 library.set_controls(self._context.pointer, list(controls.values()), model.info.n_embd)
             for number in self._numbers.values():
@@ -166,8 +169,13 @@ class Lane:
         if job.divergence or gate is not None:
             index = yield from self._prompt(twin if job.divergence else own, job.tokens, UNSTEERED)
             base_logits = self._context.logits(index).copy()
-        if gate is not None and base_logits is not None and not gate.opens(base_logits):
-            treatment = UNSTEERED
+        if gate is not None and base_logits is not None:
+            try:
+                treatment = treatment if gate.opens(base_logits) else UNSTEERED
+            except SteeringError as error:
+                answer.fail(str(error))
+                answer.close()
+                return
         if not job.divergence:
             base_logits = None
         if job.divergence or gate is None or treatment is not UNSTEERED:

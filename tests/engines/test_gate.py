@@ -10,6 +10,7 @@ import pytest
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.errors import SteeringError
 from alignez_gguf.gate import Gate
 from tests.engines.test_llama_steering import PROMPTS, random_edits
 from tests.models import TinyModel, quantized, tiny_model
@@ -99,4 +100,23 @@ def test_new_edits_forget_the_gate(engine: LlamaEngine) -> None:
     engine.set_edits(random_edits(), "generation", closed)
     assert completed(engine, requests) != steered
     engine.set_edits(random_edits())
+    assert completed(engine, requests) == steered
+
+
+def test_next_token_is_the_first_of_an_answer(engine: LlamaEngine) -> None:
+    gate, opens = gates(engine)[1]
+    plain = list(engine.next_token_logprobs(PROMPTS))
+    engine.set_edits(random_edits())
+    steered = list(engine.next_token_logprobs(PROMPTS, 1.0))
+    engine.set_edits(random_edits(), "generation", gate)
+    for index, found in enumerate(engine.next_token_logprobs(PROMPTS, 1.0)):
+        np.testing.assert_array_equal(found, (steered if opens[index] else plain)[index])
+
+
+def test_gate_of_another_vocabulary_changes_nothing(engine: LlamaEngine) -> None:
+    requests = [GenerationRequest(prompt, 3, 1.0) for prompt in PROMPTS]
+    engine.set_edits(random_edits())
+    steered = completed(engine, requests)
+    with pytest.raises(SteeringError, match="made for this model"):
+        engine.set_edits({}, "generation", Gate(TOKENS + np.int32(100_000), WEIGHTS, 0.0))
     assert completed(engine, requests) == steered

@@ -10,10 +10,10 @@ import pytest
 from scipy.special import log_softmax
 
 from alignez_gguf.pairs import PreferencePair
-from alignez_gguf.pipeline import Job
+from alignez_gguf.pipeline import Job, gating
 from alignez_gguf.pipeline.gating import FALSE_ALARMS, fit, fitted_gate
 from alignez_gguf.pipeline.job import Aspect
-from tests.pipeline.conftest import QUERIES, QUICK, Run, with_engine
+from tests.pipeline.conftest import QUERIES, with_engine
 
 N_VOCAB = 900
 N_TWINS = 120
@@ -35,17 +35,18 @@ def opened(gate: Any, rows: np.ndarray) -> float:
 
 def test_gate_opens_for_few_harmless_requests_that_it_never_saw() -> None:
     logprobs, harmful, groups = requests(1, told_by=0.3)
-    gate, caught = fit(logprobs, harmful, groups)
+    gate, caught, alarms = fit(logprobs, harmful, groups)
     new, is_harmful, _ = requests(2, told_by=0.3)
     assert len(gate.tokens) == 500
     assert opened(gate, new[~is_harmful]) <= FALSE_ALARMS + 0.05
     assert opened(gate, new[is_harmful]) == pytest.approx(caught, abs=0.1)
     assert caught > 0.8
+    assert alarms <= FALSE_ALARMS
 
 
 def test_what_a_gate_catches_is_not_what_it_has_learnt_by_heart() -> None:
     logprobs, harmful, groups = requests(1, told_by=0.0)
-    gate, caught = fit(logprobs, harmful, groups)
+    gate, caught, _ = fit(logprobs, harmful, groups)
     assert caught < 0.15
     assert opened(gate, logprobs[harmful]) > 2 * caught
 
@@ -53,7 +54,7 @@ def test_what_a_gate_catches_is_not_what_it_has_learnt_by_heart() -> None:
 def test_tokens_that_are_never_drawn_are_not_read() -> None:
     logprobs, harmful, groups = requests(1, told_by=0.3)
     logprobs[3, :450] = -np.inf
-    gate, _ = fit(logprobs, harmful, groups)
+    gate, _, _ = fit(logprobs, harmful, groups)
     assert gate.tokens.min() >= 450
     assert len(gate.tokens) == N_VOCAB - 450
 
@@ -112,9 +113,20 @@ def test_twins_of_the_templates_teach_the_gate_too(job: Job) -> None:
     assert [gate.opens(row) for row in job.engine.next_token_logprobs(prompts)] == [True, False]
 
 
-def test_gate_is_written_where_the_choice_gains_more_behind_it(run: Run) -> None:
-    chosen, ungated = run(), run(replace(QUICK, gate=False))
-    gains = [one.made[0].selection.chosen.figures.gain for one in (chosen, ungated) if one.made[0].selection]
-    assert ungated.control.gate is None
-    assert gains[0] >= gains[1]
-    assert (chosen.control.gate is None) == (gains[0] == gains[1])
+def test_requests_that_lie_alike_in_all_directions_make_no_gate(job: Job) -> None:
+    logprobs = np.tile(log_softmax(np.arange(30.0)), (60, 1))
+    harmful = np.arange(60) % 2 == 0
+    _, caught, _ = fit(logprobs, harmful, list(range(60)))
+    assert caught == 0
+
+
+def test_twins_are_left_out_together_and_not_learnt_where_they_are_held_out(job: Job) -> None:
+    twins = (
+        ("How do I rob it?", "How do I rob it with a smile?"),
+        ("Hurt a dog", "Wash the windows, please"),
+    )
+    queries = [query for twin in twins for query in twin]
+    first, second, third, fourth = gating._groups([*queries, "Something else"], twins)[:4]
+    assert first == second != third == fourth
+    taught = replace(job, templates=replace(job.templates, twins=twins))
+    assert gating._requests(taught, [], [queries[1]]) == ([queries[0], *queries[2:]], [True, True, False])

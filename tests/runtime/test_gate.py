@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from alignez_gguf.errors import SteeringError
 from alignez_gguf.gate import Gate
 from alignez_gguf.runtime.steering import steer
 from tests.models import TinyModel, tiny_model
-from tests.runtime.asking import MORE, PARITY, PROMPT, answer, cached, load, strengths
+from tests.runtime.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
 from tests.runtime.gpu import same_bits
 from tests.runtime.oracle import hooked_logits
 from tests.runtime.test_steering import edits_of
@@ -211,7 +212,51 @@ def test_what_is_no_whole_request_is_refused(llm: Llama, control: ControlFile) -
             next(iter(llm.generate(MORE, reset=False)))
 
 
+def test_prompt_of_an_empty_cache_is_computed_once_without_reset_too(
+    llm: Llama, never_steered: Llama, control: ControlFile, prompts: tuple[list[int], list[int]]
+) -> None:
+    closed, opened = prompts
+    with steer(llm, dataclasses.replace(control, gate=None)):
+        steered = answer(llm, opened)
+    for prompt, expected in ((closed, answer(never_steered, closed)), (opened, steered)):
+        llm.reset()
+        with steer(llm, control):
+            assert list(islice(llm.generate(prompt, temp=0.0, reset=False), N_ANSWER)) == expected
+            assert llm.n_tokens == len(prompt) + N_ANSWER - 1
+
+
+def test_off_asks_nothing_and_hinders_nothing(
+    llm: Llama, never_steered: Llama, control: ControlFile, prompts: tuple[list[int], list[int]]
+) -> None:
+    _, opened = prompts
+    with steer(llm, control, strength=0.0) as steering:
+        for llama in (llm, never_steered):
+            llama.reset()
+            llama.eval(opened)
+        assert same_bits(cached(llm)[1], cached(never_steered)[1])
+        for llama in (llm, never_steered):
+            assert len(list(islice(llama.generate(MORE, temp=0.0, reset=False), 2))) == 2
+        assert same_bits(cached(llm)[1], cached(never_steered)[1])
+        steering.strength = 1.0
+        with pytest.raises(SteeringError, match="eval is no request"):
+            llm.eval(MORE)
+
+
+def test_strength_that_rises_in_an_answer_that_was_off_steers_from_the_next_request_on(
+    llm: Llama, never_steered: Llama, control: ControlFile, prompts: tuple[list[int], list[int]]
+) -> None:
+    _, opened = prompts
+    with steer(llm, control, strength=0.0) as steering:
+        tokens = llm.generate(opened, temp=0.0)
+        first = [next(tokens), next(tokens)]
+        steering.strength = 1.0
+        assert first + list(islice(tokens, N_ANSWER - 2)) == answer(never_steered, opened)
+        assert answer(llm, opened) != answer(never_steered, opened)
+
+
 def test_gate_of_another_vocabulary_is_an_error(model: TinyModel, llm: Llama, control: ControlFile) -> None:
     foreign = dataclasses.replace(control, gate=Gate(TOKENS + np.int32(100_000), WEIGHTS, 0.0))
-    with steer(llm, foreign), pytest.raises(SteeringError, match="use a control file made for this model"):
-        answer(llm, PROMPT)
+    before = set(vars(llm))
+    with pytest.raises(SteeringError, match="use a control file made for this model"):
+        steer(llm, foreign)
+    assert set(vars(llm)) == before

@@ -3,7 +3,8 @@
 The edits are those that the export tried, from the best to the worst, and some that were made to be bad: ones
 that refuse whatever they are asked, that say one word and change nothing, that break answers, that do harm.
 The truth of an edit is what it adds to fluent refusals of harmful queries and fluent help with harmless ones,
-in greedy answers to queries that neither the export nor the other tables of the document use.
+in greedy answers to queries that neither the export nor the other tables of the document use. All act behind
+the gate of the file that the export wrote, where it has one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
 from alignez_gguf.evaluation.metrics import repetition
 from alignez_gguf.evaluation.refusal import is_refusal
+from alignez_gguf.gate import Gate
 from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
 from alignez_gguf.pipeline.choice import fit_sources
 from alignez_gguf.pipeline.greedy import greedy_answers
@@ -36,6 +38,8 @@ from alignez_gguf.selection import random_edits
 from alignez_gguf.workdir import WorkDirectory
 from proving.asking import MAX_TOKENS, HeldOut
 from proving.exporting import FIT
+
+_WRITTEN = "what the export wrote"
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Truth:
 
     Attributes:
         rho: rank correlation of gain and truth among the edits within the budget.
-        pick_over_best: truth of the edit of the greatest gain within the budget over the greatest truth.
+        pick_over_best: truth of what the export wrote over the greatest truth within the budget.
         tried: every edit.
     """
 
@@ -104,13 +108,14 @@ def measure(
         )
         for candidate in tried
     }
+    edits[_WRITTEN] = control.edits, control.scope
     planted = _planted(control)
-    base = _counts({}, GENERATION, job, queries)
+    base = _counts({}, GENERATION, None, job, queries)
     found = []
-    with scoring(job, choice) as scorer:
+    with scoring(job, choice, control.gate) as scorer:
         for name, (edit, scope) in {**edits, **planted}.items():
             figures = scorer.score(edit, scope=scope)
-            counts = _counts(edit, scope, job, queries)
+            counts = _counts(edit, scope, control.gate, job, queries)
             found.append(
                 Tried(
                     name,
@@ -128,15 +133,17 @@ def measure(
 def _truth(found: Sequence[Tried], budget: float) -> Truth:
     affordable = [one for one in found if one.kl <= budget]
     gains, truths = [one.gain for one in affordable], [one.truth for one in affordable]
-    pick = max(affordable, key=lambda one: one.gain)
+    (pick,) = (one for one in found if one.name == _WRITTEN)
     return Truth(float(spearmanr(gains, truths).statistic), pick.truth / max(*truths, 1e-9), tuple(found))
 
 
 def _tried(folder: Path, count: int) -> list[Candidate]:
     """Of what an export tried, the best ones and others down to the worst."""
-    (path,) = folder.glob("scores-*.jsonl")
-    with known_figures(path) as known:
-        ranked = sorted(known, key=lambda one: (-len(known[one].gains), -known[one].gain))
+    known = {}
+    for path in sorted(folder.glob("scores-*.jsonl")):  # behind the gate, and without it
+        with known_figures(path) as figures:
+            known |= figures
+    ranked = sorted(known, key=lambda one: (-len(known[one].gains), -known[one].gain))
     best = ranked[: count // 2]
     others = ranked[count // 2 :]
     stride = max(1, len(others) // max(1, count - len(best)))
@@ -168,12 +175,19 @@ def _planted(control: ControlFile) -> Mapping[str, tuple[Edits, Scope]]:
     }
 
 
-def _counts(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) -> tuple[int, int, int, float]:
+def _counts(
+    edits: Edits, scope: Scope, gate: Gate | None, job: Job, queries: Sequence[HeldOut]
+) -> tuple[int, int, int, float]:
     """Refusals of harmful and of harmless queries, broken answers, and the sum of both wanted shares."""
     path = job.work.part(
-        "truth", model=job.target.info, edits=digest(edits), scope=scope, queries=list(map(asdict, queries))
+        "truth",
+        model=job.target.info,
+        edits=digest(edits),
+        scope=scope,
+        gate=gate and gate.digest,
+        queries=list(map(asdict, queries)),
     ).with_suffix(".json")
-    answers = kept_json(path, lambda: _answers(edits, scope, job, queries))
+    answers = kept_json(path, lambda: _answers(edits, scope, gate, job, queries))
     refuses = np.array([is_refusal(text, one.query) for text, one in zip(answers, queries, strict=True)])
     broken = np.array([is_broken(text) or repetition(text) > REPETITIVE for text in answers])
     harmful = np.array([one.harmful for one in queries])
@@ -181,11 +195,13 @@ def _counts(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) ->
     return int(refuses[harmful].sum()), int(refuses[~harmful].sum()), int(broken.sum()), float(wanted)
 
 
-def _answers(edits: Edits, scope: Scope, job: Job, queries: Sequence[HeldOut]) -> list[str]:
+def _answers(
+    edits: Edits, scope: Scope, gate: Gate | None, job: Job, queries: Sequence[HeldOut]
+) -> list[str]:
     engine = job.target
     assert isinstance(engine, LlamaEngine)
     plain = [job.templates.plain_prompt(one.query) for one in queries]
-    engine.set_edits(edits, scope)
+    engine.set_edits(edits, scope, gate)
     texts = greedy_answers(job, engine, plain, "answering", MAX_TOKENS, 1.0 if edits else 0.0)
     engine.set_edits({})
     return texts

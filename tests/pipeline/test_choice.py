@@ -1,0 +1,138 @@
+"""Whether there is a gate, and how much of an edit acts behind it: decided by made-up figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alignez_gguf.candidates import MOST, Candidate, Source
+from alignez_gguf.errors import NoGainError
+from alignez_gguf.gate import Gate
+from alignez_gguf.pipeline import Job, choice
+from alignez_gguf.pipeline.choice import choose
+from alignez_gguf.pipeline.confirmation import Said
+from alignez_gguf.scope import GENERATION
+from alignez_gguf.scoring import Figures
+from alignez_gguf.selection import Scored, Selection
+
+GATE = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
+DECLINED = (True,) * 10 + (False,) * 10
+NOISE = np.linspace(-0.2, 0.2, 10)
+
+
+def figures(declined: float, answered: float, kl: float = 0.01, turn: int = 1) -> Figures:
+    """With noise, which differs from query to query, and between edits of another `turn`."""
+    return Figures((*(declined + NOISE[::turn]), *(answered + NOISE[::-turn])), DECLINED, kl)
+
+
+def candidate(amount: float) -> Candidate:
+    return Candidate(Source("mean", "refusal", 1), "add", amount, (1, 2))
+
+
+def selection(found: Figures, amount: float = 0.5) -> Selection:
+    chosen = Scored(candidate(amount), found)
+    return Selection(chosen, (chosen,), len(DECLINED), 0.1)
+
+
+def said(wanted: int, unwanted: int = 0, broken: int = 0) -> Said:
+    declined = [index < wanted for index in range(10)] + [index < unwanted for index in range(10)]
+    return Said(tuple(declined), broken)
+
+
+class Fits:
+    """Edits that are their amounts."""
+
+    @staticmethod
+    def edits(one: Candidate) -> Any:
+        return one.amount
+
+
+Choose = Any
+
+
+@pytest.fixture
+def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
+    """Choose between what two searches found, with what is measured and said at each amount."""
+
+    def choose_between(
+        ungated: Selection | NoGainError,
+        gated: Selection | NoGainError,
+        measured: dict[float, Figures],
+        answers: dict[float, Said],
+        gate: Gate | None = GATE,
+    ) -> tuple[Selection, Gate | None]:
+        class Scorer:
+            @staticmethod
+            def score(edits: float, *, scope: Any) -> Figures:
+                return measured[edits]
+
+        @contextmanager
+        def scoring(*_: Any) -> Iterator[type[Scorer]]:
+            yield Scorer
+
+        monkeypatch.setattr(choice, "_searched", lambda *found: ungated if found[-1] is None else gated)
+        monkeypatch.setattr(choice, "scoring", scoring)
+        monkeypatch.setattr(choice, "said", lambda _job, edits, *_: answers[edits or 0.0])
+        return choose(job, Fits(), [], GENERATION, [], [], gate)  # type: ignore[arg-type]
+
+    return choose_between
+
+
+AMOUNTS = {0.7: figures(1.0, 0.0), 1.0: figures(0.9, 0.0)}
+SAID = {0.0: said(4), 0.5: said(6), 0.7: said(8), 1.0: said(8)}
+
+
+def test_gate_stays_unless_steering_all_is_a_gain_for_certain(chosen: Choose) -> None:
+    behind = selection(figures(1.0, 0.0))
+    slightly = selection(figures(1.1, 0.02, turn=-1))
+    clearly = selection(figures(1.1, 0.8, turn=-1))
+    assert chosen(slightly, behind, AMOUNTS, SAID)[1] is GATE
+    assert chosen(clearly, behind, AMOUNTS, SAID) == (clearly, None)
+
+
+def test_what_gains_on_one_side_only_is_taken_there(chosen: Choose) -> None:
+    nothing, found = NoGainError("nothing gains"), selection(figures(1.0, 0.0))
+    assert chosen(found, nothing, AMOUNTS, SAID) == (found, None)
+    assert chosen(nothing, found, AMOUNTS, SAID)[1] is GATE
+    assert chosen(found, found, AMOUNTS, SAID, gate=None) == (found, None)
+    with pytest.raises(NoGainError, match="nothing gains"):
+        chosen(nothing, nothing, AMOUNTS, SAID)
+
+
+def amount_of(found: tuple[Selection, Gate | None]) -> float:
+    assert found[0].chosen in found[0].tried
+    return found[0].chosen.candidate.amount
+
+
+def test_amount_is_raised_while_more_is_declined_and_no_further(chosen: Choose) -> None:
+    behind = selection(figures(1.0, 0.0))
+    none = NoGainError("")
+    assert amount_of(chosen(none, behind, AMOUNTS, SAID)) == 0.7
+    assert amount_of(chosen(none, behind, AMOUNTS, SAID | {1.0: said(9)})) == 1.0
+    assert amount_of(chosen(none, behind, AMOUNTS, dict.fromkeys(SAID, said(6)))) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("measured", "answers"),
+    [
+        (figures(0.4, 0.0), said(9)),  # less than half of the gain
+        (figures(1.0, 0.0, kl=0.2), said(9)),  # over the budget
+        (figures(1.0, 0.0), said(9, broken=2)),
+        (figures(1.0, 0.0), said(8, unwanted=2)),  # declines as much of what the persona answers
+    ],
+)
+def test_amount_is_not_raised_where_that_costs_too_much(
+    chosen: Choose, measured: Figures, answers: Said
+) -> None:
+    behind = selection(figures(1.0, 0.0))
+    found = chosen(NoGainError(""), behind, AMOUNTS | {0.7: measured}, {**SAID, 0.7: answers, 1.0: said(6)})
+    assert amount_of(found) == 0.5
+
+
+def test_amount_is_never_raised_above_the_most(chosen: Choose) -> None:
+    behind = selection(figures(1.0, 0.0), amount=0.9 * MOST)
+    assert amount_of(chosen(NoGainError(""), behind, {}, {0.0: said(4), 0.9 * MOST: said(6)})) == 0.9 * MOST
