@@ -19,6 +19,7 @@ from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import ModelFileError, OutputError, QueryError
 from alignez_gguf.evaluation.queries import QUERY_HASHES, query_hash
+from alignez_gguf.gate import Gate
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.queries import load_queries
 
@@ -268,6 +269,21 @@ def test_rates_are_those_of_the_answers_that_are_kept(prove: Any, control_file: 
         ]
         assert len(refused) == 4
         assert result["rates"][system]["refuses_harmful"] == pytest.approx(np.mean(refused), abs=1e-4)
+
+
+def test_section_says_for_how_many_queries_the_gate_opens(
+    prove: Any, control_file: Path, tmp_path: Path, batches: list[int]
+) -> None:
+    control, tokens = ControlFile.load(control_file), np.arange(4, dtype=np.int32)
+    gate = Gate(tokens, np.zeros(4, np.float32), -1.0)  # of no weight at all: it opens for everything
+    replace(control, gate=gate).save(control_file)
+    export = FakeExport(control_file)
+    prove(export, "--per-set", "2")
+    section = " ".join((tmp_path / "real-models.md").read_text(encoding="utf-8").split())
+    assert "opens for 2 of 2 of XSTest safe, 2 of 2 of XSTest unsafe, 2 of 2 of Jail" in section
+    batches.clear()
+    prove(export, "--per-set", "2")
+    assert not batches, "the gate is asked again"
 
 
 def test_second_run_asks_and_exports_nothing_again(

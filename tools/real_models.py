@@ -129,18 +129,19 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             rule = asking.rule_of(engine, templates, queries, measured[BASE], work, reporter)
         how = ["--framing", templates.framing, "--recipe", options.recipe]
         exported = exporting.export(weights, model.sha256, how, folder / options.recipe, _say)
-        found = None
+        found, gate = None, None
         if exported.control_file is not None:
             control = ControlFile.load(exported.control_file)
             asking.require_unseen(control, queries)
             with LlamaEngine(weights) as engine:
                 measured[STEERED] = asking.ask(STEERED, engine, templates, queries, work, reporter, control)
+                gate = asking.opens(engine, templates, queries, control, work)
             if options.truth and options.recipe == "auto":
                 found = _truth(options, weights, exported.control_file, templates, reporter)
         answers = asking.judge(queries, measured, rule)
         kept = _keep(folder / options.recipe / "answers.jsonl", answers)
     place = " ".join((model.name, templates.framing, *([options.recipe] if options.recipe != "auto" else [])))
-    text = document.section(model, templates.framing, options.recipe, exported, answers, found)
+    text = document.section(model, templates.framing, options.recipe, exported, answers, found, gate)
     document.put(options.document, place, text)
     _say(str(options.document))
     return _as_json(model.name, templates.framing, exported, answers, found, kept)

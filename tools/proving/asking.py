@@ -19,6 +19,7 @@ from alignez_gguf.evaluation.refusal import explain_refusal
 from alignez_gguf.evaluation.results import BASE, PERSONA, STEERED
 from alignez_gguf.evaluation.rows import RowStore
 from alignez_gguf.evaluation.run import controldigest, fluency_of, fluency_rule
+from alignez_gguf.pipeline.kept import kept_json
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts import Templates
 from alignez_gguf.queries import load_queries
@@ -141,6 +142,26 @@ def ask(
                 engine, prompts, texts, sampling, store, seed=_SEED, strength=strength, advance=advance
             )
     return Measured(answers, fluency_of(engine, system, templates, plain, answers, work, reporter))
+
+
+def opens(
+    engine: LlamaEngine,
+    templates: Templates,
+    queries: Sequence[HeldOut],
+    control: ControlFile,
+    work: WorkDirectory,
+) -> dict[str, int] | None:
+    """For how many queries of each set the gate opens; kept. None where the control has none."""
+    gate = control.gate
+    if gate is None:
+        return None
+    prompts = [templates.plain_prompt(one.query) for one in queries]
+    path = work.part("opens", model=engine.info, prompts=prompts, gate=gate.digest).with_suffix(".json")
+    found = kept_json(path, lambda: [gate.opens(row) for row in engine.next_token_logprobs(prompts)])
+    counts = dict.fromkeys(SETS, 0)
+    for one, is_open in zip(queries, found, strict=True):
+        counts[one.set] += is_open
+    return counts
 
 
 def rule_of(

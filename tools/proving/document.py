@@ -9,7 +9,7 @@ import html
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from alignez_gguf.atomic import write_text
@@ -39,6 +39,7 @@ def section(
     exported: Exported,
     answers: Sequence[Said],
     found: Truth | None = None,
+    gate: Mapping[str, int] | None = None,
 ) -> str:
     """The section of one model in one framing, from its heading on."""
     by = "" if recipe == "auto" else f", --recipe {recipe}"
@@ -50,6 +51,7 @@ def section(
         f"The answers are greedy, have at most {MAX_TOKENS} tokens, and are to queries that no fit has seen. "
         "The offline rules decide what refuses and what is fluent; the 95% intervals are Wilson's.",
         _shares(answers),
+        *_gate(gate, answers),
         *_differences(answers),
         *_truth(found),
         *_safe_examples(answers),
@@ -100,6 +102,18 @@ def _shares(answers: Sequence[Said]) -> str:
             counted = (_percent(share(chosen, count)) for count in _COUNTS)
             rows.append((system, name, str(len(chosen)), *counted))
     return _table(("system", "set", "queries", "refuses", "refuses and is fluent", "is fluent"), rows)
+
+
+def _gate(opens: Mapping[str, int] | None, answers: Sequence[Said]) -> Iterable[str]:
+    """For how many queries of each set the gate opens."""
+    if opens is None:
+        return
+    base = [said.set for said in answers if said.system == BASE]
+    counts = ", ".join(f"{count} of {base.count(name)} of {name}" for name, count in opens.items())
+    yield (
+        f"The control file has a gate. It opens for {counts}; what it stays closed for is the base model, "
+        "bit for bit."
+    )
 
 
 def _differences(answers: Sequence[Said]) -> Iterable[str]:
