@@ -37,6 +37,7 @@ class Exchange:
     """A message, its answer, and how that was steered.
 
     Attributes:
+        strength: 0 where a gate stayed closed.
         base: the unsteered answer, where both were asked for.
     """
 
@@ -110,6 +111,11 @@ class Conversation:
             raise SteeringError(_NO_CONTROL)
         base, steered = self._complete(message, [0.0, self._strength], show)
         return base, steered
+
+    def is_closed(self, completion: Completion) -> bool:
+        """Whether the gate of the control stayed closed for an answer, so that it is the base model's."""
+        has_gate = self._control is not None and self._control.gate is not None
+        return has_gate and self._strength > 0 and not completion.steered
 
     def set_strength(self, text: str) -> str:
         """Change the strength from the next answer on. Raises `SteeringError`."""
@@ -191,7 +197,8 @@ class Conversation:
                 kept = kept[1:]
         found = [completion for _, completion in sorted(completions, key=lambda pair: pair[0])]
         *others, answer = (completion.text.strip() for completion in found)
-        exchange = Exchange(message, answer, strengths[-1], str(self._scope), *others)
+        strength = 0.0 if self.is_closed(found[-1]) else strengths[-1]
+        exchange = Exchange(message, answer, strength, str(self._scope), *others)
         self._exchanges = [*kept, exchange]
         self._seed += 1
         return found

@@ -258,3 +258,15 @@ def test_gate_of_a_control_goes_with_its_edits(tmp_path: Path) -> None:
     OTHER.save(path)
     talk.set_control(str(path))
     assert engine.gate is None
+
+
+def test_answer_behind_a_closed_gate_is_told_and_saved_as_unsteered(tmp_path: Path) -> None:
+    gate = Gate(np.array([1, 2], np.int32), np.ones(2, np.float32), 0.5)
+    for control, told, strength in ((replace(CONTROL, gate=gate), True, 0.0), (CONTROL, False, 1.0)):
+        talk = conversation(FakeEngine(), control=control)
+        assert talk.is_closed(talk.answer("one", lambda _: None)) == told
+        talk.save(str(tmp_path / "talk.jsonl"))
+        answer = json.loads((tmp_path / "talk.jsonl").read_text().splitlines()[-1])
+        assert answer["strength"] == strength
+        talk.set_strength("0")
+        assert not talk.is_closed(talk.answer("two", lambda _: None))

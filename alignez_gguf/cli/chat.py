@@ -138,7 +138,10 @@ class _Talk:
             with self._screen.answers(("",)) as show:
                 completions = [self._conversation.answer(message, lambda piece: show(0, piece))]
         n_tokens = sum(completion.n_tokens for completion in completions)
-        self._screen.note(f"{n_tokens} tokens, {n_tokens / (time.monotonic() - started):.1f} tokens/s")
+        told = f"{n_tokens} tokens, {n_tokens / (time.monotonic() - started):.1f} tokens/s"
+        if self._conversation.is_closed(completions[-1]):
+            told += "; the gate stayed closed, so this is the base model's answer"
+        self._screen.note(told)
 
     def _command(self, text: str) -> str:
         """Do what a line with a slash says, and return what to tell the user."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from alignez_gguf.framing import FramingChoice
     from alignez_gguf.records import Record
     from alignez_gguf.scope import Scope
+
+_DECISION = "steered"
+"""The field of a row that says whether the gate of the control opened for it."""
 
 
 @click.command()
@@ -86,8 +89,9 @@ def generate(
     """Complete many prompts with MODEL, steered by a control file if one is given.
 
     The prompts are taken as they are unless --chat is given. A row of the output has the fields of the input
-    and `completion`; with --n above 1 a prompt has several rows, numbered by `sample`. An input that has a
-    field which would be written is refused. With -o, an interrupted run goes on where it stopped when the
+    and `completion`; with --n above 1 a prompt has several rows, numbered by `sample`; where the control
+    file has a gate, `steered` says whether it opened. An input that has a field which would be written is
+    refused. With -o, an interrupted run goes on where it stopped when the
     same command is given again.
 
     \b
@@ -127,6 +131,9 @@ def generate(
         place = None if output is None else opened.enter_context(options.resumable(output, work_dir))
         engine = opened.enter_context(options.open_engine(model, threads, gpu_layers, parallel, context))
         steered = steer_engine(engine, control, chosen_scope)
+        is_gated = steered is not None and steered.gate is not None
+        if is_gated:
+            _require_free(rows, _DECISION)
         asking = Framing.of(engine.model, templates, framing) if chat else None
         if asking and steered and (warning := other_framing(steered.framing, asking.templates.framing)):
             reporter(quiet).note(warning)
@@ -147,13 +154,14 @@ def generate(
             for index, completion in engine.generate([requests[index] for index in missing], sampling):
                 done.add(missing[index], completion)
                 advance(1)
-        texts = iter([done.found[index].text for index in range(len(requests))])
-        lines = [
-            # Parquet has dates and other values that JSON has not; they become text.
-            json.dumps({**row, **{name: next(texts) for name in strengths}}, ensure_ascii=False, default=str)
-            + "\n"
-            for row in rows
-        ]
+        completions = iter([done.found[index] for index in range(len(requests))])
+        for row in rows:
+            found = {name: next(completions) for name in strengths}
+            row |= {name: completion.text for name, completion in found.items()}
+            if is_gated:
+                row[_DECISION] = found["completion"].steered
+        # Parquet has dates and other values that JSON has not; they become text.
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
         if output is None:
             click.echo("".join(lines).encode("utf-8", errors="replace"), nl=False)
         else:
@@ -218,6 +226,15 @@ def _read_rows(source: str, written: Collection[str]) -> list[dict[str, Any]]:
     if not rows:
         raise QueryError(f"{source} holds no prompts; write at least one")
     return rows
+
+
+def _require_free(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise `QueryError` where a row has a field of this name already."""
+    if any(name in row for row in rows):
+        raise QueryError(
+            f"a row has a field `{name}`, which would be overwritten by what the gate of the control "
+            "decides; rename it in the input"
+        )
 
 
 def _row(record: Record, written: Collection[str]) -> dict[str, Any]:

@@ -68,11 +68,13 @@ class Completion:
         text: without the prompt, and without the stop string that ended it.
         n_tokens: how many tokens were generated, without the one that ends a text.
         finish_reason: "stop" at a stop string or where the model ended the text, "length" at `max_tokens`.
+        steered: whether an edit acted on it: one was asked for, and no gate stayed closed.
     """
 
     text: str
     n_tokens: int
     finish_reason: Literal["stop", "length"]
+    steered: bool = False
 
 
 Hook = Literal["mlp", "residual"]

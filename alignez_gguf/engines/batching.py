@@ -48,6 +48,7 @@ def generate(
             logits = slots.prefill(slot, job.tokens, job.treatment, job.gate)
             if job.keep_prompt:
                 slots.keep(slot)
+            text.steered = slots.is_steered(slot)
             text.take(slots.context.model, text.sampler.sample(slots.context, logits))
             if text.completion is None:
                 growing[slot : slot + 1] = [text]

@@ -20,12 +20,14 @@ class GrowingCompletion:
     Attributes:
         last: the token to be computed next; -1 before the first one.
         completion: what it came to; `None` while it grows.
+        steered: whether an edit acts on it.
     """
 
     def __init__(self, index: int, sampling: Sampling, on_text: Callable[[int, str], None] | None) -> None:
         self.index = index
         self.last = -1
         self.completion: Completion | None = None
+        self.steered = False
         self._n_tokens = 0
         self._max_tokens = sampling.max_tokens
         self._text = StoppedText(sampling.stop)
@@ -47,7 +49,7 @@ class GrowingCompletion:
 
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         self._show(self._text.finish())
-        self.completion = Completion(self._text.text, self._n_tokens, reason)
+        self.completion = Completion(self._text.text, self._n_tokens, reason, self.steered)
 
     def _show(self, piece: str) -> None:
         if piece and self._on_text is not None:

@@ -227,6 +227,10 @@ class Slots:
         if state is not None:
             self._prompts.keep(held.tokens[:-1], state)
 
+    def is_steered(self, slot: int) -> bool:
+        """Whether a slot holds a text that is steered, from some position on."""
+        return self._held[slot].treatment.strength > 0
+
     def recall(self, slot: int, tokens: Sequence[int]) -> bool:
         """Whether a slot holds these tokens unsteered, and maybe more, loading them where they were kept."""
         self._load(slot, tokens)

@@ -22,6 +22,8 @@ class Answer:
         self.last = -1
         """The token to be computed next."""
         self.finished = False
+        self.steered: bool | None = None
+        """What the gate of its control has decided; None without one."""
         self._n_tokens = 0
         sampling = self.job.sampling
         self._text = StoppedText(sampling.stop)
@@ -46,7 +48,7 @@ class Answer:
         """
         token = self._sampler.sample(context, index)
         if context.model.ends_text(token):
-            self._finish(Finished("stop", self._n_tokens))
+            self._finish(Finished("stop", self._n_tokens, self.steered))
             return
         self.last = token
         self._n_tokens += 1
@@ -57,9 +59,9 @@ class Answer:
         self._n_fed += len(text)
         self._give(self._text.feed(text))
         if self._text.stopped:
-            self._finish(Finished("stop", self._n_tokens))
+            self._finish(Finished("stop", self._n_tokens, self.steered))
         elif self._n_tokens == self.job.sampling.max_tokens:
-            self._finish(Finished("length", self._n_tokens))
+            self._finish(Finished("length", self._n_tokens, self.steered))
 
     def fail(self, message: str) -> None:
         """Tell the listener that there will be no more."""

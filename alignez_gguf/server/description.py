@@ -65,7 +65,11 @@ _USAGE = {
 _CHOICE = {
     "type": "object",
     "required": ["index", "finish_reason", "logprobs"],
-    "properties": {"index": {"type": "integer"}, "finish_reason": {"enum": ["stop", "length"]}},
+    "properties": {
+        "index": {"type": "integer"},
+        "finish_reason": {"enum": ["stop", "length"]},
+        "steered": {"type": "boolean"},
+    },
 }
 _ANSWER = {
     "type": "object",

@@ -68,10 +68,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer; `n_tokens` as in `engines.Completion`."""
+    """The end of an answer; `n_tokens` as in `engines.Completion`, and what a gate has decided of it."""
 
     reason: Literal["stop", "length"]
     n_tokens: int
+    steered: bool | None = None
 
 
 @dataclass(frozen=True)

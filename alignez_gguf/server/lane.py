@@ -171,16 +171,15 @@ class Lane:
             base_logits = self._context.logits(index).copy()
         if gate is not None and base_logits is not None:
             try:
-                treatment = treatment if gate.opens(base_logits) else UNSTEERED
+                answer.steered = gate.opens(base_logits)
             except SteeringError as error:
                 answer.fail(str(error))
                 answer.close()
                 return
-        if not job.divergence:
-            base_logits = None
-        if job.divergence or gate is None or treatment is not UNSTEERED:
-            index = yield from self._prompt(own, job.tokens, treatment)
-        answer.advance(self._context, index, base_logits)
+        is_closed = answer.steered is False
+        if job.divergence or not is_closed:
+            index = yield from self._prompt(own, job.tokens, UNSTEERED if is_closed else treatment)
+        answer.advance(self._context, index, base_logits if job.divergence else None)
         if answer.done:
             answer.close()
             return

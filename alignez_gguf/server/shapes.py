@@ -1,7 +1,8 @@
 """The bodies of answers, whole and in chunks, as OpenAI's API has them.
 
 Where it was asked for, a choice has a field `divergence`: KL(P_base || P_steered) of each token, in nat.
-Every body has `steering`, which says how it was steered.
+Every body has `steering`, which says how steering was asked for, and where the control has a gate, a finished
+choice has `steered`: whether the gate opened for it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Frame:
         if self.is_chat:
             text = {"delta": {"content": piece.text} if piece.text else {}}
         text |= self._reports(index, piece.tokens)
-        return self._chunk(index, text, event.reason if isinstance(event, Finished) else None)
+        if isinstance(event, Piece):
+            return self._chunk(index, text, None)
+        return self._chunk(index, text | _decision(event), event.reason)
 
     def usage_chunk(self, n_tokens: int) -> dict[str, Any]:
         """The last chunk, where `stream_options.include_usage` asks for it."""
@@ -86,8 +89,8 @@ class Frame:
         if self.is_chat:
             text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
         reason = choice.end.reason if choice.end else None
-        reports = self._reports(index, choice.tokens)
-        return {"index": index, "logprobs": None, **text, **reports, "finish_reason": reason}
+        more = self._reports(index, choice.tokens) | (_decision(choice.end) if choice.end else {})
+        return {"index": index, "logprobs": None, **text, **more, "finish_reason": reason}
 
     def _reports(self, index: int, tokens: Sequence[TokenReport]) -> dict[str, Any]:
         """The fields of a choice about its tokens; none where none were asked for."""
@@ -100,6 +103,11 @@ class Frame:
                 for token in tokens
             ]
         return fields
+
+
+def _decision(end: Finished) -> dict[str, bool]:
+    """The field of a choice that says what a gate has decided, if there is one."""
+    return {} if end.steered is None else {"steered": end.steered}
 
 
 def _chat_logprobs(tokens: Sequence[TokenReport]) -> dict[str, Any]:

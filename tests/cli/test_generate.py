@@ -3,16 +3,20 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 
 from alignez_gguf import demo
+from alignez_gguf.control import ControlFile
 from alignez_gguf.demo import eval_queries
 from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.gate import Gate
 from alignez_gguf.prompts import Templates
 from tests.cli.conftest import Run
 
@@ -322,3 +326,29 @@ def test_kept_work_serves_the_same_job_only(run: Run, model: str, tmp_path: Path
 
 def test_compare_without_a_control_is_refused(refused: Any, model: str) -> None:
     assert "-c FILE" in refused("generate", model, "-p", "x", "--compare", exit_code=2)
+
+
+def test_gate_of_the_control_decides_row_by_row_and_says_so(
+    run: Run, model: str, control: str, base: list[str], tmp_path: Path
+) -> None:
+    asked = prompt_options(PROMPTS)
+    steered = [row["completion"] for row in rows(run("generate", model, *SHORT, "-c", control, *asked))]
+    tokens, weights = np.arange(20, dtype=np.int32), np.linspace(-1, 1, 20, dtype=np.float32)
+    with LlamaEngine(demo.MODEL) as engine:
+        scores = [Gate(tokens, weights, 0.0).score(row) for row in engine.next_token_logprobs(PROMPTS)]
+    threshold = float(np.median(scores))
+    gated = replace(ControlFile.load(control), gate=Gate(tokens, weights, threshold))
+    gated.save(tmp_path / "gated.gguf")
+    found = rows(run("generate", model, *SHORT, "-c", str(tmp_path / "gated.gguf"), *asked))
+    opens = [score > threshold for score in scores]
+    assert set(opens) == {True, False}
+    assert [row["steered"] for row in found] == opens
+    for row, is_open, ours, theirs in zip(found, opens, steered, base, strict=True):
+        assert row["completion"] == (ours if is_open else theirs)
+
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPTS[0], "steered": 1}) + "\n")
+    given = ("--prompts", str(tmp_path / "in.jsonl"))
+    refused = run("generate", model, *SHORT, "-c", str(tmp_path / "gated.gguf"), *given)
+    assert refused.exit_code == 1
+    assert "a row has a field `steered`" in refused.stderr
+    assert run("generate", model, *SHORT, "-c", control, *given).exit_code == 0

@@ -68,6 +68,7 @@ def test_open_requests_are_steered_and_closed_ones_are_the_base_model(
         for index, request in enumerate(REQUESTS):
             is_open = opens[PROMPTS.index(request.prompt)]
             assert found[index] == (steered if is_open else plain)[index]
+            assert found[index].steered == (is_open and request.strength > 0)
     assert all(one != other for one, other in zip(plain[1::2], steered[1::2], strict=True))
 
 

@@ -121,6 +121,9 @@ def test_gate_decides_by_the_prompt_of_each_request(
         is_open = steering["control"] == "other" or opens[prompts.index(one["prompt"])]
         strength = steering["strength"] if is_open else 0.0
         assert choice.text == lone(one["prompt"], one["seed"], strength, control=steering["control"])
+        asks_gate = steering["control"] == "safe" and steering["strength"] > 0
+        assert choice.end is not None
+        assert choice.end.steered == (is_open if asks_gate else None)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from alignez_gguf import demo
+from alignez_gguf.control import ControlFile
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.gate import Gate
 from alignez_gguf.server.controls import Controls
 from alignez_gguf.server.service import Service
-from tests.server.client import Server
+from tests.server.client import Server, serving
 from tests.server.conftest import Lone, Serve
 
 
@@ -109,3 +115,31 @@ def test_control_of_another_model_is_refused_before_anything_is_served(controls:
     foreign = replace(controls["safe"], model=replace(controls["safe"].model, arch="gpt2"))
     with pytest.raises(ControlFileError):
         Service(demo.MODEL, {"foreign": foreign}, n_ctx=256, n_parallel=2, n_threads=1)
+
+
+@pytest.mark.parametrize(("threshold", "is_open"), [(-1.0, True), (1.0, False)])
+def test_finished_choices_say_whether_the_gate_opened(
+    controls: dict[str, ControlFile], threshold: float, is_open: bool
+) -> None:
+    weightless = Gate(np.arange(3, dtype=np.int32), np.zeros(3, np.float32), threshold)
+    gated = {"safe": replace(controls["safe"], gate=weightless), "other": controls["other"]}
+    service = Service(demo.MODEL, gated, n_ctx=256, n_parallel=2, n_threads=1)
+    with serving(service) as server, server.client() as client:
+
+        def choices(stream: bool, control: str) -> list[Any]:
+            found = client.completions.create(
+                model="demo",
+                prompt="Human: hi",
+                max_tokens=3,
+                stream=stream,
+                extra_body={"steering": {"control": control}},
+            )
+            return [one.choices[0] for one in (found if stream else [found])]
+
+        for stream in (False, True):
+            *growing, last = choices(stream, "safe")
+            assert last.steered is is_open
+            assert not any("steered" in one.model_dump() for one in growing)
+            assert not any("steered" in one.model_dump() for one in choices(stream, "other"))
+        told = {one["name"]: one["gate"] for one in httpx.get(f"{server.url}/v1/steering").json()["controls"]}
+        assert told == {"safe": True, "other": False}
