@@ -86,7 +86,8 @@ def choose(
     """Choose the best edit, and whether it acts behind the gate, where there is one.
 
     Without it an edit can also mend answers to what looks harmless. That has to be a gain for certain:
-    otherwise such requests are left alone.
+    otherwise such requests are left alone. So edits without the gate are searched for only where the best one
+    behind it gains more for certain when it steers every request.
 
     Args:
         fits: of all sources.
@@ -96,25 +97,37 @@ def choose(
     Raises:
         NoGainError: nothing gains.
     """
-    ungated = _searched(job, fits, sources, scope, pairs, choice_pairs, None)
-    gated = ungated if gate is None else _searched(job, fits, sources, scope, pairs, choice_pairs, gate)
-    if isinstance(gated, NoGainError):
-        gated, gate = ungated, None
-    if isinstance(gated, NoGainError):
-        raise gated
-    if gate is not None and not isinstance(ungated, NoGainError):
-        more = ungated.chosen.figures.beyond(gated.chosen.figures)
-        is_better = more.gain > least_gain(more)
-        job.reporter.note(
-            f"the best edit gains {gated.chosen.figures.gain:+.2f} nat behind the gate and "
-            f"{ungated.chosen.figures.gain:+.2f} without it, "
-            + ("so that there is none" if is_better else "not more for certain, so that there is one")
-        )
-        if is_better:
-            gated, gate = ungated, None
+    behind = None if gate is None else _searched(job, fits, sources, scope, pairs, choice_pairs, gate)
+    if isinstance(behind, Selection) and not _is_better_without(job, fits, behind, scope, choice_pairs):
+        found = behind
+    else:
+        everywhere = _searched(job, fits, sources, scope, pairs, choice_pairs, None)
+        if isinstance(everywhere, Selection):
+            found, gate = everywhere, None
+        elif isinstance(behind, Selection):
+            found = behind
+        else:
+            raise everywhere
     if job.settings.choose is not None:
-        return gated.choose(job.settings.choose), gate
-    return (gated if gate is None else _raised(job, fits, gated, scope, choice_pairs, gate)), gate
+        return found.choose(job.settings.choose), gate
+    return (found if gate is None else _raised(job, fits, found, scope, choice_pairs, gate)), gate
+
+
+def _is_better_without(
+    job: Job, fits: Fits, behind: Selection, scope: Scope, choice_pairs: Sequence[PreferencePair]
+) -> bool:
+    """Whether the best edit behind the gate gains more for certain when it steers every request."""
+    best = behind.chosen
+    with scoring(job, choice_pairs) as scorer:
+        everywhere = scorer.score(fits.edits(best.candidate), scope=scope)
+    more = everywhere.beyond(best.figures)
+    is_better = more.gain > least_gain(more)
+    result = "there is no gate" if is_better else "not more for certain, so that the gate stays"
+    job.reporter.note(
+        f"the best edit gains {best.figures.gain:+.2f} nat behind the gate, and {everywhere.gain:+.2f} where "
+        f"it steers every request: {result}"
+    )
+    return is_better
 
 
 def _searched(

@@ -64,15 +64,23 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
         measured: dict[float, Figures],
         answers: dict[float, Said],
         gate: Gate | None = GATE,
+        everywhere: Figures | None = None,
     ) -> tuple[Selection, Gate | None]:
+        """`everywhere`: the best edit behind the gate, where it steers every request."""
+
         class Scorer:
             @staticmethod
             def score(edits: float, *, scope: Any) -> Figures:
                 return measured[edits]
 
+        class Everywhere:
+            @staticmethod
+            def score(edits: float, *, scope: Any) -> Figures:
+                return everywhere or figures(0.0, 0.0, turn=-1)
+
         @contextmanager
-        def scoring(*_: Any) -> Iterator[type[Scorer]]:
-            yield Scorer
+        def scoring(_job: Job, _pairs: Any, gate: Gate | None = None) -> Iterator[Any]:
+            yield Everywhere if gate is None else Scorer
 
         monkeypatch.setattr(choice, "_searched", lambda *found: ungated if found[-1] is None else gated)
         monkeypatch.setattr(choice, "scoring", scoring)
@@ -87,18 +95,18 @@ SAID = {0.0: said(4), 0.5: said(6), 0.7: said(8), 1.0: said(8)}
 
 
 def test_gate_stays_unless_steering_all_is_a_gain_for_certain(chosen: Choose) -> None:
-    behind = selection(figures(1.0, 0.0))
-    slightly = selection(figures(1.1, 0.02, turn=-1))
-    clearly = selection(figures(1.1, 0.8, turn=-1))
-    assert chosen(slightly, behind, AMOUNTS, SAID)[1] is GATE
-    assert chosen(clearly, behind, AMOUNTS, SAID) == (clearly, None)
+    behind, without = selection(figures(1.0, 0.0)), selection(figures(1.1, 0.9))
+    slightly, clearly = figures(1.1, 0.02, turn=-1), figures(1.1, 0.8, turn=-1)
+    assert chosen(without, behind, AMOUNTS, SAID, everywhere=slightly)[1] is GATE
+    assert chosen(without, behind, AMOUNTS, SAID, everywhere=clearly) == (without, None)
 
 
 def test_what_gains_on_one_side_only_is_taken_there(chosen: Choose) -> None:
     nothing, found = NoGainError("nothing gains"), selection(figures(1.0, 0.0))
     assert chosen(found, nothing, AMOUNTS, SAID) == (found, None)
     assert chosen(nothing, found, AMOUNTS, SAID)[1] is GATE
-    assert chosen(found, found, AMOUNTS, SAID, gate=None) == (found, None)
+    assert chosen(nothing, found, AMOUNTS, SAID, everywhere=figures(2.0, 2.0, turn=-1))[1] is GATE
+    assert chosen(found, nothing, AMOUNTS, SAID, gate=None) == (found, None)
     with pytest.raises(NoGainError, match="nothing gains"):
         chosen(nothing, nothing, AMOUNTS, SAID)
 
