@@ -45,7 +45,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PATH", str(programs))
     monkeypatch.setenv("ALIGNEZ_SOURCE_TREE", str(tmp_path / "tree"))
     monkeypatch.setenv("ALIGNEZ_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(source, "patch_files", list)
+    monkeypatch.setattr(source, "patch_files", lambda *, programs: [])
     wheel = build.Wheel(Path("x.whl"), ("-DGGML_NATIVE=OFF",), "", cached=True)
     monkeypatch.setattr(build, "build_wheel", lambda observer: wheel)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))

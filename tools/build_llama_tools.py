@@ -73,7 +73,7 @@ def build(programs: Sequence[str], report: Reporter, *, patched: bool = True) ->
     from alignez_gguf.runtime import source
     from alignez_gguf.runtime.build import build_wheel
 
-    patches = source.patch_files() if patched else []
+    patches = source.patch_files(programs=True) if patched else []
     flags = [*build_wheel(_Notes(report)).cmake_args, *_FLAGS]
     key = hashlib.sha256("\0".join(flags).encode() + b"".join(patch.read_bytes() for patch in patches))
     work = source.cache_directory() / "programs" / f"{source.VERSION}-{key.hexdigest()[:16]}"

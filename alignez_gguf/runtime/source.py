@@ -80,8 +80,15 @@ def unpack(archive: Path, folder: Path) -> Path:
     return _checked_tree(folder / _NAME)
 
 
-def patch_files() -> list[Path]:
-    """The patches, in the order in which they apply.
+_OF_PROGRAMS = ("-common-", "-server-")
+"""In the names of patches of what only llama.cpp's own programs are made of."""
+
+
+def patch_files(*, programs: bool = False) -> list[Path]:
+    """The patches of the library, in the order in which they apply.
+
+    Args:
+        programs: also those of llama.cpp's programs, which the library is built without.
 
     Raises:
         RuntimeUnavailableError: there are none, which only a broken installation can bring about.
@@ -91,7 +98,7 @@ def patch_files() -> list[Path]:
     patches = sorted(folder.glob("*.patch"))
     if not patches:
         raise RuntimeUnavailableError(f"no patches in {folder}; reinstall alignez-gguf")
-    return patches
+    return [patch for patch in patches if programs or not any(part in patch.name for part in _OF_PROGRAMS)]
 
 
 def apply_patches(tree: Path, patches: Sequence[Path]) -> None:

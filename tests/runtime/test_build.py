@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -395,3 +396,22 @@ def _is_closed(reader: int) -> bool:
         return os.read(reader, 1) == b""
     except BlockingIOError:
         return False
+
+
+def test_the_library_is_built_with_the_patches_that_it_needs() -> None:
+    files = {
+        programs: [path.name for path in source.patch_files(programs=programs)] for programs in (False, True)
+    }
+    assert [name[:4] for name in files[True]] == ["0001", "0002", "0003", "0004"]
+    assert [name[:4] for name in files[False]] == ["0001", "0004"]
+
+
+FOLDERS = {"0001": ("include/", "src/"), "0002": ("common/",), "0003": ("tools/server/",), "0004": ("ggml/",)}
+
+
+@pytest.mark.parametrize("number", FOLDERS)
+def test_each_patch_changes_one_part_of_llama_cpp(number: str) -> None:
+    (patch,) = (path for path in source.patch_files(programs=True) if path.name.startswith(number))
+    changed = re.findall(r"^diff --git a/(\S+)", patch.read_text(encoding="utf-8"), re.MULTILINE)
+    assert changed
+    assert all(name.startswith(FOLDERS[number]) for name in changed)
