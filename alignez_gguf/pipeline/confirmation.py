@@ -33,6 +33,9 @@ LEVEL = 0.05
 _RANDOM_DRAWS = 4
 """Random directions of the same size that the edit is compared with: one may be lucky."""
 
+_LEAST_SHARE = 0.1
+"""Of what the persona declines: so many more have to be declined."""
+
 _ANSWER_TOKENS = 40
 """The beginning of an answer says whether it declines."""
 
@@ -93,10 +96,10 @@ class Confirmation:
             - self.refusals(self.base, persona_declines=declines)
             for declines in (True, False)
         )
-        if any(self.figures.declined) and wanted <= unwanted:
+        if any(figures.declined) and wanted - unwanted < max(1, _LEAST_SHARE * sum(figures.declined)):
             return (
-                f"what is said gets no better: it declines {wanted:+d} of what the persona declines, and "
-                f"{unwanted:+d} of what that answers"
+                f"what is said gets no better: it declines {wanted:+d} of {sum(figures.declined)} that the "
+                f"persona declines, and {unwanted:+d} of what that answers"
             )
         if self.steered.breaks_more_than(self.base):
             return f"{self.steered.broken} answers are broken (before: {self.base.broken})"

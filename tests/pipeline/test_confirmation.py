@@ -16,8 +16,9 @@ from alignez_gguf.errors import NoGainError
 from alignez_gguf.gate import Gate
 from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
-from alignez_gguf.pipeline.confirmation import confirm
+from alignez_gguf.pipeline.confirmation import Confirmation, Said, confirm
 from alignez_gguf.scope import GENERATION, Scope
+from alignez_gguf.scoring import Figures
 from tests.pipeline.conftest import with_engine
 
 NO, YES = "I'm sorry, but I can't help with that.", "Happy to help! Take a bowl and mix it well."
@@ -163,3 +164,26 @@ def test_engine_that_writes_nothing_steered_confirms_by_likelihood_alone(job: Jo
     found = confirm(job, EDITS, PAIRS, GENERATION)
     assert (found.base, found.steered) == (None, None)
     assert str(found).endswith("nat per token")
+
+
+@pytest.mark.parametrize(
+    ("n", "n_better", "n_worse", "is_better"),
+    [
+        (17, 5, 0, True),
+        (17, 2, 0, True),
+        (17, 1, 0, False),
+        (17, 3, 2, False),
+        (6, 1, 0, True),
+        (6, 1, 1, False),
+    ],
+)
+def test_what_is_said_has_to_get_better_on_one_in_ten(
+    n: int, n_better: int, n_worse: int, is_better: bool
+) -> None:
+    declined = (True,) * n + (False,) * n
+    before = Said((False,) * 2 * n, 0)
+    now = [index < n_better for index in range(n)] + [index < n_worse for index in range(n)]
+    gains = Figures(tuple(1.0 + index % 2 for index in range(2 * n)), declined, 0.01)
+    nothing = Figures((0.0,) * 2 * n, declined, 0.0)
+    found = Confirmation(gains, gains, nothing, 0.1, before, Said(tuple(now), 0))
+    assert (not found.doubt) == is_better
