@@ -2,9 +2,9 @@
 
     python3 tools/calibration.py [--exports 100] [--queries 48] [--json]
 
-Exports of the demo model, each with another seed, whose two personas are the plain prompt: every pair is two
-answers of the model itself, so nothing tells them apart but chance, and no edit brings the model nearer to
-"the persona". A file that is written all the same is a false one; at most one in twenty may be.
+Exports of the demo model, each with another seed, from pairs of two answers that the model itself has given
+to the plain prompt: nothing tells them apart but chance, and no edit brings the model nearer to them. A file
+that is written all the same is a false one; at most one in twenty may be.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _exported(seed: int, n_queries: int) -> str:
     """Why an export wrote nothing, in its first words; empty where it would have written a file."""
     from alignez_gguf import demo
+    from alignez_gguf.engines import GenerationRequest, Sampling
     from alignez_gguf.engines.llama import LlamaEngine
     from alignez_gguf.errors import NoGainError, QueryError
+    from alignez_gguf.pairs import PreferencePair
     from alignez_gguf.pipeline import Settings, export
     from alignez_gguf.progress import SilentReporter
     from alignez_gguf.prompts import METADATA_KEY, Persona, Templates
@@ -62,9 +64,17 @@ def _exported(seed: int, n_queries: int) -> str:
         shown = Templates.from_toml(engine.model.metadata(METADATA_KEY) or "")
         nobody = Persona("", shown.plain)
         templates = replace(shown, helpful=nobody, harmful=nobody)
+        prompts = [templates.plain_prompt(query) for query in queries for _ in range(2)]
+        requests = [GenerationRequest(prompt, 1000 * seed + index) for index, prompt in enumerate(prompts)]
+        said = dict(engine.generate(requests, Sampling(max_tokens=24, stop=templates.stop)))
+        texts = [said[index].text.strip() for index in range(len(said))]
+        pairs = [
+            PreferencePair(query, ours, theirs, "", "")
+            for query, ours, theirs in zip(queries, texts[::2], texts[1::2], strict=True)
+        ]
         settings = Settings(seed=seed, max_tokens=24)
         try:
-            export(engine, queries, templates, settings, work, SilentReporter(), target=engine)
+            export(engine, [], templates, settings, work, SilentReporter(), target=engine, given=pairs)
         except (NoGainError, QueryError) as error:
             return str(error).split(":")[0].split(";")[0]
     return ""
