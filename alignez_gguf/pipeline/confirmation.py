@@ -234,7 +234,10 @@ def least_gain(figures: Figures) -> float:
     """What a gain has to exceed to be more than chance, in nat."""
     from scipy.stats import t
 
-    return float(t.ppf(1 - LEVEL, max(1, len(figures.gains) - 2))) * figures.standard_error
+    # As many degrees of freedom as the smaller half has, since the halves differ in spread (Welch).
+    n_declined = sum(figures.declined)
+    smaller = min((n for n in (n_declined, len(figures.declined) - n_declined) if n), default=1)
+    return float(t.ppf(1 - LEVEL, max(1, smaller - 1))) * figures.standard_error
 
 
 def said(
