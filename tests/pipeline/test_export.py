@@ -161,13 +161,12 @@ def test_changed_option_computes_what_depends_on_it(
 
 
 def test_what_an_earlier_job_measured_changes_no_byte(run: Run, tmp_path: Path) -> None:
-    quick = replace(QUICK, layers=(1, 2, 3))
     with suppress(NoGainError):
-        run(replace(quick, kl_budget=0.01), tmp_path / "shared")
+        run(replace(QUICK, kl_budget=0.01), tmp_path / "shared")
     with suppress(NoGainError):
-        run(replace(quick, scope=Scope("all")), tmp_path / "shared")
-    used = saved(run(quick, tmp_path / "shared"), tmp_path)
-    assert used == saved(run(quick, tmp_path / "fresh"), tmp_path)
+        run(replace(QUICK, scope=Scope("all")), tmp_path / "shared")
+    used = saved(run(QUICK, tmp_path / "shared"), tmp_path)
+    assert used == saved(run(QUICK, tmp_path / "fresh"), tmp_path)
 
 
 def test_given_pairs_stand_in_for_generated_ones(run: Run, watched: Any, quick: Export) -> None:
