@@ -34,7 +34,7 @@ _KEPT_GAIN = 0.5
 
 @dataclass(frozen=True)
 class Fits:
-    """What every source found, and the edits that candidates make of it."""
+    """The fitted directions of every source; makes the edits of a candidate."""
 
     fits: Mapping[tuple[str, Place], Fit]
 
@@ -65,7 +65,7 @@ def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Sou
 
 
 def place_of(source: Source) -> Place:
-    """Where a source is read."""
+    """Return the place at which a source is read."""
     return Place(source.reading, source.hook)
 
 
@@ -171,9 +171,11 @@ def _raised(
 ) -> Selection:
     """The selection with a larger amount, where by what is said that is better."""
     best = selection.chosen
+    if not best.candidate.amount:
+        return selection
     before = said(job, {}, choice_pairs, scope, None)
     now = said(job, fits.edits(best.candidate), choice_pairs, scope, gate)
-    if before is None or now is None or not best.candidate.amount:
+    if before is None or now is None:
         return selection
     chosen, tried = best, list(selection.tried)
     with scoring(job, choice_pairs, gate) as scorer:
@@ -212,7 +214,7 @@ def _figures_path(
     scope: Scope,
     gate: Gate | None,
 ) -> Path:
-    """Where figures are kept that depend on a fit on `pairs`."""
+    """Return the file that keeps figures which depend on a fit on `pairs`."""
     return job.work.part(
         "scores",
         model=job.engine.info,

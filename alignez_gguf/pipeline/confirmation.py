@@ -34,7 +34,7 @@ _RANDOM_DRAWS = 4
 """Random directions of the same size that the edit is compared with: one may be lucky."""
 
 _LEAST_SHARE = 0.1
-"""Of what the persona declines: so many more have to be declined."""
+"""The share of what the persona declines by which refusals have to rise."""
 
 _ANSWER_TOKENS = 40
 """The beginning of an answer says whether it declines."""
@@ -107,7 +107,7 @@ class Confirmation:
 
     @property
     def baselines(self) -> tuple[Baseline, ...]:
-        """What the edit is compared with."""
+        """The baselines: no edit, the persona as a prompt, and random directions."""
         nothing = Figures((0.0,) * len(self.figures.gains), self.figures.declined, 0.0)
         return (
             Baseline("no edit", nothing),

@@ -22,7 +22,7 @@ from alignez_gguf.prompts import Templates
 _ANSWER_TOKENS = 24
 """The beginning of an answer says whether it declines."""
 _N_TWINS = 12
-"""Of the templates, the first so many."""
+"""The number of twins that are asked, from the first one of the templates on."""
 _LEVEL = 0.05
 """One-sided, of each of the two sign tests."""
 

@@ -25,10 +25,10 @@ FALSE_ALARMS = 0.02
 _N_TOKENS = 500
 """The likeliest first tokens, which a gate reads."""
 _SHRINKAGE = 0.9
-"""Of the covariance towards a multiple of the identity: there are fewer requests than tokens."""
+"""The shrinkage of the covariance towards the identity: there are fewer requests than tokens."""
 _FOLDS = 6
 _MIN_REQUESTS = 12
-"""Of each kind from which on a gate is fitted."""
+"""The least number of harmful, and of harmless, requests on which a gate is fitted."""
 _WORTH_IT = 0.5
 """The share of harmful requests that a gate has to let through."""
 
