@@ -22,12 +22,15 @@ from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
+from alignez_gguf.pipeline.verdicts import alternating, declines, own_verdicts
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures
 from alignez_gguf.selection import Scored, Search, Selection, ranked
 
 _STRONGER = (1.4, 2.0)
 """Factors of the best amount that are tried behind a gate."""
+_MOST_TWINS = 40
+"""Harmful twins that are answered with each amount, at most."""
 _KEPT_GAIN = 0.5
 """The share of the best gain that a stronger edit has to keep."""
 
@@ -82,6 +85,7 @@ def choose(
     pairs: Sequence[PreferencePair],
     choice_pairs: Sequence[PreferencePair],
     gate: Gate | None,
+    twins: Sequence[str],
 ) -> tuple[Selection, Gate | None]:
     """Choose the best edit, and whether it acts behind the gate, where there is one.
 
@@ -93,6 +97,7 @@ def choose(
         fits: of all sources.
         pairs: of the whole job.
         choice_pairs: those to choose on.
+        twins: harmful requests on which nothing was fitted but the gate.
 
     Raises:
         NoGainError: nothing gains.
@@ -110,7 +115,7 @@ def choose(
             raise everywhere
     if job.settings.choose is not None:
         return found.choose(job.settings.choose), gate
-    return (found if gate is None else _raised(job, fits, found, scope, choice_pairs, gate)), gate
+    return (found if gate is None else _raised(job, fits, found, scope, choice_pairs, gate, twins)), gate
 
 
 def _is_better_without(
@@ -168,13 +173,27 @@ def _raised(
     scope: Scope,
     choice_pairs: Sequence[PreferencePair],
     gate: Gate,
+    twins: Sequence[str],
 ) -> Selection:
-    """The selection with a larger amount, where by what is said that is better."""
+    """The selection with a larger amount, where by what is said that is better.
+
+    Counts answers to the choice's queries, and to harmful twins that the model does not decline by itself.
+    """
     best = selection.chosen
     if not best.candidate.amount:
         return selection
-    before = said(job, {}, choice_pairs, scope, None)
-    now = said(job, fits.edits(best.candidate), choice_pairs, scope, gate)
+    own = own_verdicts(job, twins)
+    harmful = {pair.query: declines(pair) for pair in alternating(choice_pairs)}
+    harmful |= dict.fromkeys([query for query in twins if not own[query]][:_MOST_TWINS], True)
+    queries = list(harmful)
+
+    def progress(answers: Said) -> int:
+        """How many answers decline what they should, less those that decline what they should not."""
+        rows = zip(answers.declined, harmful.values(), strict=True)
+        return sum(declined * (1 if wanted else -1) for declined, wanted in rows)
+
+    before = said(job, {}, queries, scope, None)
+    now = said(job, fits.edits(best.candidate), queries, scope, gate)
     if before is None or now is None:
         return selection
     chosen, tried = best, list(selection.tried)
@@ -187,24 +206,18 @@ def _raised(
             least = max(_KEPT_GAIN * best.figures.gain, least_gain(figures))
             if figures.gain <= least or (figures.kl or 0.0) > selection.budget:
                 break
-            stronger = said(job, fits.edits(candidate), choice_pairs, scope, gate)
+            stronger = said(job, fits.edits(candidate), queries, scope, gate)
             if stronger is None or stronger.breaks_more_than(before):
                 break
             tried = [one for one in tried if one.candidate != candidate] + [Scored(candidate, figures)]
-            if _progress(stronger, figures) > _progress(now, figures):
+            if progress(stronger) > progress(now):
                 chosen, now = Scored(candidate, figures), stronger
     if chosen is not best:
         job.reporter.note(
             f"the amount is raised from {best.candidate.amount:g}x to {chosen.candidate.amount:g}x, by which "
-            "more of what the persona declines is declined"
+            "more of what is harmful is declined"
         )
     return replace(selection, chosen=chosen, tried=ranked(tried))
-
-
-def _progress(answers: Said, figures: Figures) -> int:
-    """How many answers decline what the persona declines, less those that decline what it answers."""
-    rows = zip(answers.declined, figures.declined, strict=True)
-    return sum(declined * (1 if wanted else -1) for declined, wanted in rows)
 
 
 def _figures_path(

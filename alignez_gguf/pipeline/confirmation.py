@@ -217,7 +217,8 @@ def measure(
 
         found_figures = kept_figures(path, measured)
         persona = persona_figures(job, pairs, scorer)
-    base, steered = said(job, {}, pairs, scope, None), said(job, edits, pairs, scope, gate)
+    queries = [pair.query for pair in alternating(pairs)]
+    base, steered = said(job, {}, queries, scope, None), said(job, edits, queries, scope, gate)
     return Confirmation(
         found_figures["edit"], persona, found_figures["random"], job.settings.kl_budget, base, steered
     )
@@ -240,23 +241,19 @@ def least_gain(figures: Figures) -> float:
     return float(t.ppf(1 - LEVEL, max(1, smaller - 1))) * figures.standard_error
 
 
-def said(
-    job: Job, edits: Edits, pairs: Sequence[PreferencePair], scope: Scope, gate: Gate | None
-) -> Said | None:
-    """The greedy answers of the target to the plain queries, counted; kept.
+def said(job: Job, edits: Edits, queries: Sequence[str], scope: Scope, gate: Gate | None) -> Said | None:
+    """The greedy answers of the target to the plain queries, counted in their order; kept.
 
     None where the engine writes nothing steered.
     """
     target = job.target
     if not isinstance(target, SteeredGenerator):
         return None
-    pairs = alternating(pairs)
-    queries = [pair.query for pair in pairs]
     path = job.work.part(
         "said",
         model=target.info,
         templates=job.templates,
-        queries=queries,
+        queries=list(queries),
         scope=scope,
         edits=digest(edits),
         gate=gate and gate.digest,

@@ -151,7 +151,8 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     fits = fit_sources(job, fit_pairs, candidates)
     held_out = [pair.query for pair in (*choice_pairs, *confirmation_pairs)]
     gate = fitted_gate(job, fit_pairs, held_out)
-    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate)
+    twins = [harmful for harmful, _ in job.templates.twins if harmful not in held_out]
+    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, twins)
     best = selection.chosen.candidate
     edits = fits.edits(best)
     confirmation = confirm(job, edits, confirmation_pairs, scope, gate)

@@ -36,8 +36,7 @@ Opposed = list[tuple[str, str]]
 
 def persona_contrast(pairs: Sequence[PreferencePair]) -> Opposed:
     """Queries that the safety-first persona declines, each with one that it answers."""
-    declined, answered = _by_verdict(pairs)
-    return _matched(declined, answered)
+    return _matched(*_by_verdict(pairs))
 
 
 def own_contrast(job: Job, pairs: Sequence[PreferencePair]) -> Opposed:
@@ -45,18 +44,22 @@ def own_contrast(job: Job, pairs: Sequence[PreferencePair]) -> Opposed:
 
     Of what the safety-first persona declines, so that both kinds are harmful and only the decision differs.
     """
-    declined, _ = _by_verdict(pairs)
-    own = own_verdicts(job, declined)
+    own = own_verdicts(job, declined(pairs))
     return _matched(
-        [query for query, declines in zip(declined, own, strict=True) if declines],
-        [query for query, declines in zip(declined, own, strict=True) if not declines],
+        [query for query, declines in own.items() if declines],
+        [query for query, declines in own.items() if not declines],
     )
 
 
-def own_verdicts(job: Job, queries: Sequence[str]) -> list[bool]:
+def declined(pairs: Sequence[PreferencePair]) -> list[str]:
+    """The queries that the safety-first persona declines, by their first sample."""
+    return _by_verdict(pairs)[0]
+
+
+def own_verdicts(job: Job, queries: Sequence[str]) -> dict[str, bool]:
     """Whether the model itself declines each query, in a greedy answer; kept."""
     if not queries:
-        return []
+        return {}
     path = job.work.part(
         "own-answers", model=job.engine.info, templates=job.templates, queries=list(queries)
     ).with_suffix(".json")
@@ -67,7 +70,8 @@ def own_verdicts(job: Job, queries: Sequence[str]) -> list[bool]:
             job, job.engine, plain, "asking what the model declines by itself", ANSWER_TOKENS
         )
 
-    return [is_refusal(text, query) for text, query in zip(kept_json(path, answers), queries, strict=True)]
+    texts = kept_json(path, answers)
+    return {query: is_refusal(text, query) for text, query in zip(texts, queries, strict=True)}
 
 
 def split(

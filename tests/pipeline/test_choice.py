@@ -12,6 +12,7 @@ import pytest
 from alignez_gguf.candidates import MOST, Candidate, Source
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.gate import Gate
+from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, choice
 from alignez_gguf.pipeline.choice import choose
 from alignez_gguf.pipeline.confirmation import Said
@@ -21,6 +22,10 @@ from alignez_gguf.selection import Scored, Selection
 
 GATE = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
 DECLINED = (True,) * 10 + (False,) * 10
+PAIRS = [
+    PreferencePair(f"query {index}", "I cannot help with that." if declined else "It is easy.", "No.", "", "")
+    for index, declined in enumerate(DECLINED)
+]
 NOISE = np.linspace(-0.2, 0.2, 10)
 
 
@@ -38,9 +43,10 @@ def selection(found: Figures, amount: float = 0.5) -> Selection:
     return Selection(chosen, (chosen,), len(DECLINED), 0.1)
 
 
-def said(wanted: int, unwanted: int = 0, broken: int = 0) -> Said:
-    declined = [index < wanted for index in range(10)] + [index < unwanted for index in range(10)]
-    return Said(tuple(declined), broken)
+def said(wanted: int, unwanted: int = 0, broken: int = 0, twins: tuple[bool, ...] = ()) -> Said:
+    """Declined and answered queries in turns, then twins."""
+    declined = [declines for index in range(10) for declines in (index < wanted, index < unwanted)]
+    return Said((*declined, *twins), broken)
 
 
 class Fits:
@@ -65,8 +71,13 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
         answers: dict[float, Said],
         gate: Gate | None = GATE,
         everywhere: Figures | None = None,
+        own: dict[str, bool] | None = None,
     ) -> tuple[Selection, Gate | None]:
-        """`everywhere`: the best edit behind the gate, where it steers every request."""
+        """Choose.
+
+        `everywhere`: the best edit behind the gate, where it steers every request; `own`: harmful twins, and
+        whether the model declines them by itself.
+        """
 
         class Scorer:
             @staticmethod
@@ -84,8 +95,22 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
 
         monkeypatch.setattr(choice, "_searched", lambda *found: ungated if found[-1] is None else gated)
         monkeypatch.setattr(choice, "scoring", scoring)
-        monkeypatch.setattr(choice, "said", lambda _job, edits, *_: answers[edits or 0.0])
-        return choose(job, Fits(), [], GENERATION, [], [], gate)  # type: ignore[arg-type]
+        asked: list[str] = []
+        own = own or {}
+
+        def said(_job: Job, edits: Any, queries: list[str], *_: Any) -> Said:
+            asked[:] = queries
+            return answers[edits or 0.0]
+
+        monkeypatch.setattr(choice, "said", said)
+        monkeypatch.setattr(choice, "own_verdicts", lambda *_: own)
+        found = choose(job, Fits(), [], GENERATION, [], PAIRS, gate, list(own))  # type: ignore[arg-type]
+        assert asked in (
+            [],
+            [f"query {index}" for two in zip(range(10), range(10, 20), strict=True) for index in two]
+            + [twin for twin, declines in own.items() if not declines],
+        )
+        return found
 
     return choose_between
 
@@ -122,6 +147,17 @@ def test_amount_is_raised_while_more_is_declined_and_no_further(chosen: Choose) 
     assert amount_of(chosen(none, behind, AMOUNTS, SAID)) == 0.7
     assert amount_of(chosen(none, behind, AMOUNTS, SAID | {1.0: said(9)})) == 1.0
     assert amount_of(chosen(none, behind, AMOUNTS, dict.fromkeys(SAID, said(6)))) == 0.5
+
+
+def test_twins_that_the_model_does_not_decline_by_itself_count_too(chosen: Choose) -> None:
+    behind, own = selection(figures(1.0, 0.0)), {"Rob a bank": False, "Rob a pub": True, "Rob a bus": False}
+    answers = {
+        0.0: said(4, twins=(False, False)),
+        0.5: said(8, twins=(True, False)),
+        0.7: said(8, twins=(True, True)),
+        1.0: said(8, twins=(True, True)),
+    }
+    assert amount_of(chosen(NoGainError(""), behind, AMOUNTS, answers, own=own)) == 0.7
 
 
 @pytest.mark.parametrize(
