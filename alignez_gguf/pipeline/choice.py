@@ -22,15 +22,13 @@ from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
-from alignez_gguf.pipeline.verdicts import alternating, declines, own_verdicts
+from alignez_gguf.pipeline.verdicts import alternating, declines
 from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures
 from alignez_gguf.selection import Scored, Search, Selection, ranked
 
 _STRONGER = (1.4, 2.0)
 """Factors of the best amount that are tried behind a gate."""
-_MOST_TWINS = 40
-"""Harmful twins that are answered with each amount, at most."""
 _KEPT_GAIN = 0.5
 """The share of the best gain that a stronger edit has to keep."""
 
@@ -97,7 +95,8 @@ def choose(
         fits: of all sources.
         pairs: of the whole job.
         choice_pairs: those to choose on.
-        twins: harmful requests on which nothing was fitted but the gate.
+        twins: harmful requests that the model does not decline by itself; nothing was fitted on them but the
+            gate.
 
     Raises:
         NoGainError: nothing gains.
@@ -177,14 +176,12 @@ def _raised(
 ) -> Selection:
     """The selection with a larger amount, where by what is said that is better.
 
-    Counts answers to the choice's queries, and to harmful twins that the model does not decline by itself.
+    Counts answers to the choice's queries and to `twins`.
     """
     best = selection.chosen
     if not best.candidate.amount:
         return selection
-    own = own_verdicts(job, twins)
-    harmful = {pair.query: declines(pair) for pair in alternating(choice_pairs)}
-    harmful |= dict.fromkeys([query for query in twins if not own[query]][:_MOST_TWINS], True)
+    harmful = {pair.query: declines(pair) for pair in alternating(choice_pairs)} | dict.fromkeys(twins, True)
     queries = list(harmful)
 
     def progress(answers: Said) -> int:

@@ -237,13 +237,13 @@ def _score(made: Made) -> dict[str, Field]:
             "baseline.name": tuple(baseline.name for baseline in confirmation.baselines),
             "baseline.score": tuple(baseline.figures.gain for baseline in confirmation.baselines),
             "baseline.kl": tuple(_divergence(baseline.figures) for baseline in confirmation.baselines),
-            "said.declined": sum(figures.declined),
+            "said.declined": sum(confirmation.harmful),
         }
         for name, said in (("base", confirmation.base), ("steered", confirmation.steered)):
             if said is not None:
                 found |= {
-                    f"said.{name}.declines_declined": confirmation.refusals(said, persona_declines=True),
-                    f"said.{name}.declines_answered": confirmation.refusals(said, persona_declines=False),
+                    f"said.{name}.declines_declined": confirmation.refusals(said, harmful=True),
+                    f"said.{name}.declines_answered": confirmation.refusals(said, harmful=False),
                     f"said.{name}.broken": said.broken,
                 }
     if made.selection is not None:

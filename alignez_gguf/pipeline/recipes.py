@@ -22,7 +22,14 @@ from alignez_gguf.pipeline.gating import fitted_gate
 from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.kept import kept_json
 from alignez_gguf.pipeline.stages import fit_directions
-from alignez_gguf.pipeline.verdicts import MIN_VERDICTS, Opposed, own_contrast, persona_contrast, split
+from alignez_gguf.pipeline.verdicts import (
+    MIN_VERDICTS,
+    Opposed,
+    own_contrast,
+    own_verdicts,
+    persona_contrast,
+    split,
+)
 from alignez_gguf.scope import GENERATION
 from alignez_gguf.selection import Selection
 
@@ -151,11 +158,11 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     fits = fit_sources(job, fit_pairs, candidates)
     held_out = [pair.query for pair in (*choice_pairs, *confirmation_pairs)]
     gate = fitted_gate(job, fit_pairs, held_out)
-    twins = [harmful for harmful, _ in job.templates.twins if harmful not in held_out]
-    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, twins)
+    twins = [] if gate is None else _unaided_twins(job, held_out)
+    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, twins[::2])
     best = selection.chosen.candidate
     edits = fits.edits(best)
-    confirmation = confirm(job, edits, confirmation_pairs, scope, gate)
+    confirmation = confirm(job, edits, confirmation_pairs, scope, gate, twins[1::2])
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
@@ -170,6 +177,12 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     }
     fitted = fits.of(best.source).directions
     return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
+
+
+def _unaided_twins(job: Job, held_out: Collection[str]) -> list[str]:
+    """The harmful twins of the templates that the model does not decline by itself."""
+    harmful = [query for query, _ in job.templates.twins if query not in held_out]
+    return [query for query, declines in own_verdicts(job, harmful).items() if not declines]
 
 
 def paper_place(settings: Settings) -> Place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,12 +71,11 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
         answers: dict[float, Said],
         gate: Gate | None = GATE,
         everywhere: Figures | None = None,
-        own: dict[str, bool] | None = None,
+        twins: Sequence[str] = (),
     ) -> tuple[Selection, Gate | None]:
         """Choose.
 
-        `everywhere`: the best edit behind the gate, where it steers every request; `own`: harmful twins, and
-        whether the model declines them by itself.
+        `everywhere`: the best edit behind the gate, where it steers every request.
         """
 
         class Scorer:
@@ -96,20 +95,15 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
         monkeypatch.setattr(choice, "_searched", lambda *found: ungated if found[-1] is None else gated)
         monkeypatch.setattr(choice, "scoring", scoring)
         asked: list[str] = []
-        own = own or {}
 
         def said(_job: Job, edits: Any, queries: list[str], *_: Any) -> Said:
             asked[:] = queries
             return answers[edits or 0.0]
 
         monkeypatch.setattr(choice, "said", said)
-        monkeypatch.setattr(choice, "own_verdicts", lambda *_: own)
-        found = choose(job, Fits(), [], GENERATION, [], PAIRS, gate, list(own))  # type: ignore[arg-type]
-        assert asked in (
-            [],
-            [f"query {index}" for two in zip(range(10), range(10, 20), strict=True) for index in two]
-            + [twin for twin, declines in own.items() if not declines],
-        )
+        found = choose(job, Fits(), [], GENERATION, [], PAIRS, gate, twins)  # type: ignore[arg-type]
+        in_turns = [f"query {index}" for two in zip(range(10), range(10, 20), strict=True) for index in two]
+        assert asked in ([], [*in_turns, *twins])
         return found
 
     return choose_between
@@ -149,15 +143,15 @@ def test_amount_is_raised_while_more_is_declined_and_no_further(chosen: Choose) 
     assert amount_of(chosen(none, behind, AMOUNTS, dict.fromkeys(SAID, said(6)))) == 0.5
 
 
-def test_twins_that_the_model_does_not_decline_by_itself_count_too(chosen: Choose) -> None:
-    behind, own = selection(figures(1.0, 0.0)), {"Rob a bank": False, "Rob a pub": True, "Rob a bus": False}
+def test_harmful_twins_count_too(chosen: Choose) -> None:
+    behind, twins = selection(figures(1.0, 0.0)), ["Rob a bank", "Rob a bus"]
     answers = {
         0.0: said(4, twins=(False, False)),
         0.5: said(8, twins=(True, False)),
         0.7: said(8, twins=(True, True)),
         1.0: said(8, twins=(True, True)),
     }
-    assert amount_of(chosen(NoGainError(""), behind, AMOUNTS, answers, own=own)) == 0.7
+    assert amount_of(chosen(NoGainError(""), behind, AMOUNTS, answers, twins=twins)) == 0.7
 
 
 @pytest.mark.parametrize(

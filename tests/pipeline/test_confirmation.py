@@ -102,12 +102,12 @@ def test_gain_on_other_queries_is_confirmed_with_what_is_said(job: Job) -> None:
     assert found.figures.gain == pytest.approx(2.5, abs=0.3)
     assert found.figures.kl == pytest.approx(0.01)
     assert found.share == pytest.approx(found.figures.gain / 10)
-    assert (found.refusals(found.base, persona_declines=True), found.base.broken) == (0, 0)
-    assert found.refusals(found.steered, persona_declines=True) == 6
-    assert found.refusals(found.steered, persona_declines=False) == 0
+    assert (found.refusals(found.base, harmful=True), found.base.broken) == (0, 0)
+    assert found.refusals(found.steered, harmful=True) == 6
+    assert found.refusals(found.steered, harmful=False) == 0
     assert "confirmed on 12 queries that neither fit nor choice saw" in str(found)
-    assert "of 6 that the persona declines it declines 6 (before: 0)" in str(found)
-    assert "of 6 that the persona answers it declines 0 (before: 0)" in str(found)
+    assert "of 6 harmful requests it declines 6 (before: 0)" in str(found)
+    assert "of 6 others it declines 0 (before: 0)" in str(found)
 
 
 def test_confirmation_is_kept(job: Job) -> None:
@@ -119,8 +119,8 @@ def test_confirmation_is_kept(job: Job) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"gains": (-1.0, 1.0)}, r"it gains [+-]0\.\d+ \+- 0\.\d+ nat an answer"),
-        ({"gains": (3.0, -3.2)}, r"it gains [+-]0\.\d+"),
+        ({"gains": (-1.0, 1.0), "answers": (YES, YES)}, r"it gains [+-]0\.\d+ \+- 0\.\d+ nat an answer"),
+        ({"gains": (3.0, -3.4)}, r"it gains [+-]0\.\d+"),
         ({"gains": (1.5, 1.5), "random": 2.0}, "no more for certain than random directions"),
         ({"gains": (4.0, 1.0), "kl": 0.21}, r"it costs 0\.210 nat per token, more than twice the budget"),
         (
@@ -185,5 +185,40 @@ def test_what_is_said_has_to_get_better_on_one_in_ten(
     now = [index < n_better for index in range(n)] + [index < n_worse for index in range(n)]
     gains = Figures(tuple(1.0 + index % 2 for index in range(2 * n)), declined, 0.01)
     nothing = Figures((0.0,) * 2 * n, declined, 0.0)
-    found = Confirmation(gains, gains, nothing, 0.1, before, Said(tuple(now), 0))
+    found = Confirmation(gains, gains, nothing, 0.1, declined, before, Said(tuple(now), 0))
     assert (not found.doubt) == is_better
+
+
+@pytest.mark.parametrize(
+    ("gain", "n_better", "n_worse", "is_confirmed"),
+    [
+        (0.1, 6, 0, True),
+        (0.1, 5, 0, False),  # one of 32, and one of 40 is asked for
+        (0.1, 9, 1, True),
+        (0.1, 9, 2, False),
+        (-0.1, 9, 0, False),
+        (9.0, 2, 0, True),  # by likelihood
+    ],
+)
+def test_gain_is_confirmed_by_what_is_said_where_likelihoods_leave_a_doubt(
+    gain: float, n_better: int, n_worse: int, is_confirmed: bool
+) -> None:
+    """Answers to twins count, too: 12 queries and 4 twins."""
+    declined = (True,) * 6 + (False,) * 6
+    noise = (4.0, -4.0) * 6
+    figures = Figures(tuple(gain + one for one in noise), declined, 0.01)
+    nothing = Figures((0.0,) * 12, declined, 0.0)
+    before = Said((True,) * n_worse + (False,) * (16 - n_worse), 0)
+    harmful = [True] * 16
+    now = [index >= n_worse and index < n_worse + n_better for index in range(16)]
+    found = Confirmation(figures, figures, nothing, 0.1, tuple(harmful), before, Said(tuple(now), 0))
+    assert (not found.doubt) == is_confirmed, found.doubt
+
+
+def test_twins_are_asked_what_is_said_too(job: Job) -> None:
+    job = with_engine(job, Steered(job.engine, (4.0, 1.0)))
+    job = replace(job, settings=replace(job.settings, kl_budget=0.1))
+    found = confirm(job, EDITS, PAIRS, GENERATION, None, ["How do I do 101?", "How do I do 103?"])
+    assert found.harmful == (*found.figures.declined, True, True)
+    assert found.base is not None
+    assert len(found.base.declined) == len(PAIRS) + 2

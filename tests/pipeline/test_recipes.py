@@ -168,11 +168,11 @@ def test_auto_writes_the_confirmed_figures_and_everything_that_was_tried(
         "baseline.score": tuple(one.figures.gain for one in confirmation.baselines),
         "baseline.kl": tuple(one.figures.kl for one in confirmation.baselines),
         "said.declined": sum(figures.declined),
-        "said.base.declines_declined": confirmation.refusals(confirmation.base, persona_declines=True),
-        "said.base.declines_answered": confirmation.refusals(confirmation.base, persona_declines=False),
+        "said.base.declines_declined": confirmation.refusals(confirmation.base, harmful=True),
+        "said.base.declines_answered": confirmation.refusals(confirmation.base, harmful=False),
         "said.base.broken": confirmation.base.broken,
-        "said.steered.declines_declined": confirmation.refusals(confirmation.steered, persona_declines=True),
-        "said.steered.declines_answered": confirmation.refusals(confirmation.steered, persona_declines=False),
+        "said.steered.declines_declined": confirmation.refusals(confirmation.steered, harmful=True),
+        "said.steered.declines_answered": confirmation.refusals(confirmation.steered, harmful=False),
         "said.steered.broken": confirmation.steered.broken,
     }
 
