@@ -27,7 +27,7 @@ _COPY = re.compile(rb"[^#]+#(.+)#\d+")
 """What the scheduler calls the copy of a node for another device (ggml_backend_sched_split_graph)."""
 
 _MODEL_WEIGHT = re.compile(rb"\.(?:weight|bias)$")
-_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID", b"OUT_PROD"})
+_PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
 _SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
 _LINEAR = frozenset(
     {b"SCALE", b"VIEW", b"RESHAPE", b"CONT", b"PERMUTE", b"TRANSPOSE", b"SUM_ROWS", b"REPEAT"}

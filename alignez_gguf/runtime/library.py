@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import Edits, check_strength
+from alignez_gguf.edits import Edits, LayerEdit, check_strength
 from alignez_gguf.errors import RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime.log import captured_log
 from alignez_gguf.runtime.source import VERSION
@@ -23,7 +23,7 @@ from alignez_gguf.runtime.source import VERSION
 SYMBOL = "llama_set_adapter_edits"
 """Exported by a libllama that carries the patch."""
 
-PATCH_VERSION = 1
+PATCH_VERSION = 2
 """LLAMA_LAYER_EDIT_VERSION of the patched llama.h that this module is written for."""
 
 _GPUS = (1, 2)
@@ -38,9 +38,11 @@ class _LayerEdit(ctypes.Structure):
     _fields_ = (
         ("il", ctypes.c_int32),
         ("id", ctypes.c_int32),
-        ("n_remove", ctypes.c_int32),
-        ("remove", _FLOATS),
-        ("add", _FLOATS),
+        ("is_ffn", ctypes.c_bool),
+        ("k", ctypes.c_int32),
+        ("u", _FLOATS),
+        ("v", _FLOATS),
+        ("b", _FLOATS),
     )
 
 
@@ -177,9 +179,18 @@ def _functions() -> tuple[Any, Any]:
     return set_edit, set_strength
 
 
-def _pointer(array: NDArray[np.float32] | None) -> Any:
-    """The array's own memory, which the edit that owns it keeps alive."""
-    return None if array is None else array.ctypes.data_as(_FLOATS)
+def _pointer(array: NDArray[np.float32]) -> Any:
+    """The array's own memory. ctypes keeps the array alive as long as the pointer."""
+    return array.ctypes.data_as(_FLOATS)
+
+
+def _layer_edits(layer: int, control: int, edit: LayerEdit) -> Iterator[_LayerEdit]:
+    """What llama.cpp is told of the edit of a layer: x <- x + s (U V^T x + b), at the MLP and at the block."""
+    if edit.remove is not None:
+        u, v = np.ascontiguousarray(-edit.remove.T), edit.remove
+        yield _LayerEdit(layer, control, True, edit.rank, _pointer(u), _pointer(v), None)
+    if edit.add is not None:
+        yield _LayerEdit(layer, control, False, 0, None, None, _pointer(edit.add))
 
 
 def set_edits(context: Any, edits: Edits, n_embd: int) -> None:
@@ -199,10 +210,10 @@ def set_controls(context: Any, controls: Sequence[Edits], n_embd: int) -> None:
     """
     set_edit, _ = _functions()
     layer_edits = [
-        _LayerEdit(layer, number, edit.rank, _pointer(edit.remove), _pointer(edit.add))
+        one
         for number, edits in enumerate(controls)
         for layer, edit in sorted(edits.items())
-        if edit.decision != "none"
+        for one in _layer_edits(layer, number, edit)
     ]
     with captured_log() as log:
         status = set_edit(context, (_LayerEdit * len(layer_edits))(*layer_edits), len(layer_edits), n_embd)

@@ -36,14 +36,17 @@ public:
             throw std::runtime_error("no context");
         }
 
-        remove.resize(n_remove*n_embd, 0.0f);
+        u.resize(n_embd*n_remove, 0.0f);
+        v.resize(n_remove*n_embd, 0.0f);
         for (int i = 0; i < n_remove; ++i) {
-            remove[i*n_embd + i] = 1.0f;
+            u[i*n_remove + i] = -1.0f;
+            v[i*n_embd   + i] =  1.0f;
         }
         add.resize(n_embd, 0.25f);
         for (int il = 0; il < llama_model_n_layer(model); ++il) {
-            edits.push_back({ il, 0, n_remove, remove.data(), il + 1 == llama_model_n_layer(model) ? add.data() : nullptr });
+            edits.push_back({ il, 0, true, n_remove, u.data(), v.data(), nullptr });
         }
+        edits.push_back({ llama_model_n_layer(model) - 1, 0, false, 0, nullptr, nullptr, add.data() });
     }
 
     ~steered_context() {
@@ -104,7 +107,8 @@ private:
     llama_context * ctx = nullptr;
 
     const int n_embd;
-    std::vector<float> remove;
+    std::vector<float> u;
+    std::vector<float> v;
     std::vector<float> add;
     std::vector<llama_layer_edit> edits;
 };
