@@ -48,7 +48,9 @@ _MAX_LAYERS = MAX_ARRAY
 """Of a model: the figures of its layers have to be readable again."""
 _MAX_RANK = 1024
 """Of a removal: checking it takes time and memory that grow with the square of the rank."""
-_TENSOR = re.compile(r"(direction|projection)\.(0|[1-9][0-9]{0,5})")
+_TENSOR = re.compile(r"(direction|projection|bias)\.(0|[1-9][0-9]{0,5})(\.gain)?")
+_KINDS = {"direction": "add", "projection": "remove", "projection.gain": "gain", "bias": "bias"}
+"""The tensors of a layer, and what they are in its edit."""
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _MODEL_TEXT = ("arch", "name", "fingerprint", "quantization")
 _MODEL_COUNT = ("n_embd", "n_layer")
@@ -140,6 +142,10 @@ class ControlFile:
                 yield f"direction.{layer}", edit.add
             if edit.remove is not None:
                 yield f"projection.{layer}", edit.remove[0] if edit.rank == 1 else edit.remove
+            if edit.gain is not None:
+                yield f"projection.{layer}.gain", edit.gain
+            if edit.bias is not None:
+                yield f"bias.{layer}", edit.bias
         if self.gate is not None:
             yield _GATE, self.gate.weights
 
@@ -288,8 +294,8 @@ class _Reader:
             raise ControlFileError("it has a gate but no alignez.format_version")
         if weights is None and any(key.startswith("alignez.gate.") for key in self.metadata):
             raise ControlFileError("it has alignez.gate keys but no tensor of that name")
-        if not ours and any(kind == "projection" for kind, _ in tensors):
-            raise ControlFileError("it has projections but no alignez.format_version")
+        if not ours and any(kind != "direction" for kind, _ in tensors):
+            raise ControlFileError("it has projections or biases but no alignez.format_version")
         control = ControlFile(
             model=self._model() if ours else self._hinted_model(tensors),
             edits=self._edits(tensors),
@@ -346,9 +352,10 @@ class _Reader:
         tensors, weights = {}, None
         for tensor in self.header.tensors:
             match = _TENSOR.fullmatch(tensor.name)
-            if match is None and tensor.name != _GATE:
+            kind = "" if match is None else match[1] + (match[3] or "")
+            if kind not in _KINDS and tensor.name != _GATE:
                 raise ControlFileError(f"it has an unknown tensor {tensor.name!r}")
-            dims = 2 if match is not None and match[1] == "projection" else 1
+            dims = 2 if kind == "projection" else 1
             if tensor.ggml_type != _F32:
                 raise ControlFileError(f"{tensor.name} is not F32")
             if len(tensor.shape) > dims or tensor.n_elements == 0:
@@ -358,7 +365,7 @@ class _Reader:
             if match is None:
                 weights = tensor
             else:
-                tensors[match[1], int(match[2])] = tensor
+                tensors[kind, int(match[2])] = tensor
         return tensors, weights
 
     def _gate(self, weights: TensorInfo) -> Gate:
@@ -376,7 +383,7 @@ class _Reader:
         edits = {}
         for layer in sorted({layer for _, layer in tensors}):
             arrays = {}
-            for kind, argument in (("direction", "add"), ("projection", "remove")):
+            for kind, argument in _KINDS.items():
                 tensor = tensors.get((kind, layer))
                 if tensor is not None:
                     arrays[argument] = self._array(tensor)

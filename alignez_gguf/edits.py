@@ -20,8 +20,8 @@ from alignez_gguf.errors import SteeringError
 if TYPE_CHECKING:
     from alignez_gguf.directions import Directions
 
-Decision = Literal["none", "remove", "add", "remove+add"]
-"""What an edit does to a layer."""
+Decision = Literal["none", "remove", "add", "remove+add", "boost", "boost+add"]
+"""What an edit does to a layer; a gain of another kind than removal is a boost."""
 
 ORTHONORMAL_TOLERANCE = 1e-5
 """Rows whose Gram matrix is within this of the identity count as orthonormal and are kept as they are."""
@@ -34,59 +34,114 @@ _DEPENDENT = 1e-5
 class LayerEdit:
     """The edit of one layer, for strength 1.
 
-    Both arrays are copied, float32 and read-only. An addition of zeros is no addition (`None`).
+    The output x of the MLP becomes x + V^T G V x + b, and the output h of the block h + a. The arrays are
+    copied, float32 and read-only. An addition of zeros is no addition (`None`), and so is a gain of -1.
 
     Attributes:
-        add: [n_embd], added to the output of the block (after the residual addition).
-        remove: [k, n_embd] with orthonormal rows V; the output of the MLP becomes x - V^T V x. May be
-            given as [n_embd] or as any [k, n_embd]: it is orthonormalised in the order of its rows, and
-            rows that depend on earlier ones are dropped.
+        add: a, [n_embd], added to the output of the block (after the residual addition).
+        remove: V, [k, n_embd] with orthonormal rows. May be given as [n_embd], and without a gain as any
+            [k, n_embd]: it is orthonormalised in the order of its rows, and rows that depend on earlier ones
+            are dropped.
+        gain: the diagonal of G, [k]: the component along a row is multiplied by 1 + gain. None is -1 for
+            all: they are removed. A gain above 0 boosts.
+        bias: b, [n_embd], added to the output of the MLP.
 
     Raises:
-        SteeringError: a wrong shape, a value that is not finite, a `remove` of rank 0.
+        SteeringError: a wrong shape, a value that is not finite, a `remove` of rank 0, or a gain for rows
+            that are not orthonormal.
     """
 
     add: NDArray[np.float32] | None = None
     remove: NDArray[np.float32] | None = None
+    gain: NDArray[np.float32] | None = None
+    bias: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        add = None if self.add is None else _finite("add", self.add)
         remove = None if self.remove is None else np.atleast_2d(_finite("remove", self.remove))
-        if add is not None and (add.ndim != 1 or add.size == 0):
-            raise SteeringError(f"`add` must have the shape [n_embd], not {list(add.shape)}")
         if remove is not None and (remove.ndim != 2 or remove.size == 0):
             raise SteeringError(
                 f"`remove` must have the shape [n_embd] or [k, n_embd], not {list(remove.shape)}"
             )
-        if add is not None and remove is not None and add.shape[0] != remove.shape[1]:
-            raise SteeringError(
-                f"`add` has width {add.shape[0]} and `remove` {remove.shape[1]}; both must be n_embd"
-            )
-        object.__setattr__(self, "add", _frozen(add) if add is not None and add.any() else None)
+        gain = None if self.gain is None else np.atleast_1d(_finite("gain", self.gain))
+        if gain is not None:
+            if remove is None or gain.shape != remove.shape[:1]:
+                raise SteeringError("`gain` must have one number for each row of `remove`")
+            if len(gain) > 1 and not is_orthonormal(remove):
+                raise SteeringError("a `gain` needs a `remove` whose rows are orthonormal")
+        added = {}
+        for name in ("add", "bias"):
+            value = getattr(self, name)
+            vector = None if value is None else _finite(name, value)
+            if vector is not None and (vector.ndim != 1 or vector.size == 0):
+                raise SteeringError(f"`{name}` must have the shape [n_embd], not {list(vector.shape)}")
+            if vector is not None and remove is not None and vector.shape[0] != remove.shape[1]:
+                raise SteeringError(
+                    f"`{name}` has width {vector.shape[0]} and `remove` {remove.shape[1]}; both must be "
+                    "n_embd"
+                )
+            added[name] = _frozen(vector) if vector is not None and vector.any() else None
+        if len({vector.shape for vector in added.values() if vector is not None}) > 1:
+            raise SteeringError("`add` and `bias` must both have the width n_embd")
         object.__setattr__(self, "remove", _frozen(orthonormal_rows(remove)) if remove is not None else None)
+        object.__setattr__(self, "gain", _frozen(gain) if gain is not None and (gain != -1).any() else None)
+        for name, vector in added.items():
+            object.__setattr__(self, name, vector)
+
+    @classmethod
+    def about(cls, directions: ArrayLike, center: ArrayLike, gain: float = -1.0) -> LayerEdit:
+        """x + gain V^T V (x - center): removes (gain -1) or boosts the part of x - center along directions.
+
+        Args:
+            directions: [n_embd] or [k, n_embd], of any length and angle; V spans the same.
+            center: [n_embd], an MLP output that stays as it is.
+            gain: of every direction.
+
+        Raises:
+            SteeringError: as the edit itself.
+        """
+        v = orthonormal_rows(np.atleast_2d(_finite("directions", directions)))
+        middle = _finite("center", center)
+        if middle.shape != v.shape[1:]:
+            raise SteeringError(f"`center` must have the shape [{v.shape[1]}], not {list(middle.shape)}")
+        along = v.astype(np.float64) @ middle
+        return cls(remove=v, gain=np.full(len(v), gain), bias=-gain * along @ v.astype(np.float64))
+
+    @property
+    def gains(self) -> NDArray[np.float32]:
+        """The gain of every row of `remove`, [k]; -1 where it is removed."""
+        return np.full(self.rank, -1, np.float32) if self.gain is None else self.gain
+
+    @property
+    def edits_mlp(self) -> bool:
+        """Whether it changes the output of the MLP, and not that of the block alone."""
+        return self.remove is not None or self.bias is not None
 
     @property
     def decision(self) -> Decision:
+        adds = self.add is not None or self.bias is not None
         if self.remove is None:
-            return "none" if self.add is None else "add"
-        return "remove" if self.add is None else "remove+add"
+            return "add" if adds else "none"
+        if self.gain is None:
+            return "remove+add" if adds else "remove"
+        return "boost+add" if adds else "boost"
 
     @property
     def rank(self) -> int:
-        """Dimensions that the removal takes away."""
+        """The number of directions that are removed or boosted."""
         return 0 if self.remove is None else int(self.remove.shape[0])
 
     @property
     def n_embd(self) -> int | None:
         """Length of the vectors; `None` for the edit that does nothing."""
-        array = self.add if self.remove is None else self.remove
-        return None if array is None else int(array.shape[-1])
+        arrays = [array for array in (self.remove, self.bias, self.add) if array is not None]
+        return int(arrays[0].shape[-1]) if arrays else None
 
     @property
     def scale(self) -> float:
-        """Length of the addition at strength 1."""
+        """Length of what is added at strength 1, to the MLP and to the block."""
         # In float64: the squares of large values leave the range of float32.
-        return 0.0 if self.add is None else float(np.linalg.norm(self.add.astype(np.float64)))
+        added = [vector.astype(np.float64) for vector in (self.add, self.bias) if vector is not None]
+        return float(np.linalg.norm(np.sum(added, axis=0))) if added else 0.0
 
 
 Edits = Mapping[int, LayerEdit]
@@ -150,22 +205,23 @@ def check_strength(strength: float) -> float:
 
 
 def apply(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """The edit as it changes an MLP output `x` [..., n_embd]: x - s V^T V x + s add.
+    """The edit as it changes an MLP output `x` [..., n_embd]: x + s (V^T G V x + b + a).
 
-    The runtime adds `add` after the residual addition that follows the MLP. That is the same sum, save for
-    architectures with a norm between the two; those see `apply_removal` before it and `apply_addition` after.
+    The runtime adds a after the residual addition that follows the MLP. That is the same sum, save for
+    architectures with a norm between the two; those see `apply_to_mlp` before it and `apply_to_block` after.
     """
-    return apply_addition(apply_removal(x, edit, strength), edit, strength)
+    return apply_to_block(apply_to_mlp(x, edit, strength), edit, strength)
 
 
-def apply_removal(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """x - s V^T V x, for an MLP output [..., n_embd]."""
+def apply_to_mlp(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
+    """x + s (V^T G V x + b), for an MLP output [..., n_embd]."""
     x, strength = np.asarray(x), check_strength(strength)
-    return x if edit.remove is None else x - strength * (x @ edit.remove.T) @ edit.remove
+    edited = x if edit.remove is None else x + strength * ((x @ edit.remove.T) * edit.gains) @ edit.remove
+    return edited if edit.bias is None else edited + strength * edit.bias
 
 
-def apply_addition(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """h + s add, for a block output [..., n_embd]."""
+def apply_to_block(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
+    """h + s a, for a block output [..., n_embd]."""
     h, strength = np.asarray(h), check_strength(strength)
     return h if edit.add is None else h + strength * edit.add
 
@@ -174,7 +230,10 @@ def digest(edits: Edits) -> str:
     """Tells edits apart: SHA-256 of their layers, shapes and values."""
     value = hashlib.sha256()
     for layer, edit in sorted(edits.items()):
-        for array in (edit.remove, edit.add):
+        arrays = (edit.remove, edit.add)
+        if edit.gain is not None or edit.bias is not None:
+            arrays = (*arrays, edit.gain, edit.bias)
+        for array in arrays:
             value.update(f"{layer} {None if array is None else array.shape} ".encode())
             value.update(b"" if array is None else array.tobytes())
     return value.hexdigest()

@@ -1,18 +1,18 @@
 """Does one layer, edited alone, compute what numpy says, and more than rounding does?
 
 What comes before the layer is then bit for bit the unsteered model, so what llama.cpp computes there can be
-held against numpy: the MLP output x against x - V^T V x, and the residual stream h against h + a.
+held against numpy: the MLP output x against x + V^T G V x + b, and the residual stream h against h + a.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import Decision, LayerEdit, apply_removal
+from alignez_gguf.edits import Decision, LayerEdit, apply_to_mlp
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.rounding import RoundingFloor, Share, figures, logits_distance
 
@@ -27,16 +27,15 @@ it is about 1e-6; a GPU may round the products of an edit and those of the weigh
 FLOOR = 0.5
 """What rounding alone changes has to be below this share of what the edit changes."""
 
-_KINDS: tuple[Decision, Decision] = ("remove", "add")
-
 
 @dataclass(frozen=True)
 class LayerCheck:
     """One edited layer, edited alone. All figures are taken token by token.
 
     Attributes:
-        removed_before, removed_after: length of the MLP output along the removed directions, of the middle
-            token; `None` where nothing is removed, or where the MLP output cannot be found in the graph.
+        removed_before, removed_after: length of the MLP output along the directions that are removed or
+            boosted, or else along what is added to it, of the middle token; `None` where the MLP output is
+            not edited, or cannot be found in the graph.
         added_expected, added: length of the addition, and of what it changed at the end of the block, of the
             middle token; `None` where nothing is added, or (`added`) where that cannot be found.
         error, error_worst: how far the layer is from what numpy makes of it, as a share of the edit: of the
@@ -86,8 +85,8 @@ class Layers:
     def check(self, way: Way, layer: int, edit: LayerEdit) -> LayerCheck:
         parts: list[_Part] = []
         try:
-            if edit.remove is not None:
-                parts.append(self._removal(way, layer, LayerEdit(remove=edit.remove)))
+            if edit.edits_mlp:
+                parts.append(self._mlp(way, layer, replace(edit, add=None)))
             if edit.add is not None:
                 parts.append(self._addition(way, layer, LayerEdit(add=edit.add)))
         except SteeringError as refusal:
@@ -96,17 +95,17 @@ class Layers:
         error, error_worst = figures(max(errors, key=_median, default=None))
         floor = max((part.floor for part in parts), key=_median)
         reason = ""
-        if edit.remove is not None and layer not in self.base.mlp:
-            reason = "its MLP output cannot be found in the graph, so that nothing proves the removal"
+        if edit.edits_mlp and layer not in self.base.mlp:
+            reason = "its MLP output cannot be found in the graph, so that nothing proves the edit"
         elif not all(part.changes for part in parts):
             reason = f"llama.cpp ignores it: {self.bench.info.arch} models do not apply such an edit there"
         elif not floor.median < FLOOR:
             reason = lost_in_rounding(floor.median)
         elif error is not None and not error <= TOLERANCE:
             reason = f"llama.cpp computes something that is {error:.0%} of the edit away from it"
-        lengths = {part.edit.decision: (part.before, part.after) for part in parts}
+        lengths = {part.edit.edits_mlp: (part.before, part.after) for part in parts}
         (removed_before, removed_after), (expected, added) = (
-            lengths.get(kind, (None, None)) for kind in _KINDS
+            lengths.get(of_mlp, (None, None)) for of_mlp in (True, False)
         )
         return LayerCheck(
             layer,
@@ -123,22 +122,26 @@ class Layers:
             reason=reason,
         )
 
-    def _removal(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
-        assert edit.remove is not None
+    def _mlp(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
         with self.bench.steered(way, {layer: edit}):
             logits, seen = self.bench.observe()
-        x, left = self.base.mlp.get(layer), self._left(way, layer, seen)
+        x, left = self.base.mlp.get(layer), self._left(way, layer, edit, seen)
         if x is None or left is None:
             return self._unseen(edit, logits)
-        removed = _lengths(x @ edit.remove.T)
+        rows = edit.remove
+        if rows is None:
+            assert edit.bias is not None
+            rows = edit.bias[None] / np.float32(edit.scale)
+        expected = apply_to_mlp(x, edit)
+        changed = _lengths(expected - x)
         noise = self.floor.mlp.get(layer, np.zeros_like(x))
         return _Part(
             edit,
             not np.array_equal(logits, self.base_logits),
-            Share.of(_lengths(noise @ edit.remove.T), removed),
-            Share.of(_lengths(left - apply_removal(x, edit)), removed),
-            float(np.median(removed)),
-            float(np.median(_lengths(left @ edit.remove.T))),
+            Share.of(_lengths(noise @ rows.T), changed),
+            Share.of(_lengths(left - expected), changed),
+            float(np.median(_lengths(x @ rows.T))),
+            float(np.median(_lengths(left @ rows.T))),
         )
 
     def _addition(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
@@ -169,12 +172,14 @@ class Layers:
             before=edit.scale or None,
         )
 
-    def _left(self, way: Way, layer: int, seen: Observation) -> NDArray[np.float32] | None:
-        """The MLP output after a removal.
+    def _left(self, way: Way, layer: int, edit: LayerEdit, seen: Observation) -> NDArray[np.float32] | None:
+        """The edited MLP output.
 
-        With stock llama.cpp, what is removed of a bias shows at the end of the block only.
+        With stock llama.cpp, what is added, or removed of a bias, shows at the end of the block only.
         """
-        biased = way == "stock" and any(down.bias for down in self.bench.weights.down_projections(layer))
+        biased = way == "stock" and (
+            edit.bias is not None or any(down.bias for down in self.bench.weights.down_projections(layer))
+        )
         if not biased:
             return seen.mlp.get(layer)
         if layer in self.base.mlp and layer in self.base.block and layer in seen.block:
@@ -184,7 +189,7 @@ class Layers:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The removal or the addition of a layer, alone; lengths of the middle token before and after."""
+    """The edit of the MLP output or of the block's, alone; lengths of the middle token before and after."""
 
     edit: LayerEdit
     changes: bool

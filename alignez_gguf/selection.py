@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.candidates import Candidate, Source, first_candidates, neighbours
-from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.edits import Edits, LayerEdit, orthonormal_rows
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures, Scorer
@@ -241,11 +241,15 @@ def random_edits(like: Edits, seed: int) -> dict[int, LayerEdit]:
     def normal(shape: tuple[int, ...]) -> NDArray[np.float32]:
         return rng.standard_normal(shape, dtype=np.float32)
 
+    def as_long_as(vector: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+        if vector is None:
+            return None
+        direction = normal(vector.shape)
+        length = np.linalg.norm(vector.astype(np.float64))
+        return direction * np.float32(length / np.linalg.norm(direction))
+
     def random(edit: LayerEdit) -> LayerEdit:
-        remove = None if edit.remove is None else normal(edit.remove.shape)
-        if edit.add is None:
-            return LayerEdit(remove=remove)
-        direction = normal(edit.add.shape)
-        return LayerEdit(add=direction * np.float32(edit.scale / np.linalg.norm(direction)), remove=remove)
+        remove = None if edit.remove is None else orthonormal_rows(normal(edit.remove.shape))
+        return LayerEdit(as_long_as(edit.add), remove, edit.gain, as_long_as(edit.bias))
 
     return {layer: random(edit) for layer, edit in sorted(like.items())}

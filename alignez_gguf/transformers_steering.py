@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from contextlib import ExitStack
 from os import PathLike
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import check_strength
+from alignez_gguf.engines.transformers_hooks import TensorEdit, block_edit, mlp_edit
 from alignez_gguf.engines.transformers_info import gguf_architecture
 from alignez_gguf.engines.transformers_model import cache_in, cache_name, decoder_layers, layer_mlps
 from alignez_gguf.errors import SteeringError
@@ -88,17 +87,17 @@ class TransformersSteering:
         """Of a forward pass, in the order in which they can be given without a name."""
         cache_name(self._parameters, config)
         blocks = decoder_layers(model, config)
-        mlps = layer_mlps(blocks, config) if any(edit.rank for edit in control.edits.values()) else []
+        mlps = layer_mlps(blocks, config) if any(edit.edits_mlp for edit in control.edits.values()) else []
         self._hooks = ExitStack()
         with ExitStack() as hooks:
             handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
             hooks.callback(handle.remove)
             hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
             for layer, edit in control.edits.items():
-                if edit.remove is not None:
-                    self._hook(hooks, mlps[layer], _removal(torch.tensor(edit.remove)))
+                if edit.edits_mlp:
+                    self._hook(hooks, mlps[layer], mlp_edit(edit))
                 if edit.add is not None:
-                    self._hook(hooks, blocks[layer], _addition(torch.tensor(edit.add)))
+                    self._hook(hooks, blocks[layer], block_edit(edit))
             self._hooks = hooks.pop_all()
         self._attached = True
 
@@ -154,7 +153,7 @@ class TransformersSteering:
     def _end(self, *_: object) -> None:
         self._first = None
 
-    def _hook(self, hooks: ExitStack, module: nn.Module, edit: Callable[[Tensor, float], Tensor]) -> None:
+    def _hook(self, hooks: ExitStack, module: nn.Module, edit: TensorEdit) -> None:
         def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
             edited = self._edited(states, edit)
@@ -162,7 +161,7 @@ class TransformersSteering:
 
         hooks.callback(module.register_forward_hook(forward_hook).remove)
 
-    def _edited(self, states: Tensor, edit: Callable[[Tensor, float], Tensor]) -> Tensor:
+    def _edited(self, states: Tensor, edit: TensorEdit) -> Tensor:
         """`states` [n_rows, width, n_embd] with the steered columns edited."""
         if self._first is None:
             raise SteeringError(
@@ -175,18 +174,3 @@ class TransformersSteering:
         states = states.clone()
         states[:, columns] = edit(states[:, columns].float(), self._strength).to(states.dtype)
         return states
-
-
-def _removal(rows: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """x - s V^T V x, with V [k, n_embd]."""
-
-    def edit(x: Tensor, strength: float) -> Tensor:
-        v = rows.to(x.device)
-        return x - strength * (x @ v.T) @ v
-
-    return edit
-
-
-def _addition(vector: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """h + s a."""
-    return lambda h, strength: h + strength * vector.to(h.device)

@@ -11,7 +11,7 @@ import pytest
 
 from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
 from alignez_gguf.directions import Directions
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.edits import LayerEdit, digest, orthonormal_rows
 from alignez_gguf.errors import ControlFileError, SteeringError
 from alignez_gguf.gate import Gate
 
@@ -202,7 +202,7 @@ def test_other_fingerprint_of_equal_shape_warns(control):
         ([("direction.01", ones(32))], our_keys(), "direction.01"),
         ([("direction.-1", ones(32))], our_keys(), "direction.-1"),
         ([("direction.9999999999999999999", ones(32))], our_keys(), "unknown tensor"),
-        ([("bias.1", ones(32))], our_keys(), "bias.1"),
+        ([("biases.1", ones(32))], our_keys(), "biases.1"),
         ([("direction.1", ones(2, 32))], our_keys(), "direction.1 has the shape"),
         ([("direction.1", np.ones(32, np.float16))], our_keys(), "direction.1 is not F32"),
         ([("direction.1", ones(32) * np.nan)], our_keys(), "direction.1 .*NaN"),
@@ -435,3 +435,53 @@ def test_threshold_may_be_any_number(control, tmp_path):
             tmp_path / "c.gguf"
         )
         assert ControlFile.load(tmp_path / "c.gguf").gate.threshold == threshold
+
+
+def test_boosts_and_biases_come_back_as_they_were_saved(control, tmp_path):
+    rows = orthonormal_rows(np.random.default_rng(0).standard_normal((2, 32)))
+    edits = {
+        0: LayerEdit(remove=rows, gain=[-1, 0.5], bias=np.ones(32), add=np.full(32, 2.0)),
+        1: LayerEdit(remove=rows[:1], gain=[4.0]),
+        3: LayerEdit(bias=np.ones(32)),
+    }
+    boosting = dataclasses.replace(control, edits=edits)
+    boosting.save(tmp_path / "c.gguf")
+    loaded = ControlFile.load(tmp_path / "c.gguf")
+    assert loaded.sha256 == boosting.sha256 != control.sha256
+    assert digest(loaded.edits) == digest(edits)
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "c.gguf").tensors}
+    assert {"projection.0.gain", "bias.0", "projection.1.gain", "bias.3"} <= names
+    assert "projection.3.gain" not in names
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ([("bias.1", ones(31))], "has width 31"),
+        ([("bias.1", ones(2, 16))], "bias.1 has the shape"),
+        ([("bias.1.gain", ones(1))], "unknown tensor"),
+        ([("direction.1.gain", ones(1))], "unknown tensor"),
+        ([("projection.1.gain", ones(1))], "one number for each row"),
+        (
+            [("projection.1", np.eye(32, dtype=np.float32)[0]), ("projection.1.gain", ones(2))],
+            "one number for each row",
+        ),
+        (
+            [
+                ("projection.1", np.eye(32, dtype=np.float32)[0]),
+                ("projection.1.gain", np.array([np.nan], np.float32)),
+            ],
+            "NaN",
+        ),
+    ],
+)
+def test_malformed_boost_or_bias_is_refused(tmp_path, tensors, reason):
+    path = write_gguf(tmp_path / "c.gguf", tensors, our_keys())
+    with pytest.raises(ControlFileError, match=reason):
+        ControlFile.load(path)
+
+
+def test_bias_of_another_tool_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "c.gguf", [("bias.1", ones(32))])
+    with pytest.raises(ControlFileError, match=r"no alignez\.format_version"):
+        ControlFile.load(path)

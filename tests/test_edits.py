@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,14 +9,17 @@ from alignez_gguf.directions import Directions
 from alignez_gguf.edits import (
     LayerEdit,
     apply,
-    apply_addition,
-    apply_removal,
+    apply_to_block,
+    apply_to_mlp,
     check_strength,
+    digest,
     orthonormal_rows,
     paper_edits,
     span_edits,
 )
 from alignez_gguf.errors import SteeringError
+
+RNG = np.random.default_rng(11)
 
 N_EMBD = 24
 
@@ -40,7 +45,7 @@ def test_removal_leaves_nothing_inside_the_given_span_and_everything_outside(rng
     x = rng.normal(size=(5, N_EMBD))
     projector = rows.T @ np.linalg.inv(rows @ rows.T) @ rows
 
-    steered = apply_removal(x, LayerEdit(remove=rows))
+    steered = apply_to_mlp(x, LayerEdit(remove=rows))
 
     np.testing.assert_allclose(steered, x - x @ projector, atol=1e-5)
 
@@ -48,7 +53,7 @@ def test_removal_leaves_nothing_inside_the_given_span_and_everything_outside(rng
 def test_rank_one_removal_is_the_equation_of_the_paper(rng):
     theta, x = rng.normal(size=N_EMBD) * 13, rng.normal(size=N_EMBD)
     expected = x - (x @ theta) / (theta @ theta) * theta
-    np.testing.assert_allclose(apply_removal(x, LayerEdit(remove=theta)), expected, atol=1e-6)
+    np.testing.assert_allclose(apply_to_mlp(x, LayerEdit(remove=theta)), expected, atol=1e-6)
 
 
 def test_strength_scales_removal_and_addition_and_zero_is_off(rng):
@@ -61,7 +66,7 @@ def test_strength_scales_removal_and_addition_and_zero_is_off(rng):
 
 def test_addition_adds_the_vector_to_each_row(rng):
     vector, h = rng.normal(size=N_EMBD).astype(np.float32), rng.normal(size=(3, N_EMBD))
-    np.testing.assert_allclose(apply_addition(h, LayerEdit(add=vector), 2.0), h + 2 * vector)
+    np.testing.assert_allclose(apply_to_block(h, LayerEdit(add=vector), 2.0), h + 2 * vector)
 
 
 def test_dependent_rows_are_dropped_and_later_ones_survive(rng):
@@ -199,3 +204,71 @@ def test_layer_that_the_model_does_not_have_is_refused():
 def test_directions_and_gap_of_different_fits_are_refused():
     with pytest.raises(SteeringError, match="do not belong together"):
         span_edits(np.ones((2, 1, 4)), np.ones((3, 4)), remove=True)
+
+
+def test_gain_multiplies_the_component_and_the_rest_stays() -> None:
+    v = orthonormal_rows(RNG.standard_normal((2, 6)))
+    x = RNG.standard_normal((4, 6))
+    edited = apply_to_mlp(x, LayerEdit(remove=v, gain=[-1, 0.5], bias=np.ones(6)), 1.0)
+    inside, rest = x @ v.T, x - x @ v.T @ v
+    np.testing.assert_allclose(edited, rest + (inside * [0, 1.5]) @ v + 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [-1.0, 0.5, 5.0])
+def test_edit_about_a_centre_leaves_the_centre_where_it_is(gain: float) -> None:
+    directions, center = RNG.standard_normal((2, 6)), RNG.standard_normal(6)
+    edit = LayerEdit.about(directions, center, gain)
+    np.testing.assert_allclose(apply_to_mlp(center, edit), center, atol=1e-6)
+    x = RNG.standard_normal(6)
+    v = orthonormal_rows(directions)
+    expected = x + gain * (x - center) @ v.T @ v
+    np.testing.assert_allclose(apply_to_mlp(x, edit), expected, atol=1e-5)
+
+
+def test_gain_of_minus_one_is_a_removal() -> None:
+    v = orthonormal_rows(RNG.standard_normal((2, 6)))
+    edit = LayerEdit(remove=v, gain=[-1, -1])
+    assert edit.gain is None
+    assert digest({0: edit}) == digest({0: LayerEdit(remove=v)})
+
+
+@pytest.mark.parametrize(
+    ("edit", "decision"),
+    [
+        ({"bias": np.ones(6)}, "add"),
+        ({"remove": np.eye(6)[:1], "gain": [0.5]}, "boost"),
+        ({"remove": np.eye(6)[:1], "gain": [0.5], "add": np.ones(6)}, "boost+add"),
+        ({"remove": np.eye(6)[:1], "bias": np.ones(6)}, "remove+add"),
+    ],
+)
+def test_decision_tells_boosts_and_biases(edit: dict[str, Any], decision: str) -> None:
+    assert LayerEdit(**edit).decision == decision
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ({"gain": [1.0]}, "one number for each row"),
+        ({"remove": np.eye(6)[:2], "gain": [1.0]}, "one number for each row"),
+        ({"remove": np.ones((2, 6)), "gain": [1.0, 1.0]}, "orthonormal"),
+        ({"remove": np.eye(6)[:1], "gain": [np.nan]}, "NaN"),
+        ({"bias": np.ones((2, 6))}, "`bias` must have the shape"),
+        ({"bias": np.ones(5), "remove": np.eye(6)[:1]}, "`bias` has width 5"),
+        ({"bias": np.ones(5), "add": np.ones(6)}, "both have the width"),
+    ],
+)
+def test_malformed_gain_or_bias_is_refused(edit: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SteeringError, match=reason):
+        LayerEdit(**edit)
+
+
+def test_digest_tells_gains_and_biases_apart() -> None:
+    v, b = np.eye(6)[:1], np.ones(6)
+    edits = [
+        LayerEdit(remove=v),
+        LayerEdit(remove=v, gain=[0.5]),
+        LayerEdit(remove=v, bias=b),
+        LayerEdit(remove=v, add=b),
+        LayerEdit(remove=v, gain=[0.5], bias=b),
+    ]
+    assert len({digest({0: edit}) for edit in edits}) == len(edits)

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from alignez_gguf import steer_transformers
 from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit, apply_addition, apply_removal
+from alignez_gguf.edits import LayerEdit, apply_to_block, apply_to_mlp
 from alignez_gguf.errors import ControlFileError, SteeringError
 from alignez_gguf.gate import Gate
 from tests.models import TinyModel, tiny_model
@@ -42,6 +42,7 @@ def control_for(tiny: TinyModel, seed: int = 0) -> ControlFile:
     normal = np.random.default_rng(seed).standard_normal
     edits = {
         0: LayerEdit(remove=normal((2, info.n_embd)), add=normal(info.n_embd)),
+        1: LayerEdit.about(normal((2, info.n_embd)), normal(info.n_embd), 0.5),
         2: LayerEdit(remove=normal(info.n_embd)),
     }
     return ControlFile(info, edits)
@@ -70,19 +71,19 @@ def nested_logits(
         for control, strength, steered in nested:
             chosen = [position in steered for position in range(tokens.shape[1])]
             for layer, edit in control.edits.items():
-                if edit.remove is not None:
+                if edit.edits_mlp:
                     hook(
                         hooks,
                         tiny.mlp_modules[layer],
                         chosen,
-                        partial(apply_removal, edit=edit, strength=strength),
+                        partial(apply_to_mlp, edit=edit, strength=strength),
                     )
                 if edit.add is not None:
                     hook(
                         hooks,
                         tiny.blocks[layer],
                         chosen,
-                        partial(apply_addition, edit=edit, strength=strength),
+                        partial(apply_to_block, edit=edit, strength=strength),
                     )
         logits: Tensor = tiny.hf(tokens, use_cache=False).logits[0]
     return logits

@@ -8,7 +8,7 @@ where only the last prompt token and what follows it is steered.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alignez_gguf.edits import Edits
+from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.engines import Passage
 from alignez_gguf.engines.passages import passage_tokens, steered_tokens
+from alignez_gguf.engines.transformers_hooks import TensorEdit, block_edit, mlp_edit
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.scope import GENERATION, Scope
@@ -158,34 +159,24 @@ def edited(model: TorchModel, edits: Edits, strength: float, columns: slice, wid
                     f"an edit of width {edit.n_embd} in layer {layer} does not fit {model.info}; "
                     "use one that was made for this model"
                 )
-            if edit.remove is not None:
-                _hook(hooks, model.mlps[layer], _removal(edit.remove, strength), columns, width, n_embd)
-            if edit.add is not None:
-                _hook(hooks, model.blocks[layer], _addition(edit.add, strength), columns, width, n_embd)
+            for module, change in _places(model, layer, edit):
+                _hook(hooks, module, change, strength, columns, width, n_embd)
         yield
 
 
-def _removal(remove: NDArray[np.float32], strength: float) -> Callable[[Tensor], Tensor]:
-    """x - s V^T V x."""
-    v = torch.tensor(remove)
-
-    def edit(x: Tensor) -> Tensor:
-        rows = v.to(x.device)
-        return x - strength * (x @ rows.T) @ rows
-
-    return edit
-
-
-def _addition(add: NDArray[np.float32], strength: float) -> Callable[[Tensor], Tensor]:
-    """h + s add."""
-    vector = strength * torch.tensor(add)
-    return lambda h: h + vector.to(h.device)
+def _places(model: TorchModel, layer: int, edit: LayerEdit) -> Iterator[tuple[nn.Module, TensorEdit]]:
+    """The modules whose output an edit changes, and how."""
+    if edit.edits_mlp:
+        yield model.mlps[layer], mlp_edit(edit)
+    if edit.add is not None:
+        yield model.blocks[layer], block_edit(edit)
 
 
 def _hook(
     hooks: ExitStack,
     module: nn.Module,
-    edit: Callable[[Tensor], Tensor],
+    change: TensorEdit,
+    strength: float,
     columns: slice,
     width: int,
     n_embd: int,
@@ -194,7 +185,7 @@ def _hook(
 
     def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
         states = hidden(output, width, n_embd).clone()
-        states[:, columns] = edit(states[:, columns].float()).to(states.dtype)
+        states[:, columns] = change(states[:, columns].float(), strength).to(states.dtype)
         states = states.reshape((output[0] if isinstance(output, tuple) else output).shape)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 

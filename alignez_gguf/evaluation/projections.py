@@ -30,15 +30,18 @@ class Projections:
 def project(engine: Engine, control: ControlFile, prompts: Sequence[str], strength: float) -> Projections:
     """Project the residual stream r on v: what the first edited layer removes first, or else what it adds.
 
-    With MLP output x, strength s and addition a: before <r, v>, after <r, v> - s <x, v> + s <a, v>, where the
-    term of x is left out without a removal. Where a gate stays closed, both are the same.
+    With MLP output x, strength s, gain g of v (-1 for a removal) and a all that is added: before <r, v>,
+    after <r, v> + s g <x, v> + s <a, v>, where the term of x is left out without a removal. Where a gate
+    stays closed, both are the same.
 
     Raises:
         ModelFileError: the engine cannot read the architecture.
     """
     layer, edit = next(iter(control.edits.items()))
     passages = [Passage(prompt) for prompt in prompts]
-    addition = np.zeros(control.model.n_embd) if edit.add is None else edit.add.astype(np.float64)
+    addition = np.zeros(control.model.n_embd)
+    for added in (edit.add, edit.bias):
+        addition = addition if added is None else addition + added
     direction = (
         addition / max(edit.scale, np.finfo(np.float64).tiny) if edit.remove is None else edit.remove[0]
     )
@@ -49,7 +52,7 @@ def project(engine: Engine, control: ControlFile, prompts: Sequence[str], streng
     before = along[:, 0]
     after = before + strength * float(addition @ direction)
     if edit.remove is not None:
-        after = after - strength * along[:, 1]
+        after = after + strength * float(edit.gains[0]) * along[:, 1]
     if control.gate is not None:
         opens = np.fromiter(map(control.gate.opens, engine.next_token_logprobs(prompts)), bool)
         after = np.where(opens, after, before)

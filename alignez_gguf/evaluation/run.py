@@ -180,7 +180,10 @@ def _finite(value: float) -> float | None:
 def controldigest(control: ControlFile) -> str:
     """A hash of what a control file does, whatever else it tells."""
     edits = {
-        layer: [None if array is None else array.tolist() for array in (edit.add, edit.remove)]
+        layer: [
+            None if array is None else array.tolist()
+            for array in (edit.add, edit.remove, edit.gain, edit.bias)
+        ]
         for layer, edit in control.edits.items()
     }
     return digest(edits if control.gate is None else [edits, control.gate.digest])

@@ -41,7 +41,12 @@ def write(control: ControlFile, output: Path) -> list[Path]:
 
 
 def _checked_rank(control: ControlFile) -> int:
-    adding = [layer for layer, edit in control.edits.items() if edit.add is not None]
+    boosting = [layer for layer, edit in control.edits.items() if edit.gain is not None]
+    if boosting:
+        raise SteeringError(
+            f"the control boosts at layer {boosting[0]}, and a GLP file removes; use --format stock"
+        )
+    adding = [layer for layer, edit in control.edits.items() if edit.decision.endswith("add")]
     if adding:
         raise SteeringError(
             f"the control adds at layer {adding[0]}, and a GLP file either removes or adds; use --format "

@@ -96,7 +96,7 @@ class _Merge:
                 continue
             for down in weights.down_projections(layer):
                 down.scales()  # refuses one for each row, which would not commute with the removal
-                self._changed[down.weight.name] = down, Requantiser(down, edit.remove, strength)
+                self._changed[down.weight.name] = down, Requantiser(down, edit, strength)
 
     def write(self, path: Path, progress: Reporter) -> list[MergedWeight]:
         import gguf
@@ -114,7 +114,7 @@ class _Merge:
             writer.close()
 
     def _biases_of(self, layer: int, edit: LayerEdit) -> dict[str, NDArray[np.float32]]:
-        """The new biases of a layer: b - s V^T V b, and s times the addition."""
+        """The new biases of a layer: b + s V^T G V b, and s times what is added."""
         downs = self._weights.down_projections(layer)
         biases = {}
         for down in downs:
@@ -122,13 +122,15 @@ class _Merge:
             if old is None or edit.remove is None:
                 continue
             v = edit.remove.astype(np.float64)
-            new = old - self._strength * (old @ v.T) @ v
+            new = old + self._strength * ((old @ v.T) * edit.gains) @ v
             biases[_bias_name(down)] = new.astype(np.float32).reshape(_bias_shape(down))
-        if edit.add is not None:
+        if edit.add is not None or edit.bias is not None:
             down, scale = self._carrier(layer, downs)
             name = _bias_name(down)
             old = biases.get(name, down.biases())
-            added = self._strength / scale * edit.add
+            added = self._strength * (
+                np.float32(0) if edit.bias is None else edit.bias
+            ) + self._strength / scale * (np.float32(0) if edit.add is None else edit.add)
             biases[name] = (added if old is None else old.ravel() + added).astype(np.float32)
         return biases
 

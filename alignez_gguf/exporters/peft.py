@@ -104,7 +104,7 @@ def write(
 
 
 def _refuse(control: ControlFile, weights: ModelWeights) -> None:
-    adding = [layer for layer, edit in control.edits.items() if edit.add is not None]
+    adding = [layer for layer, edit in control.edits.items() if edit.decision.endswith("add")]
     if adding:
         raise SteeringError(
             f"the control adds at layer {adding[0]}, and a LoRA cannot add a constant; use --format stock or "

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.exporters.weights import DownProjection
 from alignez_gguf.runtime.quantize import quantize
@@ -57,18 +58,19 @@ class Share:
 
 
 class Requantiser:
-    """W - s V^T V W of a down projection in a type, piece by piece.
+    """W + s V^T G V W of a down projection in a type, piece by piece.
 
     Args:
         down: the weight W.
-        vectors: V, [k, n_embd], orthonormal rows.
+        edit: with V, [k, n_embd], and its gains G.
         strength: s.
     """
 
-    def __init__(self, down: DownProjection, vectors: NDArray[np.float32], strength: float) -> None:
+    def __init__(self, down: DownProjection, edit: LayerEdit, strength: float) -> None:
+        assert edit.remove is not None
         self._down = down
-        self._vectors = vectors
-        self._strength = strength
+        self._vectors = edit.remove
+        self._factors = np.float32(strength) * edit.gains[:, None]
         self._columns = min(_COLUMNS, down.weight.shape[-1])
 
     def fits(self, kind: Any, tolerance: float) -> bool:
@@ -110,11 +112,12 @@ class Requantiser:
         weight = self._down.columns(expert, start, start + self._columns)
         v = self._vectors
         component = v @ weight
-        kept = (1 - self._strength) * component
-        wanted = weight - self._strength * (v.T @ component)
+        change = self._factors * component
+        kept = component + change
+        wanted = weight + v.T @ change
         target = wanted.copy()
         best: tuple[NDArray[np.uint8], Share] | None = None
-        removed, length = _energy(self._strength * component), _energy(weight)
+        removed, length = _energy(change), _energy(weight)
         for _ in range(_ROUNDS):
             rows = quantize(target, kind)
             if rows is None:

@@ -1,10 +1,10 @@
 """The edits in the two forms that every llama.cpp loads: a LoRA that removes, a control vector that adds.
 
 With V the removed rows and W the weight of `ffn_down`, the MLP output W h becomes W h - V^T (V W) h: a LoRA
-with B = -V^T and A = V W, exact because W is the weight as the very file keeps it, and because A is stored so
-that it meets the same h (`stacked`). Every expert of a mixture gets its own pair, since the sum of what is
-left of each is what is left of the sum. The addition is the control vector as it is: llama.cpp adds it at the
-output of the block (`build_cvec`).
+with B = -V^T (B = V^T G with gains G) and A = V W, exact because W is the weight as the very file keeps it,
+and because A is stored so that it meets the same h (`stacked`). Every expert of a mixture gets its own pair,
+since the sum of what is left of each is what is left of the sum. The addition is the control vector as it is:
+llama.cpp adds it at the output of the block (`build_cvec`).
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def lora(edits: Edits, weights: ModelWeights, progress: Reporter | None = None) 
         SteeringError: llama.cpp cannot adapt a weight; the message says which, and the mend.
         ModelFileError: a weight cannot be dequantised.
     """
-    removed = {layer: edit.remove for layer, edit in sorted(edits.items()) if edit.remove is not None}
+    removed = {layer: edit for layer, edit in sorted(edits.items()) if edit.remove is not None}
     pairs: dict[str, LoraPair] = {}
     with (progress or SilentReporter()).stage("projecting ffn_down", len(removed)) as advance:
-        for layer, vectors in removed.items():
+        for layer, edit in removed.items():
             for down in weights.down_projections(layer):
-                pairs[down.weight.name] = _pair(down, vectors)
+                pairs[down.weight.name] = _pair(down, edit)
             advance(1)
     return pairs
 
@@ -75,7 +75,9 @@ def additions(edits: Edits, weights: ModelWeights) -> dict[int, NDArray[np.float
         total = np.zeros(weights.info.n_embd) if edit.add is None else edit.add.astype(np.float64)
         if edit.remove is not None:
             for down in weights.down_projections(layer):
-                total += _constant(down, edit.remove, weights)
+                total += _constant(down, edit, weights)
+        if edit.bias is not None:
+            total += _scale_of_constants(layer, weights) * edit.bias.astype(np.float64)
         if total.any():
             added[layer] = total.astype(np.float32)
     return added
@@ -84,7 +86,7 @@ def additions(edits: Edits, weights: ModelWeights) -> dict[int, NDArray[np.float
 def _refuse_layer_0(edits: Edits) -> None:
     # llama_adapter_cvec::init: "there's never a tensor for layer 0"
     edit = edits.get(0)
-    if edit is not None and edit.add is not None:
+    if edit is not None and (edit.add is not None or edit.bias is not None):
         raise SteeringError(
             "the control adds at layer 0, which stock llama.cpp cannot do; export with --layers 1-, or use "
             "the patched runtime: alignez-gguf runtime build"
@@ -170,11 +172,12 @@ def command_line(model: Path, written: list[Path]) -> str:
     return shlex.join(["llama-server", "-m", str(model), *arguments])
 
 
-def _pair(down: DownProjection, vectors: NDArray[np.float32]) -> LoraPair:
-    """B = -V^T and A = V W of every expert."""
-    a, minima = down.projected(vectors), down.projected_minima(vectors)
+def _pair(down: DownProjection, edit: LayerEdit) -> LoraPair:
+    """B = V^T G, which is -V^T for a removal, and A = V W of every expert."""
+    assert edit.remove is not None
+    a, minima = down.projected(edit.remove), down.projected_minima(edit.remove)
     scales = _lora_scales(down)[:, None, None]
-    b = np.ascontiguousarray(-vectors.T)
+    b = np.ascontiguousarray((edit.gains[:, None] * edit.remove).T)
     if down.kind == "dense":
         return LoraPair(a[0], b, None if minima is None else minima[0])
     return LoraPair(
@@ -202,10 +205,20 @@ def _lora_scales(down: DownProjection) -> NDArray[np.float32]:
     return scales
 
 
-def _constant(
-    down: DownProjection, vectors: NDArray[np.float32], weights: ModelWeights
-) -> NDArray[Any] | float:
-    """What removing V from the bias b adds at the output of the block: -V^T V b, scaled as the block scales.
+def _scale_of_constants(layer: int, weights: ModelWeights) -> float:
+    """What a constant at the MLP output is multiplied with on its way to the output of the block."""
+    info = weights.info
+    if info.has_post_norm:
+        raise SteeringError(
+            f"the control adds to the MLP output of layer {layer}, and {info.arch} models have a norm behind "
+            "it, where stock llama.cpp cannot add; use the patched runtime: alignez-gguf runtime build"
+        )
+    scale = weights.metadata.get(f"{info.arch}.residual_scale", 0.0)
+    return float(scale) if isinstance(scale, (int, float)) and scale else 1.0
+
+
+def _constant(down: DownProjection, edit: LayerEdit, weights: ModelWeights) -> NDArray[Any] | float:
+    """What an edit of the bias b adds at the output of the block: V^T G V b, scaled as the block scales.
 
     A LoRA changes the weight alone.
     """
@@ -228,6 +241,7 @@ def _constant(
             f"the ffn_down of layer {down.layer} has {reason}; stock llama.cpp cannot remove anything from "
             "it: use --format merged, or the patched runtime: alignez-gguf runtime build"
         )
-    v = vectors.astype(np.float64)
-    result: NDArray[Any] = -scale * (v @ biases[0]) @ v
+    assert edit.remove is not None
+    v = edit.remove.astype(np.float64)
+    result: NDArray[Any] = scale * (edit.gains * (v @ biases[0])) @ v
     return result

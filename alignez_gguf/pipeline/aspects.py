@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.errors import NoGainError
+from alignez_gguf.errors import NoGainError, SteeringError
 from alignez_gguf.pipeline.job import Aspect, Job
 from alignez_gguf.pipeline.recipes import Made
 from alignez_gguf.pipeline.stages import scoring
@@ -35,11 +35,16 @@ def combine(parts: Sequence[tuple[Mapping[int, LayerEdit], float]]) -> dict[int,
 
     A layer removes the span of all that is removed there, in the order of the parts, and adds the weighted
     sum of what is added. A weight of 0 leaves a part out.
+
+    Raises:
+        SteeringError: a part boosts, or adds to the MLP output.
     """
     parts = [(edits, weight) for edits, weight in parts if weight > 0]
     combined = {}
     for layer in sorted({layer for edits, _ in parts for layer in edits}):
         here = [(edits[layer], weight) for edits, weight in parts if layer in edits]
+        if any(edit.gain is not None or edit.bias is not None for edit, _ in here):
+            raise SteeringError("edits that boost, or add to the MLP output, cannot be combined")
         removed = [edit.remove for edit, _ in here if edit.remove is not None]
         added = [np.float32(weight) * edit.add for edit, weight in here if edit.add is not None]
         combined[layer] = LayerEdit(

@@ -44,6 +44,8 @@ class _LayerEdit(ctypes.Structure):
         ("v", _FLOATS),
         ("b", _FLOATS),
     )
+    arrays: tuple[NDArray[np.float32] | None, ...] = ()
+    """What the pointers point into; ctypes does not keep it alive."""
 
 
 @cache
@@ -179,18 +181,28 @@ def _functions() -> tuple[Any, Any]:
     return set_edit, set_strength
 
 
-def _pointer(array: NDArray[np.float32]) -> Any:
-    """The array's own memory. ctypes keeps the array alive as long as the pointer."""
-    return array.ctypes.data_as(_FLOATS)
+def _layer_edit(
+    layer: int,
+    control: int,
+    is_ffn: bool,
+    u: NDArray[np.float32] | None,
+    v: NDArray[np.float32] | None,
+    b: NDArray[np.float32] | None,
+) -> _LayerEdit:
+    """x <- x + s (U V^T x + b), with U [n_embd, k] and V as rows [k, n_embd], C-contiguous."""
+    pointers = [None if array is None else array.ctypes.data_as(_FLOATS) for array in (u, v, b)]
+    edit = _LayerEdit(layer, control, is_ffn, 0 if v is None else len(v), *pointers)
+    edit.arrays = (u, v, b)
+    return edit
 
 
 def _layer_edits(layer: int, control: int, edit: LayerEdit) -> Iterator[_LayerEdit]:
-    """What llama.cpp is told of the edit of a layer: x <- x + s (U V^T x + b), at the MLP and at the block."""
-    if edit.remove is not None:
-        u, v = np.ascontiguousarray(-edit.remove.T), edit.remove
-        yield _LayerEdit(layer, control, True, edit.rank, _pointer(u), _pointer(v), None)
+    """The edit of a layer in llama.cpp's form: of the MLP output, and of the block's."""
+    if edit.edits_mlp:
+        u = None if edit.remove is None else np.ascontiguousarray((edit.gains[:, None] * edit.remove).T)
+        yield _layer_edit(layer, control, True, u, edit.remove, edit.bias)
     if edit.add is not None:
-        yield _LayerEdit(layer, control, False, 0, None, None, _pointer(edit.add))
+        yield _layer_edit(layer, control, False, None, None, edit.add)
 
 
 def set_edits(context: Any, edits: Edits, n_embd: int) -> None:

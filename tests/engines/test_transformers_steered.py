@@ -63,7 +63,10 @@ def random_edits(seed: int, n_layer: int = 3, n_embd: int = 64) -> Edits:
 
 
 EDITS = random_edits(0)
-FEWER = {1: LayerEdit(remove=random_edits(1)[1].remove), 2: LayerEdit(add=random_edits(1)[2].add)}
+FEWER = {
+    1: LayerEdit(remove=random_edits(1)[1].remove, gain=[0.5, 2.0]),
+    2: LayerEdit(add=random_edits(1)[2].add, bias=random_edits(2)[2].add),
+}
 
 
 def expected_logprobs(

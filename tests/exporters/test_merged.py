@@ -85,6 +85,42 @@ def test_additions_become_biases_from_layer_0_on(
     assert largest(logits(tmp_path / "out.gguf"), expected) < PARITY
 
 
+BOOSTS = {
+    0: LayerEdit.about(RNG.standard_normal(64), 0.3 * RNG.standard_normal(64), 0.5),
+    1: LayerEdit.about(RNG.standard_normal((3, 64)), 0.3 * RNG.standard_normal(64), 1.0),
+    2: LayerEdit(bias=0.3 * RNG.standard_normal(64), add=0.3 * RNG.standard_normal(64)),
+}
+
+
+@pytest.mark.parametrize(("name", "config"), LOADS_A_BIAS.items(), ids=LOADS_A_BIAS)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_boosts_about_a_centre_and_biases_equal_forward_hooks(
+    name: str, config: dict[str, Any], strength: float, tmp_path: Path
+) -> None:
+    model = tiny_model(name.split()[0], **config)
+
+    merge(model.gguf, BOOSTS, tmp_path / "out.gguf", strength=strength)
+
+    expected = hooked_logits(model, TOKENS, BOOSTS, strength)
+    assert largest(logits(tmp_path / "out.gguf"), expected) < PARITY
+
+
+@pytest.mark.parametrize("file_type", ["F32", "Q8_0"])
+def test_merged_boost_is_what_the_patch_computes(file_type: str, tmp_path: Path) -> None:
+    gguf_path = tiny_model("llama", n_embd=256).gguf
+    model = gguf_path if file_type == "F32" else quantized(gguf_path, file_type)
+    edits = {1: LayerEdit.about(RNG.standard_normal((2, 256)), 0.3 * RNG.standard_normal(256), 1.0)}
+    with Context(model) as context:
+        base = context.logits(rows(TOKENS))
+        context.set_edits(edits)
+        steered = context.logits(rows(TOKENS))
+
+    merge(model, edits, tmp_path / "out.gguf")
+
+    moved = largest(steered, base)
+    assert largest(logits(tmp_path / "out.gguf"), steered) < (1e-4 if file_type == "F32" else 0.1 * moved)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "olmo2", "mixtral"])
 def test_an_addition_that_the_architecture_cannot_carry_is_refused(architecture: str, tmp_path: Path) -> None:
     with pytest.raises(SteeringError, match=r"adds at layer 0.*--format stock"):
@@ -148,12 +184,13 @@ def test_a_weight_keeps_its_type_where_rounding_costs_little(
 @pytest.mark.parametrize("file_type", ["Q4_0", "Q4_K_M", "IQ4_XS"])
 def test_rounding_again_takes_away_what_plain_rounding_brings_back(file_type: str) -> None:
     model = ModelWeights(quantized(tiny_model("llama", n_embd=256).gguf, file_type))
-    v = LayerEdit(remove=RNG.standard_normal((1, 256))).remove
+    edit = LayerEdit(remove=RNG.standard_normal((1, 256)))
+    v = edit.remove
     assert v is not None
     (down,) = model.down_projections(0)
     before = down.weight.dequantised()
 
-    rows, share = Requantiser(down, v, 1.0).rows(down.weight.type)
+    rows, share = Requantiser(down, edit, 1.0).rows(down.weight.type)
 
     plain = quantize(before - v.T @ (v @ before), down.weight.type)
     assert plain is not None

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.edits import LayerEdit, orthonormal_rows
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
@@ -69,6 +69,48 @@ def test_both_forms_together_equal_forward_hooks(architecture: str, tmp_path: Pa
     assert [path.name for path in files] == ["out.lora.gguf", "out.cvec.gguf"]
 
 
+BOOSTS = {
+    0: LayerEdit(remove=orthonormal_rows(vectors(2)), gain=[0.5, 5.0]),
+    1: LayerEdit.about(vectors(3), 0.3 * vectors(1)[0], 1.0),
+    2: LayerEdit(bias=0.3 * vectors(1)[0], add=0.3 * vectors(1)[0]),
+}
+POST_NORM = ("gemma2", "gemma3", "olmo2")
+
+
+@pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if one not in POST_NORM])
+def test_boosts_about_a_centre_and_biases_equal_forward_hooks(architecture: str, tmp_path: Path) -> None:
+    assert_equals_hooks(tiny_model(architecture), BOOSTS, tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "config"), BIASED.items(), ids=BIASED)
+def test_boosts_of_a_bias_equal_forward_hooks(
+    architecture: str, config: dict[str, bool], tmp_path: Path
+) -> None:
+    edits = {layer: BOOSTS[layer] for layer in (1, 2)}
+    assert_equals_hooks(tiny_model(architecture, **config), edits, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [one for one in ARCHITECTURES if one in POST_NORM])
+def test_bias_before_a_norm_is_refused(architecture: str, tmp_path: Path) -> None:
+    with pytest.raises(SteeringError, match="a norm behind it"):
+        written(tiny_model(architecture).gguf, {1: BOOSTS[1]}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M"])
+def test_boosts_of_a_quantized_model_are_what_the_patch_computes(file_type: str, tmp_path: Path) -> None:
+    model = quantized(tiny_model("llama", n_embd=256).gguf, file_type)
+    edits = {1: LayerEdit.about(RNG.standard_normal((2, 256)), 0.3 * RNG.standard_normal(256), 1.0)}
+    with Context(model) as context:
+        base = context.logits(rows(TOKENS))
+        loaded = adapters(context, written(model, edits, tmp_path))
+        stock_logits = logits(context, loaded, TOKENS, 1.0)
+        loaded.detach()
+        context.set_edits(edits)
+        patched = context.logits(rows(TOKENS))
+    assert difference(stock_logits, patched) < 0.01 * difference(patched, base)
+
+
 @pytest.mark.parametrize(("architecture", "config"), BIASED.items(), ids=BIASED)
 def test_the_control_vector_carries_what_removal_takes_from_a_bias(
     architecture: str, config: dict[str, bool], tmp_path: Path
@@ -111,6 +153,7 @@ def test_strength_zero_is_the_unsteered_model_bit_for_bit(tmp_path: Path) -> Non
 
 REFUSED = {
     "an addition at layer 0": ({}, {0: LayerEdit(add=vectors(1)[0])}, "adds at layer 0"),
+    "a bias at layer 0": ({}, {0: LayerEdit(bias=vectors(1)[0])}, "adds at layer 0"),
     "the bias of layer 0": ({"mlp_bias": True}, {0: LayerEdit(remove=vectors(1))}, "layer 0 has a bias"),
 }
 

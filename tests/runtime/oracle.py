@@ -49,7 +49,14 @@ def _edit(hooks: ExitStack, model: TinyModel, edits: Mapping[int, LayerEdit], st
     for layer, edit in edits.items():
         if edit.remove is not None:
             v = torch.tensor(edit.remove)
-            _hook(hooks, model.mlp_modules[layer], lambda x, v=v: x - strength * (x @ v.T @ v))
+            if edit.gain is None:
+                _hook(hooks, model.mlp_modules[layer], lambda x, v=v: x - strength * (x @ v.T @ v))
+            else:
+                u = v * torch.tensor(edit.gain)[:, None]
+                _hook(hooks, model.mlp_modules[layer], lambda x, v=v, u=u: x + strength * (x @ v.T @ u))
+        if edit.bias is not None:
+            bias = torch.tensor(edit.bias)
+            _hook(hooks, model.mlp_modules[layer], lambda x, bias=bias: x + strength * bias)
         if edit.add is not None:
             add = torch.tensor(edit.add)
             _hook(hooks, model.blocks[layer], lambda h, add=add: h + strength * add)

@@ -406,7 +406,12 @@ def test_the_library_is_built_with_the_patches_that_it_needs() -> None:
     assert [name[:4] for name in files[False]] == ["0001", "0004"]
 
 
-FOLDERS = {"0001": ("include/", "src/", "tests/"), "0002": ("common/",), "0003": ("tools/server/",), "0004": ("ggml/",)}
+FOLDERS = {
+    "0001": ("include/", "src/", "tests/"),
+    "0002": ("common/",),
+    "0003": ("tools/server/",),
+    "0004": ("ggml/",),
+}
 
 
 @pytest.mark.parametrize("number", FOLDERS)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.edits import LayerEdit, orthonormal_rows
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.log import captured_log
@@ -50,6 +50,16 @@ EDITS = {
     "an addition to layer 0": {0: LayerEdit(add=addition())},
     "additions to all layers": {layer: LayerEdit(add=addition()) for layer in LAYERS},
     "both, on all layers": {layer: LayerEdit(remove=vectors(3), add=addition()) for layer in LAYERS},
+    "boosts about a centre": {
+        layer: LayerEdit.about(vectors(rank), addition(), gain)
+        for layer, rank, gain in ((0, 1, 0.5), (1, 3, 1.0), (2, 1, 5.0))
+    },
+    "boosts by 5 about a centre, of rank 3": {1: LayerEdit.about(vectors(3), addition(), 5.0)},
+    "biases of the MLPs of all layers": {layer: LayerEdit(bias=addition()) for layer in LAYERS},
+    "everything at once": {
+        layer: LayerEdit(addition(), orthonormal_rows(vectors(3)), np.array([-1, 0.5, 2]), addition())
+        for layer in LAYERS
+    },
 }
 ALL = EDITS["both, on all layers"]
 OF_RANK = {rank: {layer: LayerEdit(remove=vectors(rank)) for layer in LAYERS} for rank in (1, 3, 4, 16)}
@@ -358,7 +368,7 @@ def test_an_edit_leaves_nothing_of_the_one_before_it(llama: Context, former: dic
 
 def test_the_vectors_are_copied(llama: Context) -> None:
     add = addition()
-    edit = library._LayerEdit(il=1, b=library._pointer(add))
+    edit = library._layer_edit(1, 0, False, None, None, add)
     set_edit, _ = library._functions()
     assert set_edit(llama.pointer, ctypes.byref(edit), 1, N_EMBD) == 0
     expected = fresh_logits({1: LayerEdit(add=add)})
@@ -373,9 +383,8 @@ def raw_edit(
 ) -> library._LayerEdit:
     """An edit that no `LayerEdit` would let through."""
     arrays = [None if a is None else np.ascontiguousarray(a, dtype=np.float32) for a in (u, v, b)]
-    pointers = [None if array is None else library._pointer(array) for array in arrays]
-    edit = library._LayerEdit(layer, 0, True, k, *pointers)
-    edit.arrays = arrays  # keeps them alive
+    edit = library._layer_edit(layer, 0, True, *arrays)
+    edit.k = k
     return edit
 
 
@@ -451,7 +460,7 @@ def test_a_token_shared_by_sequences_of_different_strengths_fails_to_decode(llam
     llama.set_strength(0.5, sequence=1)
     shared = [Row(token, position, (0, 1)) for position, token in enumerate(TOKENS)]
 
-    with pytest.raises(DecodeError, match="different strengths"):
+    with pytest.raises(DecodeError, match="different edit strengths"):
         llama.logits(shared)
 
     llama.set_strength(1.0)
@@ -459,7 +468,7 @@ def test_a_token_shared_by_sequences_of_different_strengths_fails_to_decode(llam
 
     llama.set_controls([ALL, OTHER])
     llama.set_strength(0.5, control=1, sequence=1)
-    with pytest.raises(DecodeError, match="different strengths"):
+    with pytest.raises(DecodeError, match="different edit strengths"):
         llama.logits(shared)
 
 
@@ -496,25 +505,29 @@ def test_a_removal_out_of_reach_is_refused_and_the_former_edit_stays() -> None:
 def test_only_edited_layers_add_nodes_to_the_graph_and_strengths_do_not(
     llama: Context, edit: LayerEdit, n_of_layer: int
 ) -> None:
-    """Beside them, each control adds one: the strengths of the tokens with logits, for the last layer."""
+    """Where only some tokens have logits, each control adds one: their strengths, for the last layer."""
+    some = [Row(token, position, output=position > 30) for position, token in enumerate(TOKENS)]
 
-    def n_nodes() -> int:
+    def n_nodes(batch: Sequence[Row] = tuple(rows(TOKENS))) -> int:
         before = llama.n_nodes
-        llama.logits(rows(TOKENS))
+        llama.logits(list(batch))
         return llama.n_nodes - before
 
     unsteered = n_nodes()
     assert unsteered > 10 * N_LAYER
+    assert n_nodes(some) == unsteered
 
     llama.set_edits({1: edit})
-    assert n_nodes() == unsteered + n_of_layer + 1
+    assert n_nodes() == unsteered + n_of_layer
+    assert n_nodes(some) == unsteered + n_of_layer + 1
     llama.set_controls([{1: edit}, {1: edit}])
-    assert n_nodes() == unsteered + 2 * (n_of_layer + 1)
+    assert n_nodes() == unsteered + 2 * n_of_layer
+    assert n_nodes(some) == unsteered + 2 * (n_of_layer + 1)
     llama.set_edits(dict.fromkeys(LAYERS, edit))
-    assert n_nodes() == unsteered + N_LAYER * n_of_layer + 1
+    assert n_nodes() == unsteered + N_LAYER * n_of_layer
     for strength, first in ((0.5, 0), (0.5, len(TOKENS) - 1)):
         llama.set_strength(strength, first=first)
-        assert n_nodes() == unsteered + N_LAYER * n_of_layer + 1
+        assert n_nodes() == unsteered + N_LAYER * n_of_layer
     llama.set_strength(0.0)
     assert n_nodes() == unsteered
 
