@@ -254,6 +254,19 @@ def test_json_and_section_where_nothing_was_written(prove: Any, tmp_path: Path) 
     assert str(tmp_path) not in section
 
 
+def test_sampled_answers_have_a_section_and_a_file_of_their_own(
+    prove: Any, control_file: Path, tmp_path: Path
+) -> None:
+    greedy = prove(FakeExport(control_file), "--per-set", "2")
+    sampled = prove(FakeExport(control_file), "--per-set", "2", "--temperature", "1.5")
+    assert Path(sampled["answers"]).name == "answers-temperature-1.5.jsonl"
+    texts = [Path(found["answers"]).read_text(encoding="utf-8") for found in (greedy, sampled)]
+    assert texts[0] != texts[1]
+    document = (tmp_path / "real-models.md").read_text(encoding="utf-8")
+    assert document.count("## stand-in, asked in a transcript") == 2
+    assert document.count("sampled at temperature 1.5") == 2
+
+
 def test_rates_are_those_of_the_answers_that_are_kept(prove: Any, control_file: Path) -> None:
     from alignez_gguf.evaluation.refusal import is_refusal
 

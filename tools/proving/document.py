@@ -40,16 +40,19 @@ def section(
     answers: Sequence[Said],
     found: Truth | None = None,
     gate: Mapping[str, int] | None = None,
+    temperature: float = 0.0,
 ) -> str:
     """The section of one model in one framing, from its heading on."""
     by = "" if recipe == "auto" else f", --recipe {recipe}"
+    by += f", sampled at temperature {temperature:g}" if temperature else ""
+    drawn = f"sampled at temperature {temperature:g}, one for each query" if temperature else "greedy"
     asked = _FRAMINGS[framing]
     parts = [
         f"## {model.name}, asked {asked}{by}",
         f"It is {model.about}.",
         _export(exported),
-        f"The answers are greedy, have at most {MAX_TOKENS} tokens, and are to queries that no fit has seen. "
-        "The offline rules decide what refuses and what is fluent; the 95% intervals are Wilson's.",
+        f"The answers are {drawn}, have at most {MAX_TOKENS} tokens, and are to queries that no fit has "
+        "seen. The offline rules decide what refuses and what is fluent; the 95% intervals are Wilson's.",
         _shares(answers),
         *_gate(gate, answers),
         *_differences(answers),
