@@ -103,8 +103,9 @@ class LayerEdit:
         middle = _finite("center", center)
         if middle.shape != v.shape[1:]:
             raise SteeringError(f"`center` must have the shape [{v.shape[1]}], not {list(middle.shape)}")
-        along = v.astype(np.float64) @ middle
-        return cls(remove=v, gain=np.full(len(v), gain), bias=-gain * along @ v.astype(np.float64))
+        exact = v.astype(np.float64)
+        bias = -gain * (exact @ middle) @ exact
+        return cls(remove=v, gain=np.full(len(v), gain, np.float32), bias=bias.astype(np.float32))
 
     @property
     def gains(self) -> NDArray[np.float32]:
@@ -230,7 +231,7 @@ def digest(edits: Edits) -> str:
     """Tells edits apart: SHA-256 of their layers, shapes and values."""
     value = hashlib.sha256()
     for layer, edit in sorted(edits.items()):
-        arrays = (edit.remove, edit.add)
+        arrays: tuple[NDArray[np.float32] | None, ...] = (edit.remove, edit.add)
         if edit.gain is not None or edit.bias is not None:
             arrays = (*arrays, edit.gain, edit.bias)
         for array in arrays:

@@ -128,10 +128,7 @@ class Layers:
         x, left = self.base.mlp.get(layer), self._left(way, layer, edit, seen)
         if x is None or left is None:
             return self._unseen(edit, logits)
-        rows = edit.remove
-        if rows is None:
-            assert edit.bias is not None
-            rows = edit.bias[None] / np.float32(edit.scale)
+        rows = _directions(edit)
         expected = apply_to_mlp(x, edit)
         changed = _lengths(expected - x)
         noise = self.floor.mlp.get(layer, np.zeros_like(x))
@@ -197,6 +194,14 @@ class _Part:
     error: Share | None = None
     before: float | None = None
     after: float | None = None
+
+
+def _directions(edit: LayerEdit) -> NDArray[np.float32]:
+    """The unit vectors [k, n_embd] along which the MLP output changes."""
+    if edit.remove is not None:
+        return edit.remove
+    assert edit.bias is not None
+    return (edit.bias[None] / edit.scale).astype(np.float32)
 
 
 def _median(share: Share) -> float:

@@ -221,6 +221,12 @@ def set_controls(context: Any, controls: Sequence[Edits], n_embd: int) -> None:
         RuntimeUnavailableError: the patch is missing.
     """
     set_edit, _ = _functions()
+    for layer, width in ((layer, edit.n_embd) for edits in controls for layer, edit in edits.items()):
+        if width not in (None, n_embd):  # llama.cpp would read on behind the end of the vectors
+            raise SteeringError(
+                f"the edit of layer {layer} has width {width}, and the model {n_embd}; use one that was made "
+                "for this model"
+            )
     layer_edits = [
         one
         for number, edits in enumerate(controls)

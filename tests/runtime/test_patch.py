@@ -505,29 +505,29 @@ def test_a_removal_out_of_reach_is_refused_and_the_former_edit_stays() -> None:
 def test_only_edited_layers_add_nodes_to_the_graph_and_strengths_do_not(
     llama: Context, edit: LayerEdit, n_of_layer: int
 ) -> None:
-    """Where only some tokens have logits, each control adds one: their strengths, for the last layer."""
+    """Beside them, each control adds one: the strengths of the tokens with logits, for the last layer."""
     some = [Row(token, position, output=position > 30) for position, token in enumerate(TOKENS)]
 
-    def n_nodes(batch: Sequence[Row] = tuple(rows(TOKENS))) -> int:
-        before = llama.n_nodes
-        llama.logits(list(batch))
-        return llama.n_nodes - before
+    def n_nodes() -> int:
+        counts = []
+        for batch in (rows(TOKENS), some):
+            before = llama.n_nodes
+            llama.logits(batch)
+            counts.append(llama.n_nodes - before)
+        assert counts[0] == counts[1]
+        return counts[0]
 
     unsteered = n_nodes()
     assert unsteered > 10 * N_LAYER
-    assert n_nodes(some) == unsteered
 
     llama.set_edits({1: edit})
-    assert n_nodes() == unsteered + n_of_layer
-    assert n_nodes(some) == unsteered + n_of_layer + 1
+    assert n_nodes() == unsteered + n_of_layer + 1
     llama.set_controls([{1: edit}, {1: edit}])
-    assert n_nodes() == unsteered + 2 * n_of_layer
-    assert n_nodes(some) == unsteered + 2 * (n_of_layer + 1)
+    assert n_nodes() == unsteered + 2 * (n_of_layer + 1)
     llama.set_edits(dict.fromkeys(LAYERS, edit))
-    assert n_nodes() == unsteered + N_LAYER * n_of_layer
-    for strength, first in ((0.5, 0), (0.5, len(TOKENS) - 1)):
+    for strength, first in ((1.0, 0), (0.5, 0), (0.5, len(TOKENS) - 1)):
         llama.set_strength(strength, first=first)
-        assert n_nodes() == unsteered + N_LAYER * n_of_layer
+        assert n_nodes() == unsteered + N_LAYER * n_of_layer + 1
     llama.set_strength(0.0)
     assert n_nodes() == unsteered
 
@@ -560,3 +560,12 @@ def test_quantized_models_run_steered(child: ProcessPoolExecutor, file_type: str
     edits = {layer: LayerEdit(remove=random((3, n_embd)), add=0.3 * random(n_embd)) for layer in LAYERS}
 
     assert child.submit(steered_difference, gguf, edits, TOKENS).result() > 0.1
+
+
+def test_edit_of_another_width_is_refused_before_llama_cpp_reads_it(llama: Context) -> None:
+    llama.set_edits(ALL)
+    former = llama.logits(rows(TOKENS))
+    for edit in (LayerEdit(remove=np.ones(N_EMBD + 1)), LayerEdit(add=np.ones(N_EMBD - 1))):
+        with pytest.raises(SteeringError, match="has width"):
+            llama.set_edits({1: edit})
+    assert same_bits(llama.logits(rows(TOKENS)), former)
