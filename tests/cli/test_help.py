@@ -69,3 +69,10 @@ def test_help_lists_every_command(run: Run) -> None:
 def test_version_is_that_of_the_package() -> None:
     done = subprocess.run([*PROGRAM, "--version"], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == f"alignez-gguf, version {alignez_gguf.__version__}"
+
+
+def test_package_is_a_program_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "alignez_gguf", "--version"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"alignez-gguf, version {alignez_gguf.__version__}"
