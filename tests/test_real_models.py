@@ -396,3 +396,25 @@ def test_reason_is_the_error_of_the_command_line(tmp_path: Path) -> None:
     assert exported.reason is not None
     assert "missing.gguf" in exported.reason
     assert str(tmp_path) not in exported.reason
+
+
+def test_truth_opens_the_work_directory_with_the_settings_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise it writes other pairs, and says what the score is worth on these."""
+    from proving import truth
+
+    from alignez_gguf.cli.export import export
+
+    class OpenedError(Exception):
+        pass
+
+    def opened(job: Any, queries: Any) -> Any:
+        raise OpenedError(job.settings.max_tokens)
+
+    monkeypatch.setattr(truth, "self_generated_pairs", opened)
+    nothing: Any = None
+    with pytest.raises(OpenedError) as found:
+        truth.measure(nothing, nothing, [], nothing, nothing, nothing, 1)
+    (option,) = (parameter for parameter in export.params if parameter.name == "max_tokens")
+    assert found.value.args == (option.default,)

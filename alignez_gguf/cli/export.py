@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from alignez_gguf.pipeline import Aspect, SteerableEngine
     from alignez_gguf.scoring import Figures
 
+MAX_TOKENS = 48
+"""Maximum tokens per answer of a pair, unless asked otherwise."""
+
 _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 
 
@@ -78,7 +81,11 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     "--format of other programs knows no gate.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=MAX_TOKENS,
+    show_default=True,
+    help="Maximum tokens per answer.",
 )
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Pairs for each query.")
 @click.option(

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from alignez_gguf.candidates import Candidate
+from alignez_gguf.cli.export import MAX_TOKENS as PAIR_TOKENS
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import Edits, LayerEdit, digest
 from alignez_gguf.engines.llama import LlamaEngine
@@ -96,7 +97,8 @@ def measure(
         control: what the export wrote.
         work: the work directory of the export.
     """
-    job = Job(engine, templates, Settings(), work, reporter, engine, engine)
+    # With the settings of the command line, by which the work directory keeps the pairs.
+    job = Job(engine, templates, Settings(max_tokens=PAIR_TOKENS), work, reporter, engine, engine)
     pairs, _ = usable_pairs(job, self_generated_pairs(job, load_queries(FIT)), ())
     fit, choice, _ = split(pairs, job.settings.seed)
     tried = _tried(work.path, count)
