@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from alignez_gguf.directions import Directions
 
 Decision = Literal["none", "remove", "add", "remove+add", "boost", "boost+add"]
-"""What an edit does to a layer; a gain of another kind than removal is a boost."""
+"""The kind of change that an edit makes to a layer: with gains other than -1 it is a boost."""
 
 ORTHONORMAL_TOLERANCE = 1e-5
 """Rows whose Gram matrix is within this of the identity count as orthonormal and are kept as they are."""

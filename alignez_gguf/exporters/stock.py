@@ -206,7 +206,7 @@ def _lora_scales(down: DownProjection) -> NDArray[np.float32]:
 
 
 def _scale_of_constants(layer: int, weights: ModelWeights) -> float:
-    """What a constant at the MLP output is multiplied with on its way to the output of the block."""
+    """Return the factor between a constant at the MLP output and what it adds to the output of the block."""
     info = weights.info
     if info.has_post_norm:
         raise SteeringError(
@@ -218,7 +218,7 @@ def _scale_of_constants(layer: int, weights: ModelWeights) -> float:
 
 
 def _constant(down: DownProjection, edit: LayerEdit, weights: ModelWeights) -> NDArray[Any] | float:
-    """What an edit of the bias b adds at the output of the block: V^T G V b, scaled as the block scales.
+    """Return what an edit of the bias b adds to the output of the block: V^T G V b, as the block scales it.
 
     A LoRA changes the weight alone.
     """

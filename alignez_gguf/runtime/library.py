@@ -45,7 +45,7 @@ class _LayerEdit(ctypes.Structure):
         ("b", _FLOATS),
     )
     arrays: tuple[NDArray[np.float32] | None, ...] = ()
-    """What the pointers point into; ctypes does not keep it alive."""
+    """The arrays that the pointers point into, kept alive here, since ctypes does not."""
 
 
 @cache

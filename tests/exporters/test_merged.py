@@ -72,19 +72,6 @@ def test_a_merged_removal_equals_forward_hooks(architecture: str, tmp_path: Path
     assert largest(expected, base) > 0.1
 
 
-@pytest.mark.parametrize(("name", "config"), LOADS_A_BIAS.items(), ids=LOADS_A_BIAS)
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_additions_become_biases_from_layer_0_on(
-    name: str, config: dict[str, Any], strength: float, tmp_path: Path
-) -> None:
-    model = tiny_model(name.split()[0], **config)
-
-    merge(model.gguf, BOTH, tmp_path / "out.gguf", strength=strength)
-
-    expected = hooked_logits(model, TOKENS, BOTH, strength)
-    assert largest(logits(tmp_path / "out.gguf"), expected) < PARITY
-
-
 BOOSTS = {
     0: LayerEdit.about(RNG.standard_normal(64), 0.3 * RNG.standard_normal(64), 0.5),
     1: LayerEdit.about(RNG.standard_normal((3, 64)), 0.3 * RNG.standard_normal(64), 1.0),
@@ -92,16 +79,17 @@ BOOSTS = {
 }
 
 
+@pytest.mark.parametrize("edits", [BOTH, BOOSTS], ids=["additions", "boosts and biases"])
 @pytest.mark.parametrize(("name", "config"), LOADS_A_BIAS.items(), ids=LOADS_A_BIAS)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_boosts_about_a_centre_and_biases_equal_forward_hooks(
-    name: str, config: dict[str, Any], strength: float, tmp_path: Path
+def test_additions_boosts_and_biases_equal_forward_hooks_from_layer_0_on(
+    name: str, config: dict[str, Any], strength: float, edits: dict[int, LayerEdit], tmp_path: Path
 ) -> None:
     model = tiny_model(name.split()[0], **config)
 
-    merge(model.gguf, BOOSTS, tmp_path / "out.gguf", strength=strength)
+    merge(model.gguf, edits, tmp_path / "out.gguf", strength=strength)
 
-    expected = hooked_logits(model, TOKENS, BOOSTS, strength)
+    expected = hooked_logits(model, TOKENS, edits, strength)
     assert largest(logits(tmp_path / "out.gguf"), expected) < PARITY
 
 
