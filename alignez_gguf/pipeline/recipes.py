@@ -158,8 +158,9 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     fits = fit_sources(job, fit_pairs, candidates)
     held_out = [pair.query for pair in (*choice_pairs, *confirmation_pairs)]
     gate = fitted_gate(job, fit_pairs, held_out)
-    twins = [] if gate is None else _unaided_twins(job, held_out)
-    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, twins[::2])
+    twins = [] if gate is None else [query for query, _ in job.templates.twins if query not in held_out]
+    unaided = _not_declined(job, twins[::2])
+    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, unaided)
     best = selection.chosen.candidate
     edits = fits.edits(best)
     confirmation = confirm(job, edits, confirmation_pairs, scope, gate, twins[1::2])
@@ -179,9 +180,8 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
 
 
-def _unaided_twins(job: Job, held_out: Collection[str]) -> list[str]:
-    """The harmful twins of the templates that the model does not decline by itself."""
-    harmful = [query for query, _ in job.templates.twins if query not in held_out]
+def _not_declined(job: Job, harmful: Sequence[str]) -> list[str]:
+    """The harmful requests that the model does not decline by itself, on which an edit can do better."""
     return [query for query, declines in own_verdicts(job, harmful).items() if not declines]
 
 

@@ -317,7 +317,7 @@ def test_answer_that_takes_too_long_is_asked_for_again(server: Server) -> None:
 def test_retry_after_is_waited_out(server: Server, form: str) -> None:
     from email.utils import formatdate
 
-    value = "1" if form == "seconds" else formatdate(time.time() + 2, usegmt=True)
+    value = "1" if form == "seconds" else formatdate(time.time() + 3, usegmt=True)  # in whole seconds
     server.script = first(lambda handler: handler.reply(429, {}, Retry_After=value))
     assert written(EndpointGenerator(server.url), ["a"])[0].text == " a!"
     before, after = (at for path, _, _, at in server.asked if path == "/v1/completions")
