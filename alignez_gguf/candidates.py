@@ -1,4 +1,4 @@
-"""What an edit may be made of: where its directions come from, the operation, the amount, the layers."""
+"""What an edit may be made of: where its directions come from, operation, amount, layers and time steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import pairwise
 from alignez_gguf.activations import ReadingPosition
 from alignez_gguf.edits import Decision
 from alignez_gguf.engines import Hook
+from alignez_gguf.scope import GENERATION, Scope
 
 AMOUNTS: dict[Decision, tuple[float, ...]] = {
     "remove": (0.0,),
@@ -53,25 +54,29 @@ class Candidate:
     amount: float
     """Share of the class gap that is added; 0 for a mere removal."""
     layers: tuple[int, ...]
+    scope: Scope = GENERATION
 
     def __str__(self) -> str:
         amount = f" {self.amount:g}x" if self.amount else ""
-        return f"{self.source}, {self.operation}{amount}"
+        scope = "" if self.scope == GENERATION else f", {self.scope}"
+        return f"{self.source}, {self.operation}{amount}{scope}"
 
 
 def first_candidates(
     sources: Sequence[Source],
     layers: tuple[int, ...],
     can_add: Callable[[Source], bool],
+    scope: Scope = GENERATION,
 ) -> list[Candidate]:
     """List the candidates that are tried of every source: each operation and amount, in every span of layers.
 
     Args:
         layers: that may be edited.
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
+        scope: the time steps that are edited.
     """
     return [
-        Candidate(source, operation, amount, span)
+        Candidate(source, operation, amount, span, scope)
         for source in sources
         for operation in _operations(source)
         if operation == "remove" or can_add(source)
@@ -101,8 +106,10 @@ def spans(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [layers, later] if later and count >= _GROUPS else [layers]
 
 
-def neighbours(candidate: Candidate, layers: tuple[int, ...]) -> list[Candidate]:
-    """Candidates that differ in one thing: amount, operation, rank, or a group of `layers`."""
+def neighbours(
+    candidate: Candidate, layers: tuple[int, ...], scopes: Sequence[Scope] = ()
+) -> list[Candidate]:
+    """Candidates that differ in one thing: amount, operation, rank, a group of `layers`, or the scope."""
     if candidate.operation == "add":
         near = []
     elif candidate.amount:
@@ -120,7 +127,7 @@ def neighbours(candidate: Candidate, layers: tuple[int, ...]) -> list[Candidate]
         changed = there - set(group) if there >= set(group) else there | set(group)
         if changed:
             near.append(replace(candidate, layers=tuple(sorted(changed))))
-    return near
+    return near + [replace(candidate, scope=scope) for scope in scopes if scope != candidate.scope]
 
 
 def layer_groups(layers: tuple[int, ...]) -> list[tuple[int, ...]]:

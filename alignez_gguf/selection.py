@@ -94,7 +94,7 @@ class Search:
     Attributes:
         scorer: measures an edit.
         edits_of: makes the edits of a candidate.
-        scope: the time steps that are edited.
+        scopes: the time steps that are edited at first, and others that are tried in their place.
         budget: nat per token.
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
@@ -104,7 +104,7 @@ class Search:
 
     scorer: Scorer
     edits_of: Callable[[Candidate], Edits]
-    scope: Scope = GENERATION
+    scopes: tuple[Scope, ...] = (GENERATION,)
     budget: float = DEFAULT_BUDGET
     can_add: Callable[[Source], bool] = lambda _: True
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Search:
             NoGainError: nothing gains within the budget, with the figures of what came closest.
         """
         n_all = self.scorer.n_queries
-        first = first_candidates(sources, layers, self.can_add)
+        first = first_candidates(sources, layers, self.can_add, self.scopes[0])
         left = [candidate for candidate in first if self.edits_of(candidate)]
         for n_queries, most in ROUNDS:
             left = _of_several_sources(self._best(left, self.scorer.holding(n_queries)), most)
@@ -156,7 +156,7 @@ class Search:
         """The best neighbour, if it is better; more and more queries are asked of fewer and fewer."""
         near = [
             one
-            for one in neighbours(best.candidate, layers)
+            for one in neighbours(best.candidate, layers, self.scopes)
             if one not in self._tried and (one.operation == "remove" or self.can_add(one.source))
             if self.edits_of(one)
         ]
@@ -177,7 +177,7 @@ class Search:
         gains = list(known.gains) if known is not None else []
         if len(gains) < n_queries:
             gains += self.scorer.gains(
-                self.edits_of(candidate), range(len(gains), n_queries), scope=self.scope
+                self.edits_of(candidate), range(len(gains), n_queries), scope=candidate.scope
             )
             self.known[candidate] = self._figures(gains, None if known is None else known.kl)
         self._tried[candidate] = self._figures(gains[:n_queries], None)
@@ -198,7 +198,8 @@ class Search:
     def _with_divergence(self, candidate: Candidate) -> Figures:
         known = self.known[candidate]
         if known.kl is None:
-            known = replace(known, kl=self.scorer.divergence(self.edits_of(candidate), scope=self.scope))
+            kl = self.scorer.divergence(self.edits_of(candidate), scope=candidate.scope)
+            known = replace(known, kl=kl)
             self.known[candidate] = known
         self._tried[candidate] = replace(self._tried[candidate], kl=known.kl)
         return self._tried[candidate]

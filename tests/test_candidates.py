@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from alignez_gguf.candidates import AMOUNTS, Candidate, Source, layer_groups, span
+from alignez_gguf.scope import Scope
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,10 @@ def test_only_additions_have_an_amount() -> None:
         (
             Candidate(Source("ccs", "response", 1), "remove+add", 2.0, (0, 1, 2, 3)),
             "ccs rank 1, response, remove+add 2x",
+        ),
+        (
+            Candidate(Source("mean", "refusal", 1), "add", 0.5, (0, 1), Scope("first", 6)),
+            "mean rank 1, refusal, add 0.5x, first:6",
         ),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.candidates import (
+    AMOUNTS,
     Candidate,
     Source,
     first_candidates,
@@ -20,7 +21,7 @@ from alignez_gguf.candidates import (
 )
 from alignez_gguf.edits import Edits, LayerEdit
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.scope import Scope
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures, Scorer
 from alignez_gguf.selection import ROUNDS, Scored, Search, Selection, random_edits
 
@@ -32,6 +33,7 @@ SOURCES = [
     Source("ccs", "response", 1),
     Source("svd-diff", "prompt", 3),
 ]
+BEGINNING = Scope("first", 6)
 DECLINED = tuple(index % 2 == 0 for index in range(N_QUERIES))
 N_OWN = 5
 
@@ -87,6 +89,23 @@ def table(seed: int) -> Callable[[Candidate], float]:
         return float(random.uniform(-1, 1))
 
     return gain
+
+
+def test_other_scopes_are_tried_where_they_may_be() -> None:
+    """The beginning of an answer gains more here, and of it a larger amount."""
+
+    def gain(candidate: Candidate) -> float:
+        if candidate.scope == BEGINNING:
+            return 2.0 + candidate.amount
+        return 1.0 - candidate.amount
+
+    chosen = search(FakeModel(gain), scopes=(GENERATION, BEGINNING)).chosen.candidate
+    assert chosen.scope == BEGINNING
+    assert chosen.amount > max(AMOUNTS["add"])
+    assert all(
+        scored.candidate.scope == BEGINNING for scored in search(FakeModel(gain), scopes=(BEGINNING,)).tried
+    )
+    assert all(scored.candidate.scope == GENERATION for scored in search(FakeModel(gain)).tried)
 
 
 @pytest.mark.parametrize("seed", range(5))

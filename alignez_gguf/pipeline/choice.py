@@ -2,7 +2,8 @@
 
 `selection` compares edits by their gain in log-likelihood. What a gate keeps harmless requests from can be
 stronger than that: likelihoods of sampled refusals say little about how often another one is given. So behind
-a gate the amount is raised while more of what the safety-first persona declines is declined.
+a gate the amount is raised while more of what the safety-first persona declines is declined. And a few tokens
+may be enough there: how an answer begins decides whether it declines; the rest is worded better unsteered.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.kept import known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
 from alignez_gguf.pipeline.verdicts import alternating, declines
-from alignez_gguf.scope import Scope
+from alignez_gguf.scope import GENERATION, Scope
 from alignez_gguf.scoring import Figures
 from alignez_gguf.selection import Scored, Search, Selection, ranked
 
+_BEGINNINGS = (Scope("first", 6), Scope("first", 12))
+"""Beginnings of an answer that are tried behind a gate in place of all of it."""
 _STRONGER = (1.4, 2.0)
 """Factors of the best amount that are tried behind a gate."""
 _KEPT_GAIN = 0.5
@@ -79,7 +82,6 @@ def choose(
     job: Job,
     fits: Fits,
     sources: Sequence[Source],
-    scope: Scope,
     pairs: Sequence[PreferencePair],
     choice_pairs: Sequence[PreferencePair],
     gate: Gate | None,
@@ -101,11 +103,11 @@ def choose(
     Raises:
         NoGainError: nothing gains.
     """
-    behind = None if gate is None else _searched(job, fits, sources, scope, pairs, choice_pairs, gate)
-    if isinstance(behind, Selection) and not _is_better_without(job, fits, behind, scope, choice_pairs):
+    behind = None if gate is None else _searched(job, fits, sources, pairs, choice_pairs, gate)
+    if isinstance(behind, Selection) and not _is_better_without(job, fits, behind, choice_pairs):
         found = behind
     else:
-        everywhere = _searched(job, fits, sources, scope, pairs, choice_pairs, None)
+        everywhere = _searched(job, fits, sources, pairs, choice_pairs, None)
         if isinstance(everywhere, Selection):
             found, gate = everywhere, None
         elif isinstance(behind, Selection):
@@ -114,16 +116,16 @@ def choose(
             raise everywhere
     if job.settings.choose is not None:
         return found.choose(job.settings.choose), gate
-    return (found if gate is None else _raised(job, fits, found, scope, choice_pairs, gate, twins)), gate
+    return (found if gate is None else _raised(job, fits, found, choice_pairs, gate, twins)), gate
 
 
 def _is_better_without(
-    job: Job, fits: Fits, behind: Selection, scope: Scope, choice_pairs: Sequence[PreferencePair]
+    job: Job, fits: Fits, behind: Selection, choice_pairs: Sequence[PreferencePair]
 ) -> bool:
     """Whether the best edit behind the gate gains more for certain when it steers every request."""
     best = behind.chosen
     with scoring(job, choice_pairs) as scorer:
-        everywhere = scorer.score(fits.edits(best.candidate), scope=scope)
+        everywhere = scorer.score(fits.edits(best.candidate), scope=best.candidate.scope)
     more = everywhere.beyond(best.figures)
     is_better = more.gain > least_gain(more)
     result = "there is no gate" if is_better else "not more for certain, so that the gate stays"
@@ -138,22 +140,23 @@ def _searched(
     job: Job,
     fits: Fits,
     sources: Sequence[Source],
-    scope: Scope,
     pairs: Sequence[PreferencePair],
     choice_pairs: Sequence[PreferencePair],
     gate: Gate | None,
 ) -> Selection | NoGainError:
     """The search behind a gate, or without one; the reason where nothing gains."""
     layers = job.settings.layers or tuple(range(job.target.info.n_layer))
+    asked = job.settings.scope
+    scopes = (asked or GENERATION,) if asked or gate is None else (GENERATION, *_BEGINNINGS)
     with (
         scoring(job, choice_pairs, gate) as scorer,
         job.reporter.stage("trying edits" + (" behind the gate" if gate else ""), None) as advance,
-        known_figures(_figures_path(job, pairs, choice_pairs, scope, gate)) as known,
+        known_figures(_figures_path(job, pairs, choice_pairs, gate)) as known,
     ):
         search = Search(
             scorer,
             fits.edits,
-            scope,
+            scopes,
             budget=job.settings.kl_budget,
             can_add=lambda source: can_add(job, source.hook),
             known=known,
@@ -169,7 +172,6 @@ def _raised(
     job: Job,
     fits: Fits,
     selection: Selection,
-    scope: Scope,
     choice_pairs: Sequence[PreferencePair],
     gate: Gate,
     twins: Sequence[str],
@@ -181,6 +183,7 @@ def _raised(
     best = selection.chosen
     if not best.candidate.amount:
         return selection
+    scope = best.candidate.scope
     harmful = {pair.query: declines(pair) for pair in alternating(choice_pairs)} | dict.fromkeys(twins, True)
     queries = list(harmful)
 
@@ -221,7 +224,6 @@ def _figures_path(
     job: Job,
     pairs: Sequence[PreferencePair],
     held_out: Sequence[PreferencePair],
-    scope: Scope,
     gate: Gate | None,
 ) -> Path:
     """Return the file that keeps figures which depend on a fit on `pairs`."""
@@ -233,7 +235,6 @@ def _figures_path(
         pairs=list(pairs),
         held_out=unweighted(held_out),
         seed=job.settings.seed,
-        scope=scope,
         gate=gate and gate.digest,
         figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
     ).with_suffix(".jsonl")

@@ -23,6 +23,7 @@ from alignez_gguf.candidates import Candidate, Source
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.journal import Journal
 from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.scope import Scope
 from alignez_gguf.scoring import Figures
 
 _Key = TypeVar("_Key")
@@ -173,7 +174,8 @@ def _sealed(path: Path, content: bytes) -> bytes:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    return Candidate(**{**_with_tuples(row), "source": Source(**row["source"])})
+    parts = {"source": Source(**row["source"]), "scope": Scope(**row["scope"])}
+    return Candidate(**{**_with_tuples(row), **parts})
 
 
 def _figures(row: dict[str, Any]) -> Figures:

@@ -144,7 +144,6 @@ def _about_probes(found: Directions, n_pairs: int, edited: Sequence[int]) -> Ite
 def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     """Fit on a part of the queries, choose on another, and confirm the choice on a third one."""
     settings = job.settings
-    scope = settings.scope or GENERATION
     fit_pairs, choice_pairs, confirmation_pairs = split(pairs, settings.seed)
     hooks = _readable(job)
     candidates = sources(
@@ -160,10 +159,10 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     gate = fitted_gate(job, fit_pairs, held_out)
     twins = [] if gate is None else [query for query, _ in job.templates.twins if query not in held_out]
     unaided = _not_declined(job, twins[::2])
-    selection, gate = choose(job, fits, candidates, scope, pairs, choice_pairs, gate, unaided)
+    selection, gate = choose(job, fits, candidates, pairs, choice_pairs, gate, unaided)
     best = selection.chosen.candidate
     edits = fits.edits(best)
-    confirmation = confirm(job, edits, confirmation_pairs, scope, gate, twins[1::2])
+    confirmation = confirm(job, edits, confirmation_pairs, best.scope, gate, twins[1::2])
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
@@ -171,7 +170,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "rank": best.source.rank,
         "operation": best.operation,
         "amount": float(best.amount),
-        "scope": str(scope),
+        "scope": str(best.scope),
         "pairs.fit": len(fit_pairs),
         "pairs.selection": len(choice_pairs),
         "pairs.confirmation": len(confirmation_pairs),

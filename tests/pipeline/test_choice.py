@@ -16,7 +16,6 @@ from alignez_gguf.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, choice
 from alignez_gguf.pipeline.choice import choose
 from alignez_gguf.pipeline.confirmation import Said
-from alignez_gguf.scope import GENERATION
 from alignez_gguf.scoring import Figures
 from alignez_gguf.selection import Scored, Selection
 
@@ -101,7 +100,7 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
             return answers[edits or 0.0]
 
         monkeypatch.setattr(choice, "said", said)
-        found = choose(job, Fits(), [], GENERATION, [], PAIRS, gate, twins)  # type: ignore[arg-type]
+        found = choose(job, Fits(), [], [], PAIRS, gate, twins)  # type: ignore[arg-type]
         in_turns = [f"query {index}" for two in zip(range(10), range(10, 20), strict=True) for index in two]
         assert asked in ([], [*in_turns, *twins])
         return found
