@@ -106,10 +106,8 @@ def spans(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [layers, later] if later and count >= _GROUPS else [layers]
 
 
-def neighbours(
-    candidate: Candidate, layers: tuple[int, ...], scopes: Sequence[Scope] = ()
-) -> list[Candidate]:
-    """Candidates that differ in one thing: amount, operation, rank, a group of `layers`, or the scope."""
+def neighbours(candidate: Candidate, layers: tuple[int, ...]) -> list[Candidate]:
+    """Candidates that differ in one thing: amount, operation, rank, or a group of `layers`."""
     if candidate.operation == "add":
         near = []
     elif candidate.amount:
@@ -127,7 +125,7 @@ def neighbours(
         changed = there - set(group) if there >= set(group) else there | set(group)
         if changed:
             near.append(replace(candidate, layers=tuple(sorted(changed))))
-    return near + [replace(candidate, scope=scope) for scope in scopes if scope != candidate.scope]
+    return near
 
 
 def layer_groups(layers: tuple[int, ...]) -> list[tuple[int, ...]]:

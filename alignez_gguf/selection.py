@@ -2,7 +2,7 @@
 
 Every source of directions is tried in a few operations, amounts and spans of layers on the first queries;
 the best go on to more of them, as in successive halving (Jamieson and Talwalkar, 2016); then the best one
-goes from neighbour to neighbour while it gets better. What costs more than the budget is not chosen. The gain
+goes from neighbour to neighbour while it gets better, and so again in another scope if that is better. What costs more than the budget is not chosen. The gain
 that the choice was made by is not the one to believe: `pipeline.confirmation` measures that on other queries.
 Everything is deterministic. This module knows nothing of engines.
 """
@@ -94,7 +94,7 @@ class Search:
     Attributes:
         scorer: measures an edit.
         edits_of: makes the edits of a candidate.
-        scopes: the time steps that are edited at first, and others that are tried in their place.
+        scopes: the time steps that are edited, and others that are tried in their place on the best edit.
         budget: nat per token.
         can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
@@ -131,6 +131,9 @@ class Search:
                 best = climbed if best is None or climbed.figures.gain > best.figures.gain else best
         if best is None:
             raise self._no_gain()
+        elsewhere = self._in_other_scope(best)
+        if elsewhere is not best:
+            best = self._climb(elsewhere, layers)
         tried = ranked(Scored(candidate, figures) for candidate, figures in self._tried.items())
         return Selection(best, tried, n_all, self.budget)
 
@@ -152,11 +155,22 @@ class Search:
                 break
         return best
 
+    def _in_other_scope(self, best: Scored) -> Scored:
+        """The best edit in another scope, if it gains more there.
+
+        Over all queries at once: scopes differ by where in an answer they gain, and one query of a long set
+        phrase outweighs three others.
+        """
+        others = [
+            replace(best.candidate, scope=scope) for scope in self.scopes if scope != best.candidate.scope
+        ]
+        return self._affordable(self._best(others, self.scorer.n_queries), best) or best
+
     def _step(self, best: Scored, layers: tuple[int, ...]) -> Scored:
         """The best neighbour, if it is better; more and more queries are asked of fewer and fewer."""
         near = [
             one
-            for one in neighbours(best.candidate, layers, self.scopes)
+            for one in neighbours(best.candidate, layers)
             if one not in self._tried and (one.operation == "remove" or self.can_add(one.source))
             if self.edits_of(one)
         ]
