@@ -80,6 +80,11 @@ class Figures:
         variances = [np.var(part, ddof=1) / len(part) for part in parts]
         return float(np.sqrt(np.sum(variances)) / len(parts))
 
+    @property
+    def lower_bound(self) -> float:
+        """Lower confidence bound (95%, normal approximation) of the gain, in nat."""
+        return self.gain - 1.645 * self.standard_error
+
     def beyond(self, other: Figures) -> Figures:
         """What this edit gains more than another one over the same queries."""
         gains = (mine - theirs for mine, theirs in zip(self.gains, other.gains, strict=True))

@@ -2,7 +2,8 @@
 
 Every source of directions is tried in a few operations, amounts and spans of layers on the first queries;
 the best go on to more of them, as in successive halving (Jamieson and Talwalkar, 2016); then the best one
-goes from neighbour to neighbour while it gets better, and so again in another scope if that is better. What costs more than the budget is not chosen. The gain
+goes from neighbour to neighbour while it gets better, and on from there in another scope, where that is
+better. What costs more than the budget is not chosen. The gain
 that the choice was made by is not the one to believe: `pipeline.confirmation` measures that on other queries.
 Everything is deterministic. This module knows nothing of engines.
 """
@@ -156,15 +157,21 @@ class Search:
         return best
 
     def _in_other_scope(self, best: Scored) -> Scored:
-        """The best edit in another scope, if it gains more there.
+        """Return the best edit in another scope, if it gains more there by the lower confidence bound.
 
-        Over all queries at once: scopes differ by where in an answer they gain, and one query of a long set
-        phrase outweighs three others.
+        A scope decides where in an answer an edit gains: of a whole answer, one query whose answer is a long
+        set phrase can outweigh ten others, and the mean is that of one query.
         """
-        others = [
-            replace(best.candidate, scope=scope) for scope in self.scopes if scope != best.candidate.scope
-        ]
-        return self._affordable(self._best(others, self.scorer.n_queries), best) or best
+        for scope in self.scopes:
+            candidate = replace(best.candidate, scope=scope)
+            if candidate in self._tried and self._tried[candidate].kl is not None:
+                continue
+            self._measured(candidate, self.scorer.n_queries)
+            figures = self._with_divergence(candidate)
+            is_affordable = figures.kl is not None and figures.kl <= self.budget
+            if is_affordable and figures.lower_bound > best.figures.lower_bound:
+                best = Scored(candidate, figures)
+        return best
 
     def _step(self, best: Scored, layers: tuple[int, ...]) -> Scored:
         """The best neighbour, if it is better; more and more queries are asked of fewer and fewer."""
