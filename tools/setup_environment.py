@@ -1,5 +1,7 @@
 """The set-up that every tool begins with: `.venv` with the dependencies, the patched runtime and the package.
 
+    python3 tools/setup_environment.py
+
 Needs Python's standard library alone. A second run finds its stamp and takes no time; an interrupted one
 starts again.
 """
@@ -221,3 +223,7 @@ def _step(title: str, command: list[str], environment: dict[str, str] | None = N
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    enter()
