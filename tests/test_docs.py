@@ -60,6 +60,13 @@ LINKS = [
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     if "://" not in link
 ]
+PATHS = [
+    Snippet(_name(page), path)
+    for page in PAGES
+    for path in re.findall(
+        r"`((?:alignez_gguf|docs|patches|tests|tools)/[\w./-]+)", page.read_text(encoding="utf-8")
+    )
+]
 
 
 def _id(snippet: Snippet) -> str:
@@ -148,6 +155,12 @@ def test_makefile_runs_tools_that_exist() -> None:
     scripts = [recipe.split()[1] for recipe in recipes]
     assert scripts
     assert all((ROOT / script).is_file() for script in scripts)
+
+
+@pytest.mark.parametrize("snippet", PATHS, ids=_id)
+def test_path_is_there(snippet: Snippet) -> None:
+    """Of a file of this repository; a name in capitals stands for one that a reader will write."""
+    assert (ROOT / snippet.text).exists() or "NAME" in snippet.text
 
 
 @pytest.mark.parametrize("snippet", LINKS, ids=_id)
