@@ -37,6 +37,8 @@ SEARCHED_METHODS = ("ccs", "svd-diff", "mean", "logistic")
 """Methods that the search tries on what tells the personas apart; verdicts are told apart by their means."""
 
 
+_N_TWINS = 45
+"""Harmful twins at most on whose answers an edit is chosen, and as many others on which it is confirmed."""
 _OFTEN = 0.3
 """A share of restarts from which on it is told that they disagree."""
 
@@ -158,11 +160,11 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     held_out = [pair.query for pair in (*choice_pairs, *confirmation_pairs)]
     gate = fitted_gate(job, fit_pairs, held_out)
     twins = [] if gate is None else [query for query, _ in job.templates.twins if query not in held_out]
-    unaided = _not_declined(job, twins[::2])
+    unaided = _not_declined(job, twins[::2][:_N_TWINS])
     selection, gate = choose(job, fits, candidates, pairs, choice_pairs, gate, unaided)
     best = selection.chosen.candidate
     edits = fits.edits(best)
-    confirmation = confirm(job, edits, confirmation_pairs, best.scope, gate, twins[1::2])
+    confirmation = confirm(job, edits, confirmation_pairs, best.scope, gate, twins[1::2][:_N_TWINS])
     recipe: dict[str, Field] = {
         "method": best.source.method,
         "reading": best.source.reading,
