@@ -28,13 +28,24 @@ from filelock import FileLock
 from alignez_gguf.atomic import replacing
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import probe, source
-from alignez_gguf.runtime.cpu import Attempt, attempts, cpu_flags
+from alignez_gguf.runtime.cpu import Attempt, attempts, cpu_flags, portable_flags
 from alignez_gguf.runtime.process import run_logged
 
 _NINJA = re.compile(r"\[(\d+)/(\d+)\] ")
 _MAKE = re.compile(r"\[ *(\d+)%\] ")
 # What a compiler reads from the environment, next to CMAKE_ARGS.
 _COMPILER_VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "MACOSX_DEPLOYMENT_TARGET")
+
+# Of what CMake installs: a second copy of the libraries, headers, and the names of libraries (copies as well,
+# since wheels have no links) that nothing loads them by.
+_NOT_NEEDED = (
+    "/bin/",
+    "/include/",
+    "/lib/",
+    "/llama_cpp/lib/*.so.*.*",
+    "/llama_cpp/lib/libggml-cpu-*.so.*",
+    "/llama_cpp/lib/*.*.*.dylib",
+)
 
 
 class Observer(Protocol):
@@ -66,6 +77,7 @@ def build_wheel(
     *,
     patches: Sequence[Path] | None = None,
     rebuild: bool = False,
+    portable: bool = False,
 ) -> Wheel:
     """Build the patched wheel, or find it in the cache.
 
@@ -73,6 +85,7 @@ def build_wheel(
         cmake_args: flags for llama.cpp; by default those of the environment variable CMAKE_ARGS.
         patches: by default those that belong to this version of alignez-gguf.
         rebuild: ignore what was built and learned before.
+        portable: build for all CPUs of this platform, and not for the one of this machine.
 
     Raises:
         RuntimeUnavailableError: no source, compiler or patch that applies, the compilation fails, or no flags
@@ -81,12 +94,10 @@ def build_wheel(
     asked = shlex.split(os.environ.get("CMAKE_ARGS", "")) if cmake_args is None else list(cmake_args)
     patches = source.patch_files() if patches is None else patches
     flags = cpu_flags()
-    plan = attempts(asked, flags)
+    plan = [Attempt((*asked, *portable_flags()))] if portable else attempts(asked, flags)
     planned = [argument for attempt in plan for argument in attempt.cmake_args]
     machine = _digest(source.VERSION, *planned, _compiler(), _system(), *sorted(flags), *_environment())
-    key = _digest(
-        machine, *(text for patch in patches for text in (patch.name, patch.read_text(encoding="utf-8")))
-    )
+    key = _digest(machine, source.digest(patches))
     cache = source.cache_directory()
     kept, learned, work = cache / "wheels" / key, cache / "flags" / f"{machine}.json", cache / "build" / key
     for folder in (kept.parent, learned.parent, work.parent):
@@ -102,8 +113,14 @@ def build_wheel(
             shutil.copytree(source.source_tree(observer.say), tree)
             source.apply_patches(tree, patches)
             source.leave_out_common(tree)
+            source.record_patches(tree, patches)
+            if "-DGGML_BACKEND_DL=ON" in plan[0].cmake_args:
+                source.load_backends(tree)
             observer.say(f"applied {', '.join(patch.name for patch in patches)}")
-            built, attempt = _first_that_works(plan, tree, work, cache / "build" / f"{key}.log", observer)
+            log = cache / "build" / f"{key}.log"
+            # So that wheels of several patches can lie in one folder, and pip takes them before the stock one
+            tag = f"1p{source.digest(patches)}" if portable else ""
+            built, attempt = _first_that_works(plan, tree, work, log, observer, tag)
             result = work / "result"
             result.mkdir()
             built.rename(result / built.name)
@@ -145,13 +162,13 @@ def install(wheel: Path) -> None:
 
 
 def _first_that_works(
-    plan: Sequence[Attempt], tree: Path, work: Path, log: Path, observer: Observer
+    plan: Sequence[Attempt], tree: Path, work: Path, log: Path, observer: Observer, tag: str
 ) -> tuple[Path, Attempt]:
     failures = []
     for number, attempt in enumerate(plan, start=1):
         if attempt.reason:
             observer.say(f"building {attempt.reason}")
-        wheel = _compile(tree, attempt.cmake_args, work, log, observer)
+        wheel = _compile(tree, attempt.cmake_args, work, log, observer, tag)
         result = probe_wheel(wheel, work / "unpacked")
         if result.works:
             observer.say("checked: a quantized matrix product works on this machine")
@@ -185,18 +202,27 @@ def share_compiled(line: str) -> float | None:
     return int(match[1]) / 100 if match else None
 
 
-def _compile(tree: Path, cmake_args: Sequence[str], work: Path, log: Path, observer: Observer) -> Path:
-    """Run pip's build of the tree. A second one with other flags recompiles only what they change."""
+def _compile(
+    tree: Path, cmake_args: Sequence[str], work: Path, log: Path, observer: Observer, tag: str
+) -> Path:
+    """Run pip's build of the tree. A second one with other flags recompiles only what they change.
+
+    Args:
+        tag: the build tag in the name of the wheel; empty for none.
+    """
     wheels = work / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
     environment = os.environ | {
         "CMAKE_ARGS": shlex.join(cmake_args),
         "SKBUILD_BUILD_DIR": str(work / "cmake"),
+        "SKBUILD_WHEEL_BUILD_TAG": tag,
+        "SKBUILD_WHEEL_EXCLUDE": ";".join(_NOT_NEEDED),
     }
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir"]
     command += ["--wheel-dir", str(wheels), str(tree)]
-    observer.say("compiling llama.cpp (about 3 minutes on 2 cores)")
+    minutes = 10 if "-DGGML_CPU_ALL_VARIANTS=ON" in cmake_args else 3
+    observer.say(f"compiling llama.cpp (about {minutes} minutes on 2 cores)")
     started = time.monotonic()
 
     def receive(line: str) -> None:

@@ -8,6 +8,7 @@ goes number by number (GGML_F16_STEP in ggml-cpu/simd-mappings.h). Knows nothing
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,17 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "GGML_AMX_TILE": (*_AVX512, "avx512_vnni", *_AMX),
     "GGML_AMX_INT8": (*_AVX512, "avx512_vnni", *_AMX),
 }
+
+VARIANTS = (
+    "-DGGML_NATIVE=OFF",
+    "-DGGML_BACKEND_DL=ON",
+    "-DGGML_CPU_ALL_VARIANTS=ON",
+    # Where ggml installs backends that are loaded (ggml_add_backend_library, ggml/src/CMakeLists.txt), and
+    # where they find libggml-base
+    "-DCMAKE_INSTALL_BINDIR=llama_cpp/lib",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+)
+"""A CPU backend per instruction set, of which the best that the CPU supports is loaded."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,14 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
     # Where two are the same build, the one that comes first.
     plan = {attempt.cmake_args: attempt for attempt in (baseline, without_amx, first)}
     return list(reversed(plan.values()))
+
+
+def portable_flags(platform: str = sys.platform) -> tuple[str, ...]:
+    """What builds a library for every CPU that the platform runs on.
+
+    On macOS that is one backend, for the first Apple silicon: Metal does the heavy work there.
+    """
+    return ("-DGGML_NATIVE=OFF",) if platform == "darwin" else VARIANTS
 
 
 def _arguments(flags: frozenset[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from alignez_gguf.runtime.library import patch_version
+from alignez_gguf.runtime.source import recorded_patches
 
 N_VOCAB = 320
 N_PROMPT = 48
@@ -33,6 +34,7 @@ def describe() -> dict[str, Any]:
         "location": str(Path(llama_cpp.__file__).parent),
         "library": bindings._lib._name,
         "patch_version": patch_version(bindings._lib),
+        "patches": recorded_patches(Path(llama_cpp.__file__).parents[1]),
         "devices": _devices(bindings._lib),
         "system_info": bindings.llama_print_system_info().decode(errors="replace").strip(),
     }

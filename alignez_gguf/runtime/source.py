@@ -6,12 +6,14 @@ Knows nothing of compilers and wheels.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,8 +25,35 @@ VERSION = "0.3.36"
 """Of llama-cpp-python; the patches are made for the llama.cpp inside it."""
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 
+RECORD = "alignez.json"
+"""The file in the package llama_cpp that says which patches it was built with."""
+
 _NAME = f"llama_cpp_python-{VERSION}"
 _PACKAGE = Path(__file__).resolve().parents[1]
+
+_LIBRARY_IS_LOADED = "_lib = load_shared_library(_lib_base_name, _base_path)\n"
+_LOAD_BACKENDS = '''
+
+def _load_backends() -> None:
+    """Load the backends beside libllama, of the CPU the one that suits it best.
+
+    llama_backend_init() looks for them next to the program, which is Python, and in the current folder
+    (ggml_backend_load_best in ggml/src/ggml-backend-reg.cpp).
+    """
+    ggml = _lib
+    if not hasattr(ggml, "ggml_backend_load_all_from_path"):  # Windows: a DLL does not pass on what it loads
+        ggml = load_shared_library("ggml", _base_path)
+    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    _lib.llama_log_set(silent, None)  # sets ggml's as well
+    ggml.ggml_backend_load_all_from_path(os.fsencode(_base_path))
+    _lib.llama_log_set(None, None)
+    ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    if not ggml.ggml_backend_dev_by_type(0):  # GGML_BACKEND_DEVICE_TYPE_CPU
+        raise RuntimeError(f"no CPU backend in {_base_path} runs on this machine")
+
+
+_load_backends()
+'''
 
 
 def cache_directory() -> Path:
@@ -138,6 +167,46 @@ def leave_out_common(tree: Path) -> None:
     lists.write_text(
         text.replace("set(LLAMA_BUILD_COMMON ON", "set(LLAMA_BUILD_COMMON OFF"), encoding="utf-8"
     )
+
+
+def load_backends(tree: Path) -> None:
+    """Make llama-cpp-python load the backends of a build with GGML_BACKEND_DL from its own folder.
+
+    Raises:
+        RuntimeUnavailableError: the source is not the one that this was written for.
+    """
+    bindings = tree / "llama_cpp" / "llama_cpp.py"
+    before, anchor, after = bindings.read_text(encoding="utf-8").partition(_LIBRARY_IS_LOADED)
+    if not anchor:
+        raise RuntimeUnavailableError(
+            f"{bindings} is not that of version {VERSION}; set ALIGNEZ_SOURCE_TREE to its source"
+        )
+    bindings.write_text(before + anchor + _LOAD_BACKENDS + after, encoding="utf-8")
+
+
+def digest(patches: Sequence[Path]) -> str:
+    """What tells one set of patches from another, whatever the line ends of a checkout."""
+    texts = (text for patch in patches for text in (patch.name, patch.read_text(encoding="utf-8")))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def record_patches(tree: Path, patches: Sequence[Path]) -> None:
+    """Let the package that is built from `tree` say what it was built from; see `recorded_patches`."""
+    text = json.dumps({"llama_cpp_python": VERSION, "patches": digest(patches)})
+    (tree / "llama_cpp" / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def recorded_patches(folder: Path | zipfile.Path) -> str | None:
+    """The digest of the patches that llama_cpp in `folder` was built with; None where it does not say so.
+
+    Args:
+        folder: site-packages, or the inside of a wheel.
+    """
+    try:
+        document = json.loads((folder / "llama_cpp" / RECORD).read_text(encoding="utf-8"))
+        return str(document["patches"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _another_file(archive: Path, digest: str) -> RuntimeUnavailableError:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from alignez_gguf.runtime import probe
 from alignez_gguf.runtime.library import PATCH_VERSION, other_patch
-from alignez_gguf.runtime.source import VERSION
+from alignez_gguf.runtime.source import VERSION, digest, patch_files
 
 _MEND = "run: alignez-gguf runtime build"
 
@@ -31,6 +31,8 @@ class RuntimeStatus:
     library: str | None
     """The libllama that it loads."""
     patched: bool
+    patches: str | None
+    """The digest of the patches that it was built with (`source.digest`), where the build says so."""
     steers: Literal["patched", "stock", "no"]
     """How `steer` reaches it: through the patch, through the adapters of stock llama.cpp, or not at all."""
     devices: tuple[Device, ...]
@@ -56,6 +58,7 @@ def from_probe(found: probe.Probe) -> RuntimeStatus:
     version = description.get("version")
     patch_version: int | None = description.get("patch_version")
     patched = patch_version == PATCH_VERSION
+    patches, ours = description.get("patches"), digest(patch_files())
     if version is None:
         mend = f"llama-cpp-python cannot be loaded ({found.failure}); {_MEND}"
     elif version != VERSION:
@@ -67,6 +70,8 @@ def from_probe(found: probe.Probe) -> RuntimeStatus:
             "llama-cpp-python lacks the patch, so steer() works through adapters, without additions at layer "
             f"0, and chat and generate cannot steer; {_MEND}"
         )
+    elif patches not in (None, ours):
+        mend = f"llama-cpp-python was built with other patches ({patches}, not {ours}); {_MEND}"
     elif not found.works:
         mend = f"{found.failure}; {_MEND} --rebuild"
     else:
@@ -76,6 +81,7 @@ def from_probe(found: probe.Probe) -> RuntimeStatus:
         location=description.get("location"),
         library=description.get("library"),
         patched=patched,
+        patches=patches,
         steers=_steers(version, patch_version),
         devices=tuple(Device(**device) for device in description.get("devices", ())),
         system_info=description.get("system_info", ""),

@@ -89,7 +89,9 @@ class Compiler:
         monkeypatch.setattr(build, "probe_wheel", self._probe)
         monkeypatch.setattr(build, "cpu_flags", lambda: AVX512)
 
-    def _compile(self, tree: Path, args: tuple[str, ...], work: Path, log: Path, observer: Lines) -> Path:
+    def _compile(
+        self, tree: Path, args: tuple[str, ...], work: Path, log: Path, observer: Lines, tag: str
+    ) -> Path:
         assert "edited" in (tree / "vendor" / "llama.cpp" / "include" / "llama.h").read_text()
         self.built.append(tuple(args))
         wheel = work / "llama_cpp_python-0.3.36-py3-none-any.whl"
