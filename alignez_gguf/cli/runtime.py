@@ -32,11 +32,24 @@ def runtime() -> None:
 )
 @click.option("--rpc", is_flag=True, help="With RPC, which spreads a model over several machines.")
 @click.option("--rebuild", is_flag=True, help="Build again, also where a built wheel is kept.")
-@click.option("--no-install", is_flag=True, help="Only build the wheel; the environment stays as it is.")
+@click.option(
+    "--wheel",
+    type=click.Path(exists=True, path_type=Path),
+    help="Install this wheel, or the matching one of this folder, instead of compiling.",
+)
+@click.option(
+    "--no-install", is_flag=True, help="Only build or check the wheel; the environment stays as it is."
+)
 @options.quiet
 @click.pass_context
 def build(
-    context: click.Context, cmake_args: str, rpc: bool, rebuild: bool, no_install: bool, quiet: bool
+    context: click.Context,
+    cmake_args: str,
+    rpc: bool,
+    rebuild: bool,
+    wheel: Path | None,
+    no_install: bool,
+    quiet: bool,
 ) -> None:
     """Build llama-cpp-python with the steering patch, check it, and install it here.
 
@@ -44,14 +57,19 @@ def build(
     checked with a quantized model in a process of its own; where the CPU does not bear the flags, it is built
     again with flags that it does.
 
+    With --wheel, no compiler is needed: a wheel that tools/build_wheel.py made is checked in the same way and
+    installed. It matches if it was built for this platform, with the patches of this alignez-gguf. No other
+    place is searched for wheels, since they are code that runs here.
+
     \b
     Examples:
       alignez-gguf runtime build
       CMAKE_ARGS="-DGGML_CUDA=on" alignez-gguf runtime build
+      alignez-gguf runtime build --wheel ~/Downloads
     """
     import shlex
 
-    from alignez_gguf.runtime.build import build_wheel, install
+    from alignez_gguf.runtime.build import build_wheel, install, wheel_from
     from alignez_gguf.runtime.status import status
 
     try:
@@ -60,18 +78,23 @@ def build(
         raise click.BadParameter(f"{cmake_args!r}: {error}", param_hint="--cmake-args") from error
     if rpc:
         arguments.append("-DGGML_RPC=ON")
+    if wheel is not None and (rpc or rebuild or _is_given(context, "cmake_args")):
+        raise click.UsageError("--wheel compiles nothing; leave out --cmake-args, --rpc and --rebuild")
     with _Progress(quiet) as progress:
-        wheel = build_wheel(progress, arguments, rebuild=rebuild)
-        if wheel.cached:
-            progress.say("this build is in the cache")
+        if wheel is not None:
+            built = wheel_from(wheel, progress)
+        else:
+            built = build_wheel(progress, arguments, rebuild=rebuild)
+            if built.cached:
+                progress.say("this build is in the cache")
         if not no_install:
             progress.say("installing")
-            install(wheel.path)
-    click.echo(f"wheel: {wheel.path}")
-    if wheel.cmake_args:
-        click.echo(f"flags: {shlex.join(wheel.cmake_args)}")
-    if wheel.reason:
-        click.echo(f"built {wheel.reason}")
+            install(built.path)
+    click.echo(f"wheel: {built.path}")
+    if built.cmake_args:
+        click.echo(f"flags: {shlex.join(built.cmake_args)}")
+    if built.reason:
+        click.echo(f"built {built.reason}")
     if no_install:
         return
     found = status()
@@ -117,6 +140,11 @@ def status_command(context: click.Context, model: Path | None, as_json: bool) ->
         context.exit(1)
 
 
+def _is_given(context: click.Context, name: str) -> bool:
+    """Whether an option was given on the command line, and not by the environment."""
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def _print_table(found: RuntimeStatus, reach: Reach | None) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -127,6 +155,7 @@ def _print_table(found: RuntimeStatus, reach: Reach | None) -> None:
         "location": found.location or "-",
         "library": found.library or "-",
         "steering patch": "yes" if found.patched else "no",
+        "patches": found.patches or "-",
         "steers": _STEERS[found.steers],
         "devices": "\n".join(f"{device.name}: {device.description}" for device in found.devices) or "-",
         "built with": found.system_info or "-",

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import probe, source
 from alignez_gguf.runtime.cpu import Attempt, attempts, cpu_flags, portable_flags
 from alignez_gguf.runtime.process import run_logged
+from alignez_gguf.runtime.status import from_probe
 
 _NINJA = re.compile(r"\[(\d+)/(\d+)\] ")
 _MAKE = re.compile(r"\[ *(\d+)%\] ")
@@ -131,6 +133,24 @@ def build_wheel(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return Wheel(kept / built.name, attempt.cmake_args, attempt.reason, cached=False)
+
+
+def wheel_from(path: Path, observer: Observer) -> Wheel:
+    """A wheel that was built elsewhere: `path`, or the best one in that folder. It is checked here.
+
+    Raises:
+        RuntimeUnavailableError: none that belongs to this alignez-gguf, or it does not work on this machine.
+    """
+    from alignez_gguf.runtime.wheel import matching
+
+    wheel = matching(path)
+    observer.say(f"checking {wheel.name}")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        found = from_probe(probe_wheel(wheel, Path(folder)))
+    if found.mend:
+        raise RuntimeUnavailableError(f"{wheel.name} does not work here: {found.mend}")
+    observer.say("checked: it has the patch, and a quantized matrix product works on this machine")
+    return Wheel(wheel, (), "", cached=True)
 
 
 def install(wheel: Path) -> None:
