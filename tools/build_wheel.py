@@ -6,8 +6,8 @@ On Linux and Windows it holds a CPU backend per instruction set (with and withou
 AMX), of which a machine loads the best that it supports; on macOS, Metal and one CPU backend. `alignez-gguf
 runtime build --wheel` installs it. CMAKE_ARGS adds flags. About 10 minutes on 2 cores.
 
-Needs a compiler, cmake and the packages filelock, gguf, numpy and packaging; it sets nothing up, so that it
-runs in the containers that wheels for other machines are built in.
+Needs a compiler, the packages filelock and gguf, and to try the wheel those of llama-cpp-python: diskcache,
+jinja2, numpy and typing-extensions. It sets nothing up, so that it runs in the containers for manylinux.
 """
 
 from __future__ import annotations
