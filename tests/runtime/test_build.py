@@ -19,7 +19,6 @@ import pytest
 from click.testing import CliRunner
 
 from alignez_gguf.cli import main
-from alignez_gguf.cli.runtime import runtime
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import build, library, probe, source, status
 from alignez_gguf.runtime.cpu import attempts, cpu_flags
@@ -354,13 +353,13 @@ def test_runtime_status_prints_json_and_exits_1_when_something_is_missing(
         "devices": [{"name": "CPU", "description": "x"}],
     }
     monkeypatch.setattr(probe, "run", lambda site: probe.Probe(description, True, False, ""))
-    result = CliRunner().invoke(runtime, ["status", "--json"])
+    result = CliRunner().invoke(main, ["runtime", "status", "--json"])
     assert result.exit_code == 1
     document = json.loads(result.stdout)
     assert document["devices"] == [{"name": "CPU", "description": "x"}]
     assert document["patched"] is False
     description["patch_version"] = library.PATCH_VERSION
-    assert CliRunner().invoke(runtime, ["status"]).exit_code == 0
+    assert CliRunner().invoke(main, ["runtime", "status"]).exit_code == 0
 
 
 def test_an_externally_managed_interpreter_is_left_alone(
