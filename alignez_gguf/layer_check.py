@@ -17,7 +17,7 @@ from alignez_gguf.errors import SteeringError
 from alignez_gguf.rounding import RoundingFloor, Share, figures, logits_distance
 
 if TYPE_CHECKING:
-    from alignez_gguf.runtime.bench import Bench, Way
+    from alignez_gguf.runtime.bench import VerificationSession, Way
     from alignez_gguf.runtime.observer import Observation
 
 TOLERANCE = 0.05
@@ -77,7 +77,7 @@ def lost_in_rounding(floor: float) -> str:
 class Layers:
     """Checks single layers of a model, against what it computes without any edit."""
 
-    bench: Bench
+    session: VerificationSession
     base_logits: NDArray[np.float32]
     base: Observation
     floor: RoundingFloor
@@ -98,7 +98,7 @@ class Layers:
         if edit.edits_mlp and layer not in self.base.mlp:
             reason = "its MLP output cannot be found in the graph, so that nothing proves the edit"
         elif not all(part.changes for part in parts):
-            reason = f"llama.cpp ignores it: {self.bench.info.arch} models do not apply such an edit there"
+            reason = f"llama.cpp ignores it: {self.session.info.arch} models do not apply such an edit there"
         elif not floor.median < FLOOR:
             reason = lost_in_rounding(floor.median)
         elif error is not None and not error <= TOLERANCE:
@@ -123,8 +123,8 @@ class Layers:
         )
 
     def _mlp(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
-        with self.bench.steered(way, {layer: edit}):
-            logits, seen = self.bench.observe()
+        with self.session.steered(way, {layer: edit}):
+            logits, seen = self.session.observe()
         x, left = self.base.mlp.get(layer), self._left(way, layer, edit, seen)
         if x is None or left is None:
             return self._unseen(edit, logits)
@@ -143,8 +143,8 @@ class Layers:
 
     def _addition(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
         assert edit.add is not None
-        with self.bench.steered(way, {layer: edit}):
-            logits, seen = self.bench.observe()
+        with self.session.steered(way, {layer: edit}):
+            logits, seen = self.session.observe()
         if layer not in self.base.block or layer not in seen.block:
             return self._unseen(edit, logits)
         moved = seen.block[layer] - self.base.block[layer]
@@ -175,7 +175,7 @@ class Layers:
         With stock llama.cpp, what is added, or removed of a bias, shows at the end of the block only.
         """
         biased = way == "stock" and (
-            edit.bias is not None or any(down.bias for down in self.bench.weights.down_projections(layer))
+            edit.bias is not None or any(down.bias for down in self.session.weights.down_projections(layer))
         )
         if not biased:
             return seen.mlp.get(layer)

@@ -20,7 +20,7 @@ from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
 
 if TYPE_CHECKING:
-    from alignez_gguf.runtime.bench import Bench, Way
+    from alignez_gguf.runtime.bench import VerificationSession, Way
     from alignez_gguf.runtime.observer import Observation
 
 _STRENGTH = 1 / 32
@@ -73,17 +73,17 @@ class RoundingFloor:
 
 
 def rounding_floor(
-    bench: Bench, way: Way, base_logits: NDArray[np.float32], base: Observation
+    session: VerificationSession, way: Way, base_logits: NDArray[np.float32], base: Observation
 ) -> RoundingFloor:
     """The floor of the unsteered model: split into single tokens, and by the probe."""
-    split = logits_distance(bench.logits(at_once=1), base_logits)
-    for layer, edit in _probes(bench.info.n_layer, bench.info.n_embd, base):
+    split = logits_distance(session.logits(at_once=1), base_logits)
+    for layer, edit in _probes(session.info.n_layer, session.info.n_embd, base):
         try:
-            with bench.steered(way, {layer: edit}) as attached:
-                bench.set_strength(attached, _STRENGTH)
-                whole_logits, whole = bench.observe()
-                bench.set_strength(attached, _STRENGTH / 2)
-                half_logits, half = bench.observe()
+            with session.steered(way, {layer: edit}) as backend:
+                session.set_strength(backend, _STRENGTH)
+                whole_logits, whole = session.observe()
+                session.set_strength(backend, _STRENGTH / 2)
+                half_logits, half = session.observe()
         except SteeringError:
             continue
         if np.array_equal(whole_logits, base_logits):

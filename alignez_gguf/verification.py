@@ -24,7 +24,7 @@ from alignez_gguf.progress import Reporter, SilentReporter
 from alignez_gguf.rounding import Share, figures, logits_distance, rounding_floor
 
 if TYPE_CHECKING:
-    from alignez_gguf.runtime.bench import Bench, Way
+    from alignez_gguf.runtime.bench import VerificationSession, Way
 
 PROMPT = "Question: how do I bake a cake?\nAnswer:"
 
@@ -101,24 +101,28 @@ def verify(
     if runtime == "patched":
         library.require_patched()
     way: Way = "patched" if runtime != "stock" and library.is_patched() else "stock"
-    from alignez_gguf.runtime.bench import Bench  # imports llama_cpp, so not before it is known to be there
+    from alignez_gguf.runtime.bench import (
+        VerificationSession,
+    )  # imports llama_cpp, so not before it is known to be there
 
-    with Bench(
+    with VerificationSession(
         model_path,
         prompt,
         n_prompt=_N_PROMPT,
         n_answer=_N_ANSWER,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
-    ) as bench:
-        control.check_fits(bench.info)
-        return _verified(bench, control.edits, way, prompt, progress or SilentReporter())
+    ) as session:
+        control.check_fits(session.info)
+        return _verified(session, control.edits, way, prompt, progress or SilentReporter())
 
 
-def _verified(bench: Bench, edits: Edits, way: Way, prompt: str, progress: Reporter) -> Verification:
-    base_logits, base = bench.observe()
-    text = steered_text = bench.greedy()
-    layers = Layers(bench, base_logits, base, rounding_floor(bench, way, base_logits, base))
+def _verified(
+    session: VerificationSession, edits: Edits, way: Way, prompt: str, progress: Reporter
+) -> Verification:
+    base_logits, base = session.observe()
+    text = steered_text = session.greedy()
+    layers = Layers(session, base_logits, base, rounding_floor(session, way, base_logits, base))
     checks = []
     with progress.stage("checking layers", len(edits)) as advance:
         for layer, edit in edits.items():
@@ -128,13 +132,13 @@ def _verified(bench: Bench, edits: Edits, way: Way, prompt: str, progress: Repor
     settable = {check.layer: edits[check.layer] for check in checks if check.floor is not None}
     off, share = bool(settable), None
     if settable:
-        with bench.steered(way, settable) as attached:
-            steered = bench.logits()
-            floor = np.maximum(floor, logits_distance(bench.logits(at_once=1), steered))
-            steered_text = bench.greedy()
-            bench.set_strength(attached, 0.0)
-            off = np.array_equal(bench.logits(), base_logits)
-        off = off and np.array_equal(bench.logits(), base_logits)
+        with session.steered(way, settable) as backend:
+            steered = session.logits()
+            floor = np.maximum(floor, logits_distance(session.logits(at_once=1), steered))
+            steered_text = session.greedy()
+            session.set_strength(backend, 0.0)
+            off = np.array_equal(session.logits(), base_logits)
+        off = off and np.array_equal(session.logits(), base_logits)
         share = Share.of(floor, logits_distance(steered, base_logits))
     both = _BothWays("not every layer acts")
     if all(check.acts for check in checks):
@@ -146,7 +150,7 @@ def _verified(bench: Bench, edits: Edits, way: Way, prompt: str, progress: Repor
         ok=not reason,
         reason=reason,
         runtime=way,
-        architecture=bench.info.arch,
+        architecture=session.info.arch,
         off_bit_identical=off,
         layers=tuple(checks),
         stock_holds=both.hold,
@@ -206,11 +210,11 @@ class _BothWays:
 def _both_ways(
     layers: Layers, edits: Edits, way: Way, steered: NDArray[np.float32], progress: Reporter
 ) -> _BothWays:
-    bench, other = layers.bench, _OTHER[way]
+    session, other = layers.session, _OTHER[way]
     try:
-        with bench.steered(other, edits):
-            logits = bench.logits()
-            floor = np.maximum(layers.floor.logits, logits_distance(bench.logits(at_once=1), logits))
+        with session.steered(other, edits):
+            logits = session.logits()
+            floor = np.maximum(layers.floor.logits, logits_distance(session.logits(at_once=1), logits))
     except AlignezError as error:
         return _BothWays(str(error))
     effect = logits_distance(steered, layers.base_logits)

@@ -57,11 +57,11 @@ def _judged(level: str, path: Path, n_threads: int | None) -> Agreement:
     from alignez_gguf.control import ControlFile, ModelInfo
     from alignez_gguf.edits import LayerEdit
     from alignez_gguf.exporters.weights import ModelWeights
-    from alignez_gguf.runtime.bench import Bench
+    from alignez_gguf.runtime.bench import VerificationSession
     from alignez_gguf.verification import PROMPT, verify
 
-    with Bench(path, PROMPT, n_prompt=16, n_answer=1, n_threads=n_threads) as bench:
-        _, seen = bench.observe()
+    with VerificationSession(path, PROMPT, n_prompt=16, n_answer=1, n_threads=n_threads) as session:
+        _, seen = session.observe()
     # not of the first token, whose hidden states are like no other's
     edits = {layer: LayerEdit(remove=outputs[1:].mean(0)) for layer, outputs in sorted(seen.mlp.items())}
     found = verify(path, ControlFile(ModelInfo.from_gguf(path), edits), n_threads=n_threads)

@@ -90,12 +90,12 @@ class SteeredPassages:
             SteeringError: the edits do not fit the model.
         """
         texts = [self._texts[number] for number in passages]
-        library.set_edits(self._context.pointer, edits, self._context.model.info.n_embd)
+        library.set_edits(self._context.pointer, edits)
         try:
             chunks = self._chunks(texts, scope)
             return np.array([found for chunk in chunks for found in self._computed(chunk, edits, scope)])
         finally:
-            library.set_edits(self._context.pointer, {}, self._context.model.info.n_embd)
+            library.set_edits(self._context.pointer, {})
 
     def close(self) -> None:
         self._context.close()

@@ -38,7 +38,7 @@ class GgufEmbedder:
     def __init__(self, path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> None:
         from llama_cpp import Llama
 
-        from alignez_gguf.runtime.log import captured_log
+        from alignez_gguf.runtime.library import captured_log
 
         n_tokens = _n_tokens(path)
         try:

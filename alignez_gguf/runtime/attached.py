@@ -1,4 +1,4 @@
-"""What puts the edits into a context: the patch here, the adapters of any llama.cpp in `stock`."""
+"""What sets the edits of a control on a context: the patch here, adapters of any llama.cpp in `stock`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from alignez_gguf.edits import Edits
 from alignez_gguf.runtime import library
 
 
-class Attached(Protocol):
+class SteeringBackend(Protocol):
     """Edits that are set on a context."""
 
     def steer(self, strength: float, positions: range) -> None:
         """Steer the tokens at these positions of sequence 0, and no others, from the next decode on."""
         ...
 
-    def pieces(self, first: int, n_tokens: int) -> Iterable[int]:
+    def split_batch(self, first: int, n_tokens: int) -> Iterable[int]:
         """Cut the next tokens, from position `first` on, into what may be decoded at once.
 
-        Gives the number of tokens of each piece, which has to be decoded before the next one is asked for.
+        Gives the number of tokens of each part, which has to be decoded before the next one is asked for.
         """
         ...
 
@@ -34,7 +34,6 @@ class Patched:
     Args:
         context: the `llama_context *`.
         edits: of this control.
-        n_embd: of the model.
         beside: a control of the context, after which and after whose others this one acts. Without, nothing
             else may edit the context.
 
@@ -43,10 +42,9 @@ class Patched:
         RuntimeUnavailableError: the patch is missing.
     """
 
-    def __init__(self, context: Any, edits: Edits, n_embd: int, *, beside: Patched | None = None) -> None:
+    def __init__(self, context: Any, edits: Edits, *, beside: Patched | None = None) -> None:
         self._context = context
         self._edits = edits
-        self._n_embd = n_embd
         self._nest: list[Patched] = [] if beside is None else beside._nest
         """All controls of the context, in the order in which they act."""
         self._strength = 0.0
@@ -67,14 +65,14 @@ class Patched:
                 end=positions.stop,
             )
 
-    def pieces(self, first: int, n_tokens: int) -> Iterable[int]:
+    def split_batch(self, first: int, n_tokens: int) -> Iterable[int]:
         return (n_tokens,)
 
     def detach(self) -> None:
         self._set([control for control in self._nest if control is not self])
 
     def _set(self, nest: list[Patched]) -> None:
-        library.set_controls(self._context, [control._edits for control in nest], self._n_embd)
+        library.set_controls(self._context, [control._edits for control in nest])
         self._nest[:] = nest
         for control in nest:
             control.steer(control._strength, control._positions)

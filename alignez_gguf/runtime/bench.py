@@ -1,4 +1,4 @@
-"""A model with one short prompt, decoded again and again under different edits, and watched."""
+"""What `verify` runs: one context and one short prompt, decoded again and again under different edits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from alignez_gguf.edits import Edits
 from alignez_gguf.errors import QueryError
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.runtime.attached import Attached, Patched
+from alignez_gguf.runtime.attached import Patched, SteeringBackend
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.observer import LayerObserver, Observation
@@ -27,7 +27,7 @@ Way = Literal["patched", "stock"]
 """How edits reach llama.cpp: through the patch, or through a LoRA and a control vector."""
 
 
-class Bench:
+class VerificationSession:
     """Decodes the first `n_prompt` tokens of a prompt, and up to `n_answer` greedy ones after it.
 
     Raises:
@@ -73,14 +73,14 @@ class Bench:
     def close(self) -> None:
         self._opened.close()
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> VerificationSession:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextmanager
-    def steered(self, way: Way, edits: Edits) -> Iterator[Attached]:
+    def steered(self, way: Way, edits: Edits) -> Iterator[SteeringBackend]:
         """Inside, every token is edited, at strength 1.
 
         Raises:
@@ -88,18 +88,16 @@ class Bench:
             RuntimeUnavailableError: the patch is asked for and missing.
         """
         with tempfile.TemporaryDirectory() as folder:
-            attached = self._attached(way, edits, Path(folder))
+            backend = self._backend(way, edits, Path(folder))
             try:
-                self.set_strength(attached, 1.0)
-                yield attached
+                self.set_strength(backend, 1.0)
+                yield backend
             finally:
-                attached.detach()
+                backend.detach()
 
-    def set_strength(self, attached: Attached, strength: float) -> None:
-        """Of every token, from the next decode on."""
-        attached.steer(strength, range(len(self._tokens) + self._n_answer))
-        for _ in attached.pieces(0, 1):
-            pass
+    def set_strength(self, backend: SteeringBackend, strength: float) -> None:
+        """Set the strength of every token, from the next decode on."""
+        backend.steer(strength, range(len(self._tokens) + self._n_answer))
 
     def logits(self, at_once: int | None = None) -> NDArray[np.float32]:
         """Of the prompt, [n_tokens, n_vocab], decoded in one piece or `at_once` tokens at a time."""
@@ -139,19 +137,12 @@ class Bench:
         tokens = [self._tokens[position] for position in positions]
         self._context.decode(tokens, positions, np.zeros(len(tokens)), np.ones(len(tokens)))
 
-    def _attached(self, way: Way, edits: Edits, folder: Path) -> Attached:
+    def _backend(self, way: Way, edits: Edits, folder: Path) -> SteeringBackend:
         if way == "patched":
-            return Patched(self._context.pointer, edits, self.info.n_embd)
-        additions = stock.additions(edits, self.weights)
+            return Patched(self._context.pointer, edits)
         lora = None
         if any(edit.remove is not None for edit in edits.values()):
             lora = folder / "lora.gguf"
             stock.write_lora(edits, self.weights, lora)
-        return StockAdapters(
-            self._context.pointer,
-            self.model.pointer,
-            lora=lora,
-            additions=additions,
-            n_layer=self.info.n_layer,
-            n_embd=self.info.n_embd,
-        )
+        additions = stock.additions(edits, self.weights)
+        return StockAdapters(self._context.pointer, self.model.pointer, lora=lora, additions=additions)

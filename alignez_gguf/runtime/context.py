@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from alignez_gguf.edits import Edits
 from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.threads import physical_cores
 
@@ -95,7 +95,7 @@ class Context:
 
     def _prepare(self, edits: Edits) -> None:
         if edits:
-            library.set_edits(self.pointer, edits, self.model.info.n_embd)
+            library.set_edits(self.pointer, edits)
         self._memory: Any = llama.llama_get_memory(self._pointer)
         self._empty_state = self._state(0)  # nothing is computed yet
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells

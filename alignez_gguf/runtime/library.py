@@ -1,14 +1,16 @@
-"""The two functions that the patch adds to llama.cpp, and those of ggml below it, called through ctypes.
+"""Through ctypes: the functions that the patch adds to llama.cpp, some of ggml's, and llama.cpp's log.
 
-`patches/` has their C side. Nothing above `runtime` knows of pointers: a context is passed as the opaque
-`llama_context *` that llama-cpp-python hands out.
+`patches/` has the C side of the patch. Nothing above `runtime` knows of pointers: a context is passed as the
+opaque `llama_context *` that llama-cpp-python hands out.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,6 @@ from numpy.typing import NDArray
 
 from alignez_gguf.edits import Edits, LayerEdit, check_strength
 from alignez_gguf.errors import RuntimeUnavailableError, SteeringError
-from alignez_gguf.runtime.log import captured_log
 from alignez_gguf.runtime.source import VERSION
 
 SYMBOL = "llama_set_adapter_edits"
@@ -30,6 +31,9 @@ _GPUS = (1, 2)
 """GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU of ggml-backend.h."""
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+_CONTINUED = 5  # GGML_LOG_LEVEL_CONT: goes on with the line before
 
 
 class _LayerEdit(ctypes.Structure):
@@ -85,6 +89,12 @@ def ggml() -> Any:
     return libggml
 
 
+def declared(function: Any, result: Any, *arguments: Any) -> Any:
+    """A function of a library, with the ctypes of its result and its arguments."""
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
 @cache
 def ggml_base() -> Any:
     """libggml-base, of which llama-cpp-python binds no function.
@@ -98,13 +108,10 @@ def ggml_base() -> Any:
 
     base = load_shared_library("ggml-base", libggml_base_path)
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    for function, result, *arguments in (
-        (base.ggml_op_desc, ctypes.c_char_p, pointer),
-        (base.ggml_backend_tensor_get, None, pointer, pointer, size, size),
-        (base.ggml_quantize_requires_imatrix, ctypes.c_bool, ctypes.c_int),
-        (base.ggml_quantize_chunk, size, ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer),
-    ):
-        function.argtypes, function.restype = arguments, result
+    declared(base.ggml_op_desc, ctypes.c_char_p, pointer)
+    declared(base.ggml_backend_tensor_get, None, pointer, pointer, size, size)
+    declared(base.ggml_quantize_requires_imatrix, ctypes.c_bool, ctypes.c_int)
+    declared(base.ggml_quantize_chunk, size, ctypes.c_int, pointer, pointer, *[ctypes.c_int64] * 3, pointer)
     return base
 
 
@@ -113,8 +120,7 @@ def has_gpu() -> bool:
 
     `llama_supports_gpu_offload` says so of any build with RPC, even with no server.
     """
-    by_type = ggml().ggml_backend_dev_by_type
-    by_type.argtypes, by_type.restype = [ctypes.c_int], ctypes.c_void_p
+    by_type = declared(ggml().ggml_backend_dev_by_type, ctypes.c_void_p, ctypes.c_int)
     return any(by_type(kind) for kind in _GPUS)
 
 
@@ -165,20 +171,18 @@ def require_patched() -> None:
 @cache
 def _functions() -> tuple[Any, Any]:
     require_patched()
-    set_edit = _library().llama_set_adapter_edits
-    set_edit.argtypes = [ctypes.c_void_p, ctypes.POINTER(_LayerEdit), ctypes.c_size_t, ctypes.c_int32]
-    set_edit.restype = ctypes.c_int32
-    set_strength = _library().llama_set_adapter_edit_strength
-    set_strength.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_float,
-        ctypes.c_int32,
-        ctypes.c_int32,
-    ]
-    set_strength.restype = ctypes.c_int32
-    return set_edit, set_strength
+    library, pointer, number = _library(), ctypes.c_void_p, ctypes.c_int32
+    edits = (ctypes.POINTER(_LayerEdit), ctypes.c_size_t)
+    sequence, positions = number, (number, number)
+    return (
+        declared(library.llama_set_adapter_edits, number, pointer, *edits, number),
+        declared(
+            library.llama_set_adapter_edit_strength,
+            number,
+            *(pointer, number, sequence, ctypes.c_float),
+            *positions,
+        ),
+    )
 
 
 def _layer_edit(
@@ -205,12 +209,12 @@ def _layer_edits(layer: int, control: int, edit: LayerEdit) -> Iterator[_LayerEd
         yield _layer_edit(layer, control, False, None, None, edit.add)
 
 
-def set_edits(context: Any, edits: Edits, n_embd: int) -> None:
+def set_edits(context: Any, edits: Edits) -> None:
     """Replace what edits a context by one control, or by none if `edits` is empty; see `set_controls`."""
-    set_controls(context, [edits], n_embd)
+    set_controls(context, [edits])
 
 
-def set_controls(context: Any, controls: Sequence[Edits], n_embd: int) -> None:
+def set_controls(context: Any, controls: Sequence[Edits]) -> None:
     """Replace what edits a context, as a whole, by the edits of `controls`, which act in this order.
 
     x <- (I - s_n P_n) ... (I - s_1 P_1) x, with a strength s of each control; their additions are summed.
@@ -220,19 +224,19 @@ def set_controls(context: Any, controls: Sequence[Edits], n_embd: int) -> None:
         SteeringError: llama.cpp refuses them; the former edits are still in force.
         RuntimeUnavailableError: the patch is missing.
     """
+    import llama_cpp
+
     set_edit, _ = _functions()
-    for layer, width in ((layer, edit.n_embd) for edits in controls for layer, edit in edits.items()):
-        if width not in (None, n_embd):  # llama.cpp would read on behind the end of the vectors
-            raise SteeringError(
-                f"the edit of layer {layer} has width {width}, and the model {n_embd}; use one that was made "
-                "for this model"
-            )
-    layer_edits = [
-        one
-        for number, edits in enumerate(controls)
-        for layer, edit in sorted(edits.items())
-        for one in _layer_edits(layer, number, edit)
-    ]
+    n_embd = int(llama_cpp.llama_model_n_embd(llama_cpp.llama_get_model(context)))
+    layer_edits: list[_LayerEdit] = []
+    for number, edits in enumerate(controls):
+        for layer, edit in sorted(edits.items()):
+            if edit.n_embd not in (None, n_embd):  # llama.cpp would read on behind the end of the vectors
+                raise SteeringError(
+                    f"the edit of layer {layer} has width {edit.n_embd}, and the model {n_embd}; use "
+                    "one that was made for this model"
+                )
+            layer_edits += _layer_edits(layer, number, edit)
     with captured_log() as log:
         status = set_edit(context, (_LayerEdit * len(layer_edits))(*layer_edits), len(layer_edits), n_embd)
     if status != 0:
@@ -261,3 +265,110 @@ def set_strength(
         raise SteeringError(
             f"sequence {sequence} cannot be given a strength: no edit is set, or there is no such sequence"
         )
+
+
+class CapturedLog:
+    """The error lines of llama.cpp, in order.
+
+    It returns a bare status and says the reason in its log, so the reason has to be caught there.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self._level = 0
+        """The level of the line that is being written."""
+
+    def reason(self) -> str:
+        """The first error, which is the cause of those that follow it."""
+        return self.errors[0].strip() if self.errors else "llama.cpp gave no reason"
+
+    def receive(self, level: int, text: bytes) -> None:
+        """Take a part of the log, as llama.cpp hands it out."""
+        continued = level == _CONTINUED
+        self._level = self._level if continued else level
+        if self._level != _ERROR:
+            return
+        line = text.decode("utf-8", errors="replace")
+        if continued and self.errors:
+            self.errors[-1] += line
+        else:
+            self.errors.append(line)
+
+
+@contextmanager
+def captured_log() -> Iterator[CapturedLog]:
+    """Keep llama.cpp's log of this thread away from the terminal and collect its errors.
+
+    Other threads go on as before: each captures its own log, and what nobody captures goes where it went.
+    """
+    log = CapturedLog()
+    logs = _logs_of_thread()
+    _begin_capture()
+    logs.append(log)
+    try:
+        yield log
+    finally:
+        logs.remove(log)
+        _end_capture()
+
+
+_thread = threading.local()
+_lock = threading.Lock()
+_n_captures = 0
+_former: Any = None
+_former_data: Any = None
+
+
+def _logs_of_thread() -> list[CapturedLog]:
+    logs: list[CapturedLog] = vars(_thread).setdefault("logs", [])
+    return logs
+
+
+@cache
+def _callback() -> Any:
+    """Never freed: llama.cpp has one callback per process, and may be about to call it in any thread."""
+    import llama_cpp
+
+    def receive(level: int, text: bytes, _: object) -> None:
+        if logs := _logs_of_thread():
+            logs[-1].receive(level, text)
+        elif _former:
+            _former(level, text, _former_data)
+
+    return llama_cpp.llama_log_callback(receive)
+
+
+def _begin_capture() -> None:
+    """Put our callback in the place of the one that is there."""
+    import llama_cpp
+
+    global _n_captures, _former, _former_data
+    with _lock:
+        current, data = _current_callback()
+        if _address(current) != _address(_callback()):
+            _former, _former_data = current, data
+            llama_cpp.llama_log_set(_callback(), ctypes.c_void_p())
+        _n_captures += 1
+
+
+def _end_capture() -> None:
+    """Give the place back after the last capture, unless somebody else has taken it meanwhile."""
+    import llama_cpp
+
+    global _n_captures
+    with _lock:
+        _n_captures -= 1
+        if _n_captures == 0 and _address(_current_callback()[0]) == _address(_callback()):
+            llama_cpp.llama_log_set(_former, _former_data)
+
+
+def _current_callback() -> tuple[Any, ctypes.c_void_p]:
+    import llama_cpp
+
+    callback, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+    return callback, data
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value

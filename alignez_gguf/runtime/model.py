@@ -17,7 +17,7 @@ import llama_cpp.llama_cpp as llama
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo, model_parts, read_model_header
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 
 _MOST_READ = 0.5
 """Of the physical memory: a larger file is mapped."""

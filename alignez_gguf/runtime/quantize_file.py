@@ -9,7 +9,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 
 LEVELS = {
     "F16": llama.LLAMA_FTYPE_MOSTLY_F16,

@@ -29,7 +29,7 @@ def edit_all_layers(path: Path) -> None:
     with Model(path, n_gpu_layers=0) as model, Context(model, n_ctx=16) as context:
         info = model.info
         edit = LayerEdit(remove=np.eye(1, info.n_embd, dtype=np.float32))
-        Patched(context.pointer, dict.fromkeys(range(info.n_layer), edit), info.n_embd).detach()
+        Patched(context.pointer, dict.fromkeys(range(info.n_layer), edit)).detach()
 
 
 if __name__ == "__main__":

@@ -27,21 +27,21 @@ from numpy.typing import NDArray
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import digest
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.runtime.attached import Attached
+from alignez_gguf.runtime.attached import SteeringBackend
 from alignez_gguf.scope import Scope
 
 _ATTRIBUTE = "_alignez_steering"
 _REPLACED = ("generate", "eval", "sample", "embed", "reset", "save_state", "load_state")
 
 
-class Control:
+class AttachedControl:
     """One of the controls that steer a model."""
 
-    def __init__(self, control: ControlFile, strength: float, scope: Scope, attached: Attached) -> None:
+    def __init__(self, control: ControlFile, strength: float, scope: Scope, backend: SteeringBackend) -> None:
         self.strength = strength
         self.scope = scope
         self.gate = control.gate
-        self.attached = attached
+        self.backend = backend
         self.digest = digest(control.edits)
         self.positions = range(0)
         """What is steered in the present request."""
@@ -49,7 +49,7 @@ class Control:
     def steer(self, positions: range) -> None:
         """Steer these positions, and no others, from the next decode on."""
         self.positions = positions
-        self.attached.steer(self.strength, positions)
+        self.backend.steer(self.strength, positions)
 
     def strength_at(self, position: int) -> float:
         """Of the token there; 0 where it is not steered."""
@@ -69,11 +69,11 @@ class _Saved:
     """`LlamaState.scores` of all of them."""
 
 
-class SteeredModel:
+class LlamaHooks:
     """The controls of a `Llama`, in the order in which they were attached and act."""
 
     def __init__(self, llm: Any) -> None:
-        self.controls: list[Control] = []
+        self.controls: list[AttachedControl] = []
         self._llm = llm
         self._computes = False
         """Whether a replaced method is under way, so that those it calls belong to its request."""
@@ -88,17 +88,17 @@ class SteeredModel:
         self._generate_signature = inspect.signature(llm.generate)
 
     @classmethod
-    def of(cls, llm: Any) -> SteeredModel:
+    def of(cls, llm: Any) -> LlamaHooks:
         """The one that `llm` has while controls are attached, else a new one."""
-        steered: SteeredModel | None = vars(llm).get(_ATTRIBUTE)
-        return cls(llm) if steered is None else steered
+        hooks: LlamaHooks | None = vars(llm).get(_ATTRIBUTE)
+        return cls(llm) if hooks is None else hooks
 
     @property
     def is_closed(self) -> bool:
         """Whether the `Llama` was closed."""
         return getattr(self._llm._ctx, "ctx", None) is None
 
-    def attach(self, control: Control) -> None:
+    def attach(self, control: AttachedControl) -> None:
         """Take another control in, which steers from the next request on."""
         if not self.controls:
             for name in _REPLACED:
@@ -107,7 +107,7 @@ class SteeredModel:
         self.controls.append(control)
         self._cached = [(*strengths, 0.0) for strengths in self._cached]
 
-    def detach(self, control: Control) -> None:
+    def detach(self, control: AttachedControl) -> None:
         """Let a control go; the cache keeps only what it had no part in."""
         number = self.controls.index(control)
         if not self.is_closed:
@@ -122,7 +122,7 @@ class SteeredModel:
         if not self.is_closed:
             # `Llama.generate` goes on from any prefix, whatever the window still has
             self._keep_prefix(unsteered if self.controls or self._n_gone() == 0 else 0)
-            control.attached.detach()
+            control.backend.detach()
 
     def _begin_part(self) -> None:
         """Start a prompt whose end is not known yet: only a scope of all tokens steers it, without a gate."""
@@ -130,7 +130,7 @@ class SteeredModel:
         self._begin(self._llm.n_ctx() + 1, gated)
         self._is_part = True
 
-    def _begin(self, n_prompt: int, closed: Collection[Control] = ()) -> None:
+    def _begin(self, n_prompt: int, closed: Collection[AttachedControl] = ()) -> None:
         """Start a request whose prompt ends at position `n_prompt`, without the controls of a closed gate."""
         self._is_part = False
         for control in self.controls:
@@ -140,7 +140,7 @@ class SteeredModel:
             first, end = control.scope.positions(n_prompt)
             control.steer(range(first, self._llm.n_ctx() if end is None else end))
 
-    def _ask_gates(self, prompt: list[int], *, is_whole: bool) -> list[Control]:
+    def _ask_gates(self, prompt: list[int], *, is_whole: bool) -> list[AttachedControl]:
         """Compute a prompt unsteered, where a control has a gate; those whose gate stays closed for it.
 
         A control at strength 0 sits the request out, and is not asked.
@@ -302,7 +302,7 @@ class SteeredModel:
         self._cached[first:] = map(self._strengths, range(first, first + len(tokens)))
         done = 0
         # the first speaks for all: adapters, whose cuts depend on the strength, are alone (steering._nested)
-        for length in self.controls[0].attached.pieces(first, len(tokens)):
+        for length in self.controls[0].backend.split_batch(first, len(tokens)):
             self._original["eval"](tokens[done : done + length])
             done += length
 

@@ -11,8 +11,8 @@ from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import check_strength
 from alignez_gguf.errors import AlignezError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.attached import Attached, Patched
-from alignez_gguf.runtime.steered import Control, SteeredModel
+from alignez_gguf.runtime.attached import Patched, SteeringBackend
+from alignez_gguf.runtime.steered import AttachedControl, LlamaHooks
 from alignez_gguf.runtime.stock import attach
 from alignez_gguf.scope import Scope
 
@@ -75,16 +75,16 @@ class Steering:
         scope: Scope,
         runtime: Runtime,
     ) -> None:
-        self._model = SteeredModel.of(llm)
-        if self._model.is_closed:
+        self._hooks = LlamaHooks.of(llm)
+        if self._hooks.is_closed:
             raise SteeringError("the model is closed; load it again to steer it")
         control.check_fits(ModelInfo.from_llama(llm))
         if control.gate is not None:
             control.gate.check_fits(llm.n_vocab())
         self.control = control
-        attached = _attached(llm, control, runtime, [other.attached for other in self._model.controls])
-        self._state = Control(control, strength, scope, attached)
-        self._model.attach(self._state)
+        backend = _backend(llm, control, runtime, [other.backend for other in self._hooks.controls])
+        self._attached = AttachedControl(control, strength, scope, backend)
+        self._hooks.attach(self._attached)
 
     def __enter__(self) -> Steering:
         return self
@@ -97,40 +97,42 @@ class Steering:
     @property
     def runtime(self) -> Literal["patched", "stock"]:
         """Which way the edits reach llama.cpp."""
-        return "patched" if isinstance(self._state.attached, Patched) else "stock"
+        return "patched" if isinstance(self._attached.backend, Patched) else "stock"
 
     @property
     def strength(self) -> float:
         """How much of the edit is applied; a change holds from the next token on."""
-        return self._state.strength
+        return self._attached.strength
 
     @strength.setter
     def strength(self, value: float) -> None:
         self._require_attached()
-        self._state.strength = check_strength(value)
-        self._state.steer(self._state.positions)
+        self._attached.strength = check_strength(value)
+        self._attached.steer(self._attached.positions)
 
     @property
     def scope(self) -> Scope:
         """Which tokens are steered; a change holds from the next request on."""
-        return self._state.scope
+        return self._attached.scope
 
     @scope.setter
     def scope(self, value: str | Scope) -> None:
         self._require_attached()
-        self._state.scope = Scope.parse(value)
+        self._attached.scope = Scope.parse(value)
 
     def remove(self) -> None:
         """Give the model back without this control; the cache keeps what it did not steer. Idempotent."""
-        if self._state in self._model.controls:
-            self._model.detach(self._state)
+        if self._attached in self._hooks.controls:
+            self._hooks.detach(self._attached)
 
     def _require_attached(self) -> None:
-        if self._state not in self._model.controls or self._model.is_closed:
+        if self._attached not in self._hooks.controls or self._hooks.is_closed:
             raise SteeringError("this steering was removed, or its model closed; call steer() again")
 
 
-def _attached(llm: Any, control: ControlFile, runtime: Runtime, others: Sequence[Attached]) -> Attached:
+def _backend(
+    llm: Any, control: ControlFile, runtime: Runtime, others: Sequence[SteeringBackend]
+) -> SteeringBackend:
     """Set the edits the way that is asked for; for "auto", the other way where the patch cannot."""
     if others:
         return _nested(llm, control, runtime, others[-1])
@@ -145,7 +147,7 @@ def _attached(llm: Any, control: ControlFile, runtime: Runtime, others: Sequence
                 f"the installed llama-cpp-python lacks the steering patch, and without it: {error}"
             ) from error
     try:
-        return Patched(llm._ctx.ctx, control.edits, control.model.n_embd)
+        return Patched(llm._ctx.ctx, control.edits)
     except SteeringError as out_of_reach:
         if runtime == "patched":
             raise
@@ -155,17 +157,17 @@ def _attached(llm: Any, control: ControlFile, runtime: Runtime, others: Sequence
             raise out_of_reach from None
 
 
-def _nested(llm: Any, control: ControlFile, runtime: Runtime, other: Attached) -> Attached:
+def _nested(llm: Any, control: ControlFile, runtime: Runtime, other: SteeringBackend) -> SteeringBackend:
     # LoRAs add up: two removals would miss s1 s2 P2 P1 x
     if runtime == "stock" or not isinstance(other, Patched):
         raise SteeringError(
             "the adapters of stock llama.cpp steer by one control at a time; remove the other one first, or "
             "use the patched runtime for both: alignez-gguf runtime build"
         )
-    return Patched(llm._ctx.ctx, control.edits, control.model.n_embd, beside=other)
+    return Patched(llm._ctx.ctx, control.edits, beside=other)
 
 
-def _adapters(llm: Any, control: ControlFile) -> Attached:
+def _adapters(llm: Any, control: ControlFile) -> SteeringBackend:
     if llm.lora_path:
         raise SteeringError(
             "the model was loaded with a LoRA of its own, which the adapters of stock llama.cpp cannot take "

@@ -19,7 +19,7 @@ from alignez_gguf.edits import Edits, digest
 from alignez_gguf.errors import ModelFileError, OutputError, SteeringError
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 from alignez_gguf.runtime.source import cache_directory
 
 _CACHED = 16
@@ -34,7 +34,6 @@ class StockAdapters:
         model: its `llama_model *`.
         lora: the file of the LoRA; `None` where nothing is removed.
         additions: [n_embd] by layer, from 1 on.
-        n_layer, n_embd: of the model.
 
     Raises:
         SteeringError: llama.cpp cannot load the LoRA.
@@ -47,18 +46,15 @@ class StockAdapters:
         *,
         lora: Path | None,
         additions: Mapping[int, NDArray[np.float32]],
-        n_layer: int,
-        n_embd: int,
     ) -> None:
         import llama_cpp.llama_cpp as llama
 
         self._llama = llama
         self._context = context
-        self._n_embd = n_embd
-        self._n_layer = n_layer
         # The buffer of llama_set_adapter_cvec starts at layer 1. A shorter one would leave the upper layers
         # as they were (llama_adapter_cvec::apply in src/llama-adapter.cpp).
-        self._additions = np.zeros((n_layer - 1, n_embd), np.float32)
+        shape = llama.llama_model_n_layer(model) - 1, llama.llama_model_n_embd(model)
+        self._additions = np.zeros(shape, np.float32)
         for layer, add in additions.items():
             self._additions[layer - 1] = add
         self._adds = bool(additions)
@@ -69,10 +65,10 @@ class StockAdapters:
 
     def steer(self, strength: float, positions: range) -> None:
         self._strength, self._positions = strength, positions
-        # For tokens that somebody else computes before the next piece: an image, at the start of a prompt.
+        # For tokens that somebody else computes before the next batch: an image, at the start of a prompt.
         self._set(strength if 0 in positions else 0.0)
 
-    def pieces(self, first: int, n_tokens: int) -> Iterator[int]:
+    def split_batch(self, first: int, n_tokens: int) -> Iterator[int]:
         position, end = first, first + n_tokens
         while position < end:
             start, stop = (min(max(edge, position), end) for edge in self._steered())
@@ -111,7 +107,8 @@ class StockAdapters:
         if strength:
             scaled = strength * self._additions
             data, size = scaled.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), scaled.size
-        if self._llama.llama_set_adapter_cvec(self._context, data, size, self._n_embd, 1, self._n_layer):
+        n_added, n_embd = self._additions.shape
+        if self._llama.llama_set_adapter_cvec(self._context, data, size, n_embd, 1, 1 + n_added):
             raise SteeringError("llama.cpp cannot set the control vector of the edit; load the model again")
 
     def _loaded(self, model: Any, path: Path) -> Any:
@@ -141,8 +138,6 @@ def attach(context: Any, model: Any, model_path: str, edits: Edits) -> StockAdap
         model,
         additions=stock.additions(edits, weights),
         lora=cached_lora(weights, edits),
-        n_layer=weights.info.n_layer,
-        n_embd=weights.info.n_embd,
     )
 
 

@@ -100,7 +100,7 @@ class Lane:
             for gate in gates.values():
                 gate.check_fits(model.n_vocab)
             if controls:
-                library.set_controls(self._context.pointer, list(controls.values()), model.info.n_embd)
+                library.set_controls(self._context.pointer, list(controls.values()))
             for number in self._numbers.values():
                 library.set_strength(self._context.pointer, 0.0, control=number)
             opened.pop_all()

@@ -32,8 +32,6 @@ def adapters(context: Context, files: Sequence[Path]) -> StockAdapters:
         context._model,
         lora=lora,
         additions={layer: edit.add for layer, edit in added.items() if edit.add is not None},
-        n_layer=context.n_layer,
-        n_embd=context.n_embd,
     )
 
 
@@ -42,5 +40,5 @@ def logits(
 ) -> NDArray[np.float32]:
     """[n_tokens, n_vocab], all tokens steered."""
     loaded.steer(strength, range(len(tokens)))
-    assert list(loaded.pieces(0, len(tokens))) == [len(tokens)]
+    assert list(loaded.split_batch(0, len(tokens))) == [len(tokens)]
     return context.logits(rows(tokens))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 from tests.runtime import gpu
 
 _MAX_SEQUENCES = 4
@@ -89,8 +89,6 @@ class Context:
         with captured_log():
             self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), model_parameters)
             self.pointer = llama_cpp.llama_init_from_model(self._model, parameters)
-        self.n_embd = llama_cpp.llama_model_n_embd(self._model)
-        self.n_layer = llama_cpp.llama_model_n_layer(self._model)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def __enter__(self) -> Context:
@@ -103,10 +101,10 @@ class Context:
         llama_cpp.llama_model_free(self._model)
 
     def set_edits(self, edits: dict[int, LayerEdit]) -> None:
-        library.set_edits(self.pointer, edits, self.n_embd)
+        library.set_edits(self.pointer, edits)
 
     def set_controls(self, controls: Sequence[dict[int, LayerEdit]]) -> None:
-        library.set_controls(self.pointer, controls, self.n_embd)
+        library.set_controls(self.pointer, controls)
 
     def set_strength(
         self,

@@ -11,7 +11,7 @@ import pytest
 
 from alignez_gguf.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.runtime.bench import Bench
+from alignez_gguf.runtime.bench import VerificationSession
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.sampling import Sampler
@@ -65,7 +65,7 @@ def test_context_is_freed(freed: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 def test_model_of_a_verification_is_freed(freed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "llama_state_seq_get_size", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Bench(tiny_model("llama").gguf, "a", n_prompt=4, n_answer=1)
+        VerificationSession(tiny_model("llama").gguf, "a", n_prompt=4, n_answer=1)
     assert freed == ["llama_free", "llama_model_free"]
 
 

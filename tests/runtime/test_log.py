@@ -12,7 +12,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 from tests.models import tiny_model
 
 

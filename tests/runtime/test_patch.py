@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from alignez_gguf.edits import LayerEdit, orthonormal_rows
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.log import captured_log
+from alignez_gguf.runtime.library import captured_log
 from tests.models import ARCHITECTURES, EXPERTS_WITH_BIAS, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime import gpu
 from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference

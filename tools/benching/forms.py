@@ -56,14 +56,14 @@ class Patch(NoEdit):
     def __enter__(self) -> object:
         from alignez_gguf.runtime import library
 
-        library.set_edits(self._context.pointer, self._edits, self._context.model.info.n_embd)
+        library.set_edits(self._context.pointer, self._edits)
         library.set_strength(self._context.pointer, 1.0, first=self._first)
         return self
 
     def __exit__(self, *_: object) -> None:
         from alignez_gguf.runtime import library
 
-        library.set_edits(self._context.pointer, {}, self._context.model.info.n_embd)
+        library.set_edits(self._context.pointer, {})
 
 
 class ChangingStrength(Patch):
@@ -107,17 +107,13 @@ class Stock(NoEdit):
     def __enter__(self) -> object:
         from alignez_gguf.runtime.stock import StockAdapters
 
-        info = self._context.model.info
         self._adapters = StockAdapters(
             self._context.pointer,
             self._context.model.pointer,
             lora=self._lora,
             additions=self._additions,
-            n_layer=info.n_layer,
-            n_embd=info.n_embd,
         )
         self._adapters.steer(1.0, range(1))
-        next(iter(self._adapters.pieces(0, 1)))
         return self
 
     def __exit__(self, *_: object) -> None:

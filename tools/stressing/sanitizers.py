@@ -112,17 +112,17 @@ class _Steered:
         from alignez_gguf.runtime import library
 
         pointer = self._context.pointer
-        library.set_edits(pointer, self._edits, N_EMBD)
+        library.set_edits(pointer, self._edits)
         library.set_strength(pointer, strength)
         steered = self._answer() if decode else None
         if steered is not None and np.array_equal(steered, self._unsteered) != (strength == 0):
             yield f"strength {strength} is not what it says"
         with suppress(SteeringError):
-            library.set_edits(pointer, self._misplaced, N_EMBD)
+            library.set_edits(pointer, self._misplaced)
             yield "an edit of a layer that the model has not was set"
         if steered is not None and not np.array_equal(self._answer(), steered):
             yield "an edit that was refused changed the one in force"
-        library.set_edits(pointer, {}, N_EMBD)
+        library.set_edits(pointer, {})
         if decode and not np.array_equal(self._answer(), self._unsteered):
             yield "the model is not what it was after the edit was cleared"
 
