@@ -19,8 +19,8 @@ from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.model_kind import require_text_model
 from alignez_gguf.predict.embedder import GgufEmbedder
+from alignez_gguf.runtime.attached import steering_support
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.runtime.reach import reach_of
 from alignez_gguf.runtime.source import source_tree
 from alignez_gguf.server.service import Service
 from tests.silent_models import write_bert, write_embedding_decoder, write_t5
@@ -44,7 +44,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "ModelInfo": ModelInfo.from_gguf,
     "Model": Model,
     "LlamaEngine": LlamaEngine,
-    "reach_of": reach_of,
+    "steering_support": steering_support,
     "Service": lambda path: Service(path, {}),
 }
 

@@ -40,7 +40,7 @@ def agreements(
 ) -> Iterator[Agreement]:
     """The model as it is given to each level in turn; a file of a level is removed after it was judged."""
     from alignez_gguf.errors import AlignezError
-    from alignez_gguf.runtime.quantize_file import quantize_file
+    from alignez_gguf.runtime.quantize import quantize_file
 
     for level in levels:
         path = folder / f"{model.stem}-{level}.gguf"

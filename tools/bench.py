@@ -80,7 +80,7 @@ def _setting(options: argparse.Namespace) -> Setting:
     from benching.setting import Setting
     from make_bench_model import SHAPES, make
 
-    from alignez_gguf.runtime.threads import physical_cores
+    from alignez_gguf.runtime.model import physical_cores
 
     cache = BUILD / "bench"
     return Setting(

@@ -106,8 +106,7 @@ def _patched_tree(work: Path, patches: Sequence[Path], report: Reporter) -> Path
 
 def _run(command: Sequence[str], title: str, log: Path, report: Reporter) -> None:
     from alignez_gguf.errors import RuntimeUnavailableError
-    from alignez_gguf.runtime.build import share_compiled
-    from alignez_gguf.runtime.process import run_logged
+    from alignez_gguf.runtime.build import run_logged, share_compiled
 
     with report.stage(title, _STEPS) as advance:
         done = 0

@@ -62,7 +62,7 @@ _WORDS = 60_000
 def make(shape: Shape, level: str, cache: Path) -> Path:
     """The path of the model, made if it is not there."""
     from alignez_gguf.atomic import replacing
-    from alignez_gguf.runtime.quantize_file import quantize_file
+    from alignez_gguf.runtime.quantize import quantize_file
 
     path = cache / f"{shape.name}-{level}.gguf"
     if not path.exists():

@@ -130,7 +130,7 @@ def _agreement(options: argparse.Namespace) -> int:
 
 def _levels(asked: Sequence[str]) -> list[str]:
     """Those that are asked for, or all, the finest first; ends with an error where there is no such level."""
-    from alignez_gguf.runtime.quantize_file import LEVELS
+    from alignez_gguf.runtime.quantize import LEVELS
 
     unknown = sorted(set(asked) - set(LEVELS))
     if unknown:
@@ -197,7 +197,7 @@ class Sweep:
     def _at(self, level: str, reference: Reference) -> Outcome:
         from alignez_gguf.errors import AlignezError
         from alignez_gguf.model_info import ModelInfo
-        from alignez_gguf.runtime.quantize_file import SUPER_BLOCK, needs_super_blocks, quantize_file
+        from alignez_gguf.runtime.quantize import SUPER_BLOCK, needs_super_blocks, quantize_file
 
         width = ModelInfo.from_gguf(self._options.model).n_embd
         if needs_super_blocks(level) and width % SUPER_BLOCK:

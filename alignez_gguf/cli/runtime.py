@@ -13,7 +13,7 @@ from alignez_gguf.cli import options
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from alignez_gguf.runtime.reach import Reach
+    from alignez_gguf.runtime.attached import SteeringSupport
     from alignez_gguf.runtime.status import RuntimeStatus
 
 
@@ -121,22 +121,22 @@ def status_command(context: click.Context, model: Path | None, as_json: bool) ->
     from alignez_gguf.runtime.status import status
 
     found = status()
-    reach = None
+    support = None
     if model is not None and found.version is not None and found.quantized_products:
-        from alignez_gguf.runtime.reach import reach_of
+        from alignez_gguf.runtime.attached import steering_support
 
-        reach = reach_of(model)
+        support = steering_support(model)
     if as_json:
         import dataclasses
         import json
 
         document = dataclasses.asdict(found)
-        if reach is not None:
-            document["model"] = dataclasses.asdict(reach)
+        if support is not None:
+            document["model"] = dataclasses.asdict(support)
         click.echo(json.dumps(document))
     else:
-        _print_table(found, reach)
-    if found.mend or (reach is not None and reach.steers == "no"):
+        _print_table(found, support)
+    if found.mend or (support is not None and support.steers == "no"):
         context.exit(1)
 
 
@@ -145,7 +145,7 @@ def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-def _print_table(found: RuntimeStatus, reach: Reach | None) -> None:
+def _print_table(found: RuntimeStatus, support: SteeringSupport | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -162,8 +162,8 @@ def _print_table(found: RuntimeStatus, reach: Reach | None) -> None:
         "quantized products": "work" if found.quantized_products else "do not work",
         "to do": found.mend or "nothing",
     }
-    if reach is not None:
-        rows["this model"] = _STEERS[reach.steers] + (f" ({reach.reason})" if reach.reason else "")
+    if support is not None:
+        rows["this model"] = _STEERS[support.steers] + (f" ({support.reason})" if support.reason else "")
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, Text(value, overflow="fold"))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from alignez_gguf.edits import Edits
+import numpy as np
+
+from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.errors import AlignezError, SteeringError
+from alignez_gguf.exporters.weights import ModelWeights
 from alignez_gguf.runtime import library
 
 
@@ -76,3 +82,52 @@ class Patched:
         self._nest[:] = nest
         for control in nest:
             control.steer(control._strength, control._positions)
+
+
+@dataclass(frozen=True)
+class SteeringSupport:
+    """What `steer` does with a model.
+
+    Attributes:
+        steers: the way it takes: the patch, the adapters of stock llama.cpp, or none.
+        reason: why not the way before it; empty for the patch.
+    """
+
+    steers: Literal["patched", "stock", "no"]
+    reason: str = ""
+
+
+def steering_support(path: Path) -> SteeringSupport:
+    """Try to edit every layer of a model, without computing anything.
+
+    Raises:
+        ModelFileError: the model cannot be loaded.
+        RuntimeUnavailableError: there is no llama.cpp.
+    """
+    reason = "the patch is missing"
+    if library.is_patched():
+        reason = _why_not_patched(path)
+        if not reason:
+            return SteeringSupport("patched")
+    try:
+        weights = ModelWeights(path)
+        for layer in range(weights.info.n_layer):
+            for down in weights.down_projections(layer):
+                down.weight.dequantised(0, 1)
+    except AlignezError as error:
+        return SteeringSupport("no", f"{reason}; {error}")
+    return SteeringSupport("stock", reason)
+
+
+def _why_not_patched(path: Path) -> str:
+    """Why the patch does not reach every layer; empty where it does."""
+    from alignez_gguf.runtime.context import Context
+    from alignez_gguf.runtime.model import Model
+
+    with Model(path, n_gpu_layers=0) as model:
+        edit = LayerEdit(remove=np.eye(1, model.info.n_embd, dtype=np.float32))
+        try:
+            Context(model, n_ctx=16, edits=dict.fromkeys(range(model.info.n_layer), edit)).close()
+        except SteeringError as out_of_reach:
+            return str(out_of_reach)
+    return ""

@@ -6,6 +6,7 @@ build works in a folder of its own under a lock, and its result is renamed into 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,13 +14,14 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,11 +32,11 @@ from alignez_gguf.atomic import replacing
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import probe, source
 from alignez_gguf.runtime.cpu import Attempt, attempts, cpu_flags, portable_flags
-from alignez_gguf.runtime.process import run_logged
 from alignez_gguf.runtime.status import from_probe
 
 _NINJA = re.compile(r"\[(\d+)/(\d+)\] ")
 _MAKE = re.compile(r"\[ *(\d+)%\] ")
+_GRACE_S = 2  # of an interrupted compilation, before it is killed
 # What a compiler reads from the environment, next to CMAKE_ARGS.
 _COMPILER_VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "MACOSX_DEPLOYMENT_TARGET")
 
@@ -257,6 +259,54 @@ def _compile(
         )
     observer.say(f"compiled in {time.monotonic() - started:.0f} s")
     return next(wheels.glob("*.whl"))
+
+
+def run_logged(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, receive: Callable[[str], None]
+) -> int:
+    """Run a long `command`, write its output to `log` and each line to `receive`; return its exit status.
+
+    When this is interrupted, by Ctrl-C or by an exception of `receive`, the process and all that it started
+    end before the exception goes on.
+    """
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # so that compilers end with pip, whoever is interrupted
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                receive(line)
+            return process.wait()
+        except BaseException:
+            _end(process)
+            raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End the process and its group: asked first, since ninja passes it on to the compilers' own groups."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        return
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _GRACE_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+            while time.monotonic() < deadline:
+                process.poll()  # a zombie would keep the group alive
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
 
 
 def _compiler() -> str:

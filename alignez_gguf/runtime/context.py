@@ -14,8 +14,7 @@ from alignez_gguf.edits import Edits
 from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.library import captured_log
-from alignez_gguf.runtime.model import Model
-from alignez_gguf.runtime.threads import physical_cores
+from alignez_gguf.runtime.model import Model, physical_cores
 
 CELLS = 256
 """llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)."""

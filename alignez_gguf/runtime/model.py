@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from os import PathLike
@@ -19,6 +21,7 @@ from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo, model_
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.library import captured_log
 
+_CPUS = Path("/sys/devices/system/cpu")
 _MOST_READ = 0.5
 """Of the physical memory: a larger file is mapped."""
 
@@ -199,3 +202,28 @@ def _initialise() -> None:
     logger = logging.getLogger("llama-cpp-python")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)
+
+
+def physical_cores() -> int:
+    """How many threads to compute with: one for each physical core that this process may use.
+
+    Hyper-threads share the vector units that matrix products saturate, so a second one a core only gets in
+    the way. Where the system does not tell, the number of logical ones.
+    """
+    if sys.platform == "linux":
+        return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+    if sys.platform == "darwin":
+        # Cores of the fast kind only: a product waits for its slowest thread.
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            answer = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True, check=False)
+            if answer.returncode == 0 and answer.stdout.strip().isdigit():
+                return int(answer.stdout)
+    return os.cpu_count() or 1
+
+
+def _siblings(cpu: int) -> str:
+    """The logical processors of one core, as the kernel lists them."""
+    try:
+        return (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)

@@ -45,26 +45,19 @@ def run(site: Path | None = None) -> Probe:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         model = Path(temporary) / "probe.gguf"
         write_model(model)
+        path = ["" if site is None else str(site), str(_ROOT), os.environ.get("PYTHONPATH", "")]
         try:
-            child = run_module(probe_child.__name__, str(model), site=site, timeout=_TIMEOUT_S)
+            child = subprocess.run(
+                [sys.executable, "-m", probe_child.__name__, str(model)],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+            )
         except subprocess.TimeoutExpired:
             return Probe({}, works=False, died=False, failure=f"no answer within {_TIMEOUT_S} s")
     return interpret(child.returncode, child.stdout, child.stderr)
-
-
-def run_module(
-    name: str, argument: str, *, site: Path | None = None, timeout: float | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a module of this package as a program, with the llama-cpp-python in `site` if that is given."""
-    path = [*([] if site is None else [str(site)]), str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-m", name, argument],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=timeout,
-    )
 
 
 def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
@@ -72,25 +65,20 @@ def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
     lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     description = lines[0] if lines else {}
     finite = len(lines) > 1 and lines[1]["finite"]
-    died = was_killed(returncode)
+    # by the system: an illegal instruction, an assert or the like
+    died = returncode < 0 or returncode >= _WINDOWS_EXCEPTION
     if returncode == 0 and finite:
         failure = ""
     elif returncode == 0:
         failure = "a quantized matrix product gives no finite numbers"
     elif died:
-        failure = f"a quantized matrix product dies with {signal_name(returncode)}"
+        failure = f"a quantized matrix product dies with {_signal_name(returncode)}"
     else:
         failure = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
     return Probe(description, works=not failure, died=died, failure=failure)
 
 
-def was_killed(returncode: int) -> bool:
-    """Whether a process was ended by the system: an illegal instruction, an assert or the like."""
-    return returncode < 0 or returncode >= _WINDOWS_EXCEPTION
-
-
-def signal_name(returncode: int) -> str:
-    """The signal that ended a process."""
+def _signal_name(returncode: int) -> str:
     try:
         return signal.Signals(-returncode).name
     except ValueError:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignez_gguf.runtime.quantize_file import quantize_file
+from alignez_gguf.runtime.quantize import quantize_file
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.skipif(

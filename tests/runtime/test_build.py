@@ -21,8 +21,8 @@ from click.testing import CliRunner
 from alignez_gguf.cli import main
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import build, library, probe, source, status
+from alignez_gguf.runtime.build import run_logged
 from alignez_gguf.runtime.cpu import attempts, cpu_flags
-from alignez_gguf.runtime.process import run_logged
 
 HEADER = "int first;\nint second;\nint third;\n"
 PATCH = """\

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf.edits import LayerEdit
-from alignez_gguf.runtime.reach import reach_of
+from alignez_gguf.runtime.attached import steering_support
 from tests.arctic import arctic, arctic_logits
 from tests.models import LATENT_MIXTURE, NORMED_BRANCHES, RECURRENT, TinyModel, tiny_model, tokenizer
 from tests.runtime.child import Tried, read_last_token, try_edits, verify_patched
@@ -102,7 +102,7 @@ def test_additions_to_layers_with_latent_experts_are_right(child: ProcessPoolExe
 def test_where_latent_experts_are_the_patch_is_not_said_to_reach_the_model(
     doomed: ProcessPoolExecutor,
 ) -> None:
-    found = doomed.submit(reach_of, mixtures(32).gguf).result()
+    found = doomed.submit(steering_support, mixtures(32).gguf).result()
 
     assert found.steers != "patched"
     assert found.reason

@@ -15,7 +15,7 @@ from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime import library
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.runtime.quantize_file import quantize_file
+from alignez_gguf.runtime.quantize import quantize_file
 from tests.models import quantized, tiny_model, tokenizer
 
 TEXT = "Question: wie spät ist es?\nAnswer: 🦙 o'clock"

@@ -8,7 +8,7 @@ import pytest
 
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.runtime.quantize_file import LEVELS, needs_super_blocks, quantize_file
+from alignez_gguf.runtime.quantize import LEVELS, needs_super_blocks, quantize_file
 from tests.models import tiny_model
 
 WEIGHT = "blk.0.ffn_gate.weight"

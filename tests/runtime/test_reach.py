@@ -9,13 +9,13 @@ import pytest
 
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.runtime import library
-from alignez_gguf.runtime.reach import reach_of
+from alignez_gguf.runtime.attached import steering_support
 from tests.models import OUT_OF_REACH, tiny_model
 
 
 @pytest.mark.parametrize(("architecture", "way"), [("mixtral", "patched"), (OUT_OF_REACH, "stock")])
 def test_the_patch_is_taken_where_it_reaches_every_layer(architecture: str, way: str) -> None:
-    found = reach_of(tiny_model(architecture).gguf)
+    found = steering_support(tiny_model(architecture).gguf)
 
     assert found.steers == way
     assert ("out of reach" in found.reason) == (way == "stock")
@@ -24,7 +24,7 @@ def test_the_patch_is_taken_where_it_reaches_every_layer(architecture: str, way:
 def test_adapters_are_taken_where_the_patch_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "is_patched", lambda: False)
 
-    assert reach_of(tiny_model("llama").gguf).steers == "stock"
+    assert steering_support(tiny_model("llama").gguf).steers == "stock"
 
 
 def test_a_model_without_down_projections_cannot_be_steered(
@@ -40,7 +40,7 @@ def test_a_model_without_down_projections_cannot_be_steered(
     writer.write_tensors_to_file()
     writer.close()
 
-    found = reach_of(path)
+    found = steering_support(path)
 
     assert found.steers == "no"
     assert "no ffn_down weight" in found.reason
@@ -48,4 +48,4 @@ def test_a_model_without_down_projections_cannot_be_steered(
 
 def test_a_missing_model_is_named() -> None:
     with pytest.raises(ModelFileError, match=r"missing\.gguf"):
-        reach_of(Path("missing.gguf"))
+        steering_support(Path("missing.gguf"))

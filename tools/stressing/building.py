@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from alignez_gguf.errors import RuntimeUnavailableError
 from alignez_gguf.runtime import source
-from alignez_gguf.runtime.process import run_logged
+from alignez_gguf.runtime.build import run_logged
 
 _HERE = Path(__file__).parent
 
