@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from alignez_gguf.edits import Decision, LayerEdit, apply_to_mlp
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.exporters.stock import scale_of_constants
 from alignez_gguf.rounding import RoundingFloor, Share, figures, logits_distance
 
 if TYPE_CHECKING:
     from alignez_gguf.runtime.bench import VerificationSession, Way
-    from alignez_gguf.runtime.observer import Observation
+    from alignez_gguf.runtime.reader import Observation
 
 TOLERANCE = 0.05
 """How far, as a share of the edit, llama.cpp may be from numpy, and the stock form from the patch. On a CPU
@@ -180,7 +181,8 @@ class Layers:
         if not biased:
             return seen.mlp.get(layer)
         if layer in self.base.mlp and layer in self.base.block and layer in seen.block:
-            return self.base.mlp[layer] + (seen.block[layer] - self.base.block[layer])
+            moved = seen.block[layer] - self.base.block[layer]
+            return self.base.mlp[layer] + moved / scale_of_constants(layer, self.session.weights)
         return None
 
 

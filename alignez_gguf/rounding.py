@@ -21,7 +21,7 @@ from alignez_gguf.errors import SteeringError
 
 if TYPE_CHECKING:
     from alignez_gguf.runtime.bench import VerificationSession, Way
-    from alignez_gguf.runtime.observer import Observation
+    from alignez_gguf.runtime.reader import Observation
 
 _STRENGTH = 1 / 32
 """Of the probe: a random direction holds little of an MLP output, so this is thousandths of it."""

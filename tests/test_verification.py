@@ -50,6 +50,32 @@ def test_an_edit_that_acts_is_found_to_act_as_numpy_says(architecture: str, runt
     assert found.floor < 0.05
 
 
+BOOSTS = {
+    1: LayerEdit(remove=np.eye(2, 64), gain=[0.5, 5.0], bias=0.3 * random(64)),
+    2: LayerEdit(bias=0.3 * random(64), add=0.3 * random(64)),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_boosts_and_biases_are_found_to_act_as_numpy_says(architecture: str) -> None:
+    found = verified(architecture, "patched", BOOSTS)
+
+    assert found.ok, found.reason
+    for check in found.layers:
+        assert check.error is not None
+        assert check.error < 1e-5
+
+
+def test_boosts_and_biases_of_the_stock_form_are_seen_through_the_scale_of_the_residual() -> None:
+    for architecture in ("llama", "granite"):
+        found = verified(architecture, "stock", BOOSTS)
+
+        assert found.ok, found.reason
+        for check in found.layers:
+            assert check.error is not None
+            assert check.error < 1e-5
+
+
 def test_what_a_lora_leaves_of_a_bias_is_seen_at_the_end_of_the_block() -> None:
     found = verified("llama", "stock", {1: EDITS[1]}, mlp_bias=True)
 

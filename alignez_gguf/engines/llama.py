@@ -232,9 +232,8 @@ class LlamaEngine:
         """The reader of the sequence to read in, which has seen the graph."""
         if not self._reader.knows_graph:
             tokens = self._tokens(_ANY_TEXT)
-            self._reader.watch()
-            self._ready_to_read().prefill(0, tokens)
-            self._reader.learn()
+            slots = self._ready_to_read()
+            self._reader.learn(lambda: slots.prefill(0, tokens))
         return self._reader
 
     def _complete(

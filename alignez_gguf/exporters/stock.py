@@ -77,7 +77,7 @@ def additions(edits: Edits, weights: ModelWeights) -> dict[int, NDArray[np.float
             for down in weights.down_projections(layer):
                 total += _constant(down, edit, weights)
         if edit.bias is not None:
-            total += _scale_of_constants(layer, weights) * edit.bias.astype(np.float64)
+            total += scale_of_constants(layer, weights) * edit.bias.astype(np.float64)
         if total.any():
             added[layer] = total.astype(np.float32)
     return added
@@ -205,8 +205,12 @@ def _lora_scales(down: DownProjection) -> NDArray[np.float32]:
     return scales
 
 
-def _scale_of_constants(layer: int, weights: ModelWeights) -> float:
-    """Return the factor between a constant at the MLP output and what it adds to the output of the block."""
+def scale_of_constants(layer: int, weights: ModelWeights) -> float:
+    """The factor between a constant at the MLP output of a layer and what it adds to the output of its block.
+
+    Raises:
+        SteeringError: a norm lies between the two.
+    """
     info = weights.info
     if info.has_post_norm:
         raise SteeringError(

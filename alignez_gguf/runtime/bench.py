@@ -20,7 +20,7 @@ from alignez_gguf.exporters.weights import ModelWeights
 from alignez_gguf.runtime.attached import Patched, SteeringBackend
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.runtime.observer import LayerObserver, Observation
+from alignez_gguf.runtime.reader import LayerReader, Observation
 from alignez_gguf.runtime.stock import StockAdapters
 
 Way = Literal["patched", "stock"]
@@ -55,13 +55,13 @@ class VerificationSession:
                 raise QueryError(
                     "the prompt is empty, and this model has no token to begin with; give it text"
                 )
-            self._observer = LayerObserver(len(self._tokens), self.info.n_embd)
+            self._reader = LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
             self._context = opened.enter_context(
                 Context(
                     self.model,
                     n_ctx=len(self._tokens) + n_answer,
                     n_threads=n_threads,
-                    on_node=self._observer.on_node,
+                    on_node=self._reader.on_node,
                 )
             )
             self._opened = opened.pop_all()
@@ -112,7 +112,7 @@ class VerificationSession:
 
     def observe(self) -> tuple[NDArray[np.float32], Observation]:
         """The logits of the prompt, and what its layers computed."""
-        observation = self._observer.observe(self._decode_prompt)
+        observation = self._reader.observe(self._decode_prompt, len(self._tokens))
         return np.stack([self._context.logits(index) for index in range(len(self._tokens))]), observation
 
     def greedy(self) -> str:

@@ -1,7 +1,7 @@
 """Which nodes of llama.cpp's graph are the outputs of a layer, decided while the graph is computed.
 
 Nodes are told by what computes them, so this holds for any architecture that names its weights in the usual
-way. Where something cannot be told with certainty it is not found.
+way, steered or not. Where something cannot be told with certainty it is not found.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.runtime.library import ggml_base
 
-Node = tuple[bytes, int]
-"""A node that can be found again in the next graph: its name, and how many before it have the same."""
-
-F32 = 0  # GGML_TYPE_F32
+_F32 = 0  # GGML_TYPE_F32
 
 _WEIGHT_OF_LAYER = re.compile(rb"blk\.(\d+)\.")
 _WEIGHT_OF_HEAD = re.compile(rb"(?:^|#)(?:output|token_embd)[^#]*\.(?:weight|bias)")
@@ -26,7 +23,9 @@ _BLOCK_OUTPUT = re.compile(rb"l_out-(\d+)")
 _COPY = re.compile(rb"[^#]+#(.+)#\d+")
 """What the scheduler calls the copy of a node for another device (ggml_backend_sched_split_graph)."""
 
-_MODEL_WEIGHT = re.compile(rb"\.(?:weight|bias)$")
+_EDIT = re.compile(rb"(?:[^#]+#)?leaf_\d+(?:#\d+)?")
+"""What ggml calls a tensor that has neither a source nor a name, as U, V and b of the patch. Weights and inputs
+of a model have names, and those of a LoRA begin with the name of the weight."""
 _PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
 _SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
 _LINEAR = frozenset(
@@ -57,6 +56,13 @@ def name_of(address: int) -> bytes:
     return bytes(Tensor.from_address(address).name)
 
 
+def count_rows(address: int, width: int) -> int:
+    """The number of rows of an F32 matrix of this width; 0 for any other tensor."""
+    tensor = Tensor.from_address(address)
+    is_matrix = tensor.type == _F32 and tensor.nb[0] == 4 and tensor.ne[2] * tensor.ne[3] == 1
+    return int(tensor.ne[1]) if is_matrix and tensor.ne[0] == width else 0
+
+
 def copy_rows(address: int, rows: NDArray[Any]) -> None:
     """Fill `rows` [n, width], contiguous float32, with the last n rows of a computed F32 matrix."""
     tensor = Tensor.from_address(address)
@@ -71,33 +77,31 @@ def copy_rows(address: int, rows: NDArray[Any]) -> None:
 
 
 class MlpOutputs:
-    """Finds the MLP outputs.
+    """Finds the MLP outputs, as the patch or a LoRA edits them.
 
     The nodes that are linear in the down projections of a layer (`blk.N.ffn_down`, and of a mixture `_exps`,
-    `_shexp` and `_chexps`) end in its MLP output, which the residual add uses, or a norm after the MLP.
-    Branches that meet in no linear node have an end each, and none of them is the MLP output; such a layer is
-    not found, nor is one that ends in another width, as that of experts in a latent space.
+    `_shexp` and `_chexps`) end in its MLP output, which the residual add uses, or a norm after the MLP. What
+    an edit adds to it counts, and the residual scale of architectures that have one does not. Branches that
+    meet in no linear node have an end each, and none of them is the MLP output; such a layer is not found,
+    nor is one that ends in another width, as that of experts in a latent space.
 
     Args:
         n_embd: the width of the residual stream.
-        steered: whether an edit or a LoRA acts. What it adds is linear then, too, and so is the residual
-            scale of architectures that have one, which is left out otherwise.
     """
 
-    def __init__(self, n_embd: int, *, steered: bool = False) -> None:
+    def __init__(self, n_embd: int) -> None:
         self._n_embd = n_embd
-        self._steered = steered
         self._layer_of: dict[int, int] = {}
-        self._nodes: dict[int, Node] = {}
-        self._wide: set[int] = set()
-        """Nodes of the width of the residual stream."""
+        """The linear nodes."""
         self._within: set[int] = set()
         """Nodes that another linear node uses."""
         self._beyond: set[int] = set()
         """Nodes that others use."""
         self._unscaled: dict[int, int] = {}
+        self._biases: set[int] = set()
+        """What the biases of edits add to each token."""
 
-    def visit(self, address: int, node: Node) -> bool:
+    def visit(self, address: int) -> bool:
         """To be called with every node of a graph, in order; whether it is a linear one."""
         layer = self._layer(address)
         sources = [source for source in sources_of(address) if source in self._layer_of]
@@ -105,15 +109,12 @@ class MlpOutputs:
         if layer is None:
             return False
         self._layer_of[address] = layer
-        self._nodes[address] = node
-        if Tensor.from_address(address).ne[0] == self._n_embd:
-            self._wide.add(address)
-        if operation_of(address) == b"SCALE" and not self._steered:
+        if operation_of(address) == b"SCALE":
             self._unscaled[address] = sources[0]
         return True
 
     @property
-    def addresses(self) -> dict[int, int]:
+    def of_layer(self) -> dict[int, int]:
         """The address of the MLP output, by layer."""
         ends: dict[int, list[int]] = {}
         for address, layer in self._layer_of.items():
@@ -122,12 +123,8 @@ class MlpOutputs:
         return {
             layer: self._before_scale(of_layer[0])
             for layer, of_layer in ends.items()
-            if len(of_layer) == 1 and of_layer[0] in self._wide
+            if len(of_layer) == 1 and Tensor.from_address(of_layer[0]).ne[0] == self._n_embd
         }
-
-    @property
-    def of_layer(self) -> dict[int, Node]:
-        return {layer: self._nodes[address] for layer, address in self.addresses.items()}
 
     def _before_scale(self, address: int) -> int:
         while address in self._unscaled:
@@ -142,16 +139,21 @@ class MlpOutputs:
             weight = name_of(sources[0])
             if match := _DOWN_PROJECTION.search(weight):
                 return int(match[1])
-            return layers[1] if self._steered and not _MODEL_WEIGHT.search(weight) else None
+            if not _EDIT.fullmatch(weight):
+                return None
+            if layers[1] is None:
+                self._biases.add(address)
+            return layers[1]
         known = {layer for layer in layers if layer is not None}
         if len(known) != 1:
             return None
         if operation in _SUMS:
-            # A bias of the projection keeps the sum linear in it; the residual stream does not.
+            # A bias keeps the sum linear; the residual stream does not.
             others = [source for source, layer in zip(sources, layers, strict=True) if layer is None]
             if operation == b"ADD_ID":
                 others = others[:-1]  # which expert each token goes to
-            return known.pop() if all(_DOWN_PROJECTION.search(name_of(s)) for s in others) else None
+            are_biases = all(s in self._biases or _DOWN_PROJECTION.search(name_of(s)) for s in others)
+            return known.pop() if are_biases else None
         # A factor is the weight of an expert, or the gate of the shared one.
         return (
             known.pop() if operation == b"MUL" or (operation in _LINEAR and layers[0] is not None) else None
@@ -170,31 +172,36 @@ class BlockOutputs:
         self._layer_of: dict[int, int] = {}
         self._sources: dict[int, list[int]] = {}
         self._handed_on: dict[int, set[int]] = {}
-        self._called_output: dict[int, tuple[int, Node]] = {}
+        self.called_output: dict[int, int] = {}
+        """The address of the node with the name, by layer, whatever bypasses it."""
         self._latest: dict[bytes, int] = {}
 
-    def visit(self, address: int, node: Node) -> None:
-        """To be called with every node of a graph, in order."""
+    def visit(self, address: int) -> bool:
+        """To be called with every node of a graph, in order; whether it is called an output."""
+        name = name_of(address)
         sources = [self._original(source) for source in sources_of(address)]
         layers = [self._layer(source) for source in sources]
         layer = max(layers, default=-1)
-        self._latest[node[0]] = address
+        self._latest[name] = address
         if layer < 0:
-            return
+            return False
         self._layer_of[address] = layer
         self._sources[address] = [s for s, below in zip(sources, layers, strict=True) if below >= 0]
         for source in sources:
             if self._layer_of.get(source, layer) < layer:
                 self._handed_on.setdefault(self._layer_of[source], set()).add(source)
-        match = _BLOCK_OUTPUT.fullmatch(node[0])
-        if match and int(match[1]) == layer:
-            self._called_output[layer] = (address, node)
+        match = _BLOCK_OUTPUT.fullmatch(name)
+        if not match or int(match[1]) != layer:
+            return False
+        self.called_output[layer] = address
+        return True
 
     @property
-    def of_layer(self) -> dict[int, Node]:
+    def of_layer(self) -> dict[int, int]:
+        """The address of the residual stream, by layer."""
         return {
-            layer: node
-            for layer, (address, node) in self._called_output.items()
+            layer: address
+            for layer, address in self.called_output.items()
             if self._handed_on.get(layer)
             and all(self._comes_through(handed, address, layer) for handed in self._handed_on[layer])
         }

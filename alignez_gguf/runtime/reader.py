@@ -1,9 +1,10 @@
-"""Reads the outputs of every layer out of llama.cpp's graph while it computes."""
+"""Reads the outputs of every layer out of llama.cpp's graph while it computes, steered or not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -12,17 +13,34 @@ from numpy.typing import NDArray
 
 from alignez_gguf.engines import Hook, Readout
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.runtime.graph import F32, BlockOutputs, MlpOutputs, Node, Tensor, copy_rows, name_of
+from alignez_gguf.runtime.graph import BlockOutputs, MlpOutputs, copy_rows, count_rows, name_of
 
 _CALLED: dict[Hook, str] = {"mlp": "MLP output", "residual": "residual stream at the end"}
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
+_Node = tuple[bytes, int]
+"""A node that can be found again in the next graph: its name, and how many before it have the same."""
+
+
+@dataclass
+class Observation:
+    """What one decode computed, by layer; a layer that could not be told is missing.
+
+    Attributes:
+        mlp: the MLP output, with what edits it, [n_tokens, n_embd].
+        block: what llama.cpp calls the output of the block, [n_tokens, n_embd].
+    """
+
+    mlp: dict[int, NDArray[np.float32]]
+    block: dict[int, NDArray[np.float32]]
+
 
 class LayerReader:
-    """Takes the outputs of all layers for the last tokens of decodes: the last one, or their mean.
+    """Takes the outputs of all layers: of every token of a decode, or of the last ones of many decodes.
 
-    A first decode shows where the outputs are: `watch` before it, `learn` after it. Then a text is read
-    inside `reading`, by `arm` before each decode that has tokens to be read, and `take` after the last.
+    `observe` copies all that one decode computes. `learn` is the same without the copies: it shows where the
+    outputs are. Then a text is read, for less, inside `reading`, by `arm` before each decode that has tokens
+    to be read, and `take` after the last: the last token, or the mean.
 
     Args:
         architecture: for messages.
@@ -30,16 +48,20 @@ class LayerReader:
         n_embd: the width of its residual stream.
 
     Attributes:
-        on_node: to be given to the `Context` that decodes. Costs little while the reader is not armed.
+        on_node: to be given to the `Context` that decodes. Costs little while nothing is read.
     """
 
     def __init__(self, architecture: str, n_layer: int, n_embd: int) -> None:
         self._architecture = architecture
         self._shape = (n_layer, n_embd)
-        self._found: dict[Hook, dict[int, Node]] | None = None
-        self._finders: dict[Hook, MlpOutputs | BlockOutputs] = {}
+        self._found: dict[Hook, dict[int, _Node]] | None = None
+        self._finders: tuple[MlpOutputs, BlockOutputs] | None = None
+        """While a graph is observed."""
+        self._nodes: dict[int, _Node] = {}
+        self._copies: dict[int, NDArray[np.float32]] = {}
+        self._n_observed = 0
         self._readouts: Sequence[Readout] = ()
-        self._wanted: dict[Node, tuple[Hook, int]] = {}
+        self._wanted: dict[_Node, tuple[Hook, int]] = {}
         self._sums: dict[Hook, NDArray[np.float32]] = {}
         self._last: dict[Hook, NDArray[np.float32]] = {}
         self._n_summed = 0
@@ -62,17 +84,30 @@ class LayerReader:
         layers = set(range(self._shape[0]))
         return {hook for hook, of_layer in (self._found or {}).items() if of_layer.keys() == layers}
 
-    def watch(self) -> None:
-        """Look at the next decode. It must be one of a single sequence, with logits for its last token."""
-        self._finders = {"mlp": MlpOutputs(self._shape[1]), "residual": BlockOutputs(self._shape[0])}
-        self._seen.clear()
-        self._armed = True
+    def learn(self, decode: Callable[[], object]) -> None:
+        """See from what `decode` computes where the outputs are, of one sequence, in one batch."""
+        self.observe(decode, 0)
 
-    def learn(self) -> None:
-        """After the watched decode: fix which nodes are the outputs."""
+    def observe(self, decode: Callable[[], object], n_tokens: int) -> Observation:
+        """What `decode` computes of `n_tokens` tokens of one sequence, in one batch; all must have logits."""
+        mlp, block = self._finders = MlpOutputs(self._shape[1]), BlockOutputs(self._shape[0])
+        self._n_observed = n_tokens
+        self._nodes, self._copies, self._seen = {}, {}, {}
+        self._armed = True
+        try:
+            decode()
+        finally:
+            self._armed, self._finders = False, None
         self._disarm()
-        self._found = {hook: finder.of_layer for hook, finder in self._finders.items()}
-        self._finders = {}
+        outputs: dict[Hook, dict[int, int]] = {"mlp": mlp.of_layer, "residual": block.of_layer}
+        self._found = {
+            hook: {layer: self._nodes[address] for layer, address in of_layer.items()}
+            for hook, of_layer in outputs.items()
+        }
+        return Observation(self._copied(outputs["mlp"]), self._copied(block.called_output))
+
+    def _copied(self, addresses: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        return {layer: self._copies[at] for layer, at in addresses.items() if at in self._copies}
 
     @contextmanager
     def reading(self, readouts: Sequence[Readout]) -> Iterator[None]:
@@ -82,7 +117,7 @@ class LayerReader:
             ModelFileError: a layer has no such output that can be told with certainty.
         """
         hooks = {readout.hook for readout in readouts}
-        self._wanted = {node: (hook, layer) for hook in hooks for layer, node in self._nodes(hook).items()}
+        self._wanted = {node: (hook, layer) for hook in hooks for layer, node in self._outputs(hook).items()}
         self._readouts = readouts
         self._sums = {readout.hook: self._zeros() for readout in readouts if readout.pooling == "mean"}
         self._last = {hook: self._zeros() for hook in hooks}
@@ -102,7 +137,7 @@ class LayerReader:
         self._rows = np.empty((1 + n_tokens, self._shape[1]), np.float32)
         self._n_summed += n_tokens
         self._missing = set(self._wanted.values())
-        self._seen.clear()
+        self._seen = {}
         self._armed = True
 
     def take(self) -> NDArray[np.float16]:
@@ -119,7 +154,7 @@ class LayerReader:
         # Massive activations of some models exceed float16.
         return np.asarray(np.clip(found, -_MAX_FLOAT16, _MAX_FLOAT16), np.float16)
 
-    def _nodes(self, hook: Hook) -> dict[int, Node]:
+    def _outputs(self, hook: Hook) -> dict[int, _Node]:
         """The outputs of all layers."""
         found = (self._found or {}).get(hook, {})
         if hook not in self.hooks:
@@ -156,13 +191,19 @@ class LayerReader:
             return False
 
     def _is_wanted(self, tensor: int) -> bool:
-        """llama.cpp asks of each node, in order, whether it is wanted."""
+        """llama.cpp asks of each node, in order, whether it is wanted.
+
+        While a graph is observed, every linear node may be the end of its layer, so each is copied.
+        """
         name = name_of(tensor)
-        occurrence = self._seen.get(name, 0)
-        self._seen[name] = occurrence + 1
-        for finder in self._finders.values():
-            finder.visit(tensor, (name, occurrence))
-        wanted = None if self._finders else self._wanted.get((name, occurrence))
+        node = name, self._seen.get(name, 0)
+        self._seen[name] = node[1] + 1
+        if self._finders is not None:
+            self._nodes[tensor] = node
+            mlp, block = self._finders
+            is_linear, is_block = mlp.visit(tensor), block.visit(tensor)
+            return (is_linear or is_block) and count_rows(tensor, self._shape[1]) == self._n_observed > 0
+        wanted = self._wanted.get(node)
         if wanted is None:
             return False
         self._shown = wanted
@@ -170,16 +211,12 @@ class LayerReader:
 
     def _read(self, address: int) -> bool:
         """It shows those that are, computed, and goes on if this returns True."""
-        tensor = Tensor.from_address(address)
+        if self._finders is not None:
+            rows = self._copies[address] = np.empty((self._n_observed, self._shape[1]), np.float32)
+            copy_rows(address, rows)
+            return True
         hook, layer = self._shown
-        n_tokens, n_embd = len(self._rows) - 1, self._shape[1]
-        if (
-            tensor.type != F32
-            or tensor.ne[0] != n_embd
-            or tensor.ne[1] < n_tokens
-            or tensor.nb[0] != 4
-            or tensor.ne[2] * tensor.ne[3] != 1
-        ):
+        if count_rows(address, self._shape[1]) < len(self._rows) - 1:
             raise ModelFileError(
                 f"the {_CALLED[hook]} of {self._architecture!r} has an unexpected shape or type"
             )

@@ -287,9 +287,7 @@ def learned(reader: LayerReader, on_model: str = "llama") -> LayerReader:
         Model(tiny_model(on_model).gguf) as model,
         Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context,
     ):
-        reader.watch()
-        Slots(context).prefill(0, [5, 6, 7])
-        reader.learn()
+        reader.learn(lambda: Slots(context).prefill(0, [5, 6, 7]))
     return reader
 
 
@@ -331,7 +329,7 @@ class Graph:
         address = self.leaf(name)
         for index, source in enumerate(sources):
             self._tensors[-1].src[index] = source
-        self._finder.visit(address, (name.encode(), 0))
+        self._finder.visit(address)
         return address
 
     def block(self, layer: int, stream: int) -> int:
@@ -348,9 +346,10 @@ class Graph:
 def test_block_outputs_are_found_behind_copies_between_devices_too() -> None:
     finder = BlockOutputs(n_layer=2)
     graph = Graph(finder)
-    graph.block(0, graph.leaf("inp_embd"))
-    graph.head(graph.block(1, graph.leaf("CUDA1#l_out-0#0")))
-    assert finder.of_layer == {0: (b"l_out-0", 0), 1: (b"l_out-1", 0)}
+    first = graph.block(0, graph.leaf("inp_embd"))
+    second = graph.block(1, graph.leaf("CUDA1#l_out-0#0"))
+    graph.head(second)
+    assert finder.of_layer == {0: first, 1: second}
 
 
 def test_block_output_that_something_bypasses_is_not_found() -> None:
@@ -358,8 +357,9 @@ def test_block_output_that_something_bypasses_is_not_found() -> None:
     graph = Graph(finder)
     first = graph.block(0, graph.leaf("inp_embd"))
     aside = graph.node("aside", graph.leaf("blk.0.attn_v.weight"), graph.leaf("inp_embd"))
-    graph.head(graph.node("l_out-1", graph.block(1, first), aside))
-    assert finder.of_layer == {1: (b"l_out-1", 0)}
+    second = graph.node("l_out-1", graph.block(1, first), aside)
+    graph.head(second)
+    assert finder.of_layer == {1: second}
 
 
 @pytest.mark.parametrize("weight", ["blk.0.ffn_post_norm.weight", "inp_scale"])
@@ -377,9 +377,7 @@ def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor(hook: Hoo
         reader = LayerReader("llama", n_layer=3, n_embd=32)
         with Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context:
             slots = Slots(context)
-            reader.watch()
-            slots.prefill(0, [5, 6, 7])
-            reader.learn()
+            reader.learn(lambda: slots.prefill(0, [5, 6, 7]))
 
             def read() -> None:
                 with reader.reading([Readout(hook)]):
