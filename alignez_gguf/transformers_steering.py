@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
+from functools import cache
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from alignez_gguf.control import ControlFile, ModelInfo
 from alignez_gguf.edits import check_strength
-from alignez_gguf.engines.transformers_hooks import TensorEdit, block_edit, mlp_edit
+from alignez_gguf.engines.transformers_hooks import TensorEdit, edit_columns, hook_edits
 from alignez_gguf.engines.transformers_info import gguf_architecture
 from alignez_gguf.engines.transformers_model import cache_in, cache_name, decoder_layers, layer_mlps
 from alignez_gguf.errors import SteeringError
@@ -87,17 +88,13 @@ class TransformersSteering:
         """Of a forward pass, in the order in which they can be given without a name."""
         cache_name(self._parameters, config)
         blocks = decoder_layers(model, config)
-        mlps = layer_mlps(blocks, config) if any(edit.edits_mlp for edit in control.edits.values()) else []
+        mlps = cache(lambda: layer_mlps(blocks, config))
         self._hooks = ExitStack()
         with ExitStack() as hooks:
             handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
             hooks.callback(handle.remove)
             hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
-            for layer, edit in control.edits.items():
-                if edit.edits_mlp:
-                    self._hook(hooks, mlps[layer], mlp_edit(edit))
-                if edit.add is not None:
-                    self._hook(hooks, blocks[layer], block_edit(edit))
+            hook_edits(hooks, control.edits, mlps, blocks, self._edited)
             self._hooks = hooks.pop_all()
         self._attached = True
 
@@ -153,14 +150,6 @@ class TransformersSteering:
     def _end(self, *_: object) -> None:
         self._first = None
 
-    def _hook(self, hooks: ExitStack, module: nn.Module, edit: TensorEdit) -> None:
-        def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            edited = self._edited(states, edit)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        hooks.callback(module.register_forward_hook(forward_hook).remove)
-
     def _edited(self, states: Tensor, edit: TensorEdit) -> Tensor:
         """`states` [n_rows, width, n_embd] with the steered columns edited."""
         if self._first is None:
@@ -171,6 +160,4 @@ class TransformersSteering:
         columns = slice(max(0, begin - self._first), None if end is None else max(0, end - self._first))
         if self._strength == 0 or states[:, columns].shape[1] == 0:
             return states
-        states = states.clone()
-        states[:, columns] = edit(states[:, columns].float(), self._strength).to(states.dtype)
-        return states
+        return edit_columns(states, columns, edit, self._strength)

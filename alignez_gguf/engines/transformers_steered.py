@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Passage
 from alignez_gguf.engines.passages import passage_tokens, steered_tokens
-from alignez_gguf.engines.transformers_hooks import TensorEdit, block_edit, mlp_edit
+from alignez_gguf.engines.transformers_hooks import TensorEdit, edit_columns, hook_edits
 from alignez_gguf.engines.transformers_model import Padded, TorchModel, hidden
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.scope import GENERATION, Scope
@@ -150,46 +150,21 @@ def edited(model: TorchModel, edits: Edits, strength: float, columns: slice, wid
         ModelFileError: the MLPs cannot be told.
     """
     n_layer, n_embd = model.info.n_layer, model.info.n_embd
+    edits = {layer: edit for layer, edit in edits.items() if edit.n_embd is not None and strength > 0}
+    for layer, edit in edits.items():
+        if not 0 <= layer < n_layer or edit.n_embd != n_embd:
+            raise SteeringError(
+                f"an edit of width {edit.n_embd} in layer {layer} does not fit {model.info}; "
+                "use one that was made for this model"
+            )
+
+    def change(states: Tensor, edit: TensorEdit) -> Tensor:
+        rows = hidden(states, width, n_embd)
+        return edit_columns(rows, columns, edit, strength).reshape(states.shape)
+
     with ExitStack() as hooks:
-        for layer, edit in edits.items():
-            if edit.n_embd is None or strength == 0:
-                continue
-            if not 0 <= layer < n_layer or edit.n_embd != n_embd:
-                raise SteeringError(
-                    f"an edit of width {edit.n_embd} in layer {layer} does not fit {model.info}; "
-                    "use one that was made for this model"
-                )
-            for module, change in _places(model, layer, edit):
-                _hook(hooks, module, change, strength, columns, width, n_embd)
+        hook_edits(hooks, edits, lambda: model.mlps, model.blocks, change)
         yield
-
-
-def _places(model: TorchModel, layer: int, edit: LayerEdit) -> Iterator[tuple[nn.Module, TensorEdit]]:
-    """The modules whose output an edit changes, and how."""
-    if edit.edits_mlp:
-        yield model.mlps[layer], mlp_edit(edit)
-    if edit.add is not None:
-        yield model.blocks[layer], block_edit(edit)
-
-
-def _hook(
-    hooks: ExitStack,
-    module: nn.Module,
-    change: TensorEdit,
-    strength: float,
-    columns: slice,
-    width: int,
-    n_embd: int,
-) -> None:
-    """Edit what a module puts out, in float32, whatever its own type."""
-
-    def forward_hook(_: nn.Module, __: Any, output: Any) -> Any:
-        states = hidden(output, width, n_embd).clone()
-        states[:, columns] = change(states[:, columns].float(), strength).to(states.dtype)
-        states = states.reshape((output[0] if isinstance(output, tuple) else output).shape)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
-
-    hooks.callback(module.register_forward_hook(forward_hook).remove)
 
 
 def _text(model: TorchModel, n_ctx: int, passage: Passage) -> _Text:
