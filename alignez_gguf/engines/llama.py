@@ -89,7 +89,7 @@ class LlamaEngine:
         n_gpu_layers: int = -1,
         exact: bool = True,
     ) -> None:
-        self.model = Model(model_path, n_gpu_layers=n_gpu_layers, many_at_once=n_parallel >= _MANY)
+        self.model = Model(model_path, n_gpu_layers=n_gpu_layers, optimize_for_batches=n_parallel >= _MANY)
         self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
         self.n_parallel = max(1, n_parallel)
         self._cache_bytes = max(_LEAST_CACHE_BYTES, int(_CACHE_SHARE * self.model.n_bytes))
@@ -218,14 +218,15 @@ class LlamaEngine:
 
     @cached_property
     def _reader(self) -> LayerReader:
-        return LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
+        return LayerReader(self.info)
 
     def _ready_to_read(self) -> Slots:
         """The sequences to read in."""
         self._stop_writing()
         if self._reading is None:
-            two = self.model.can_forget and 2 * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
-            self._reading = self._slots(2 if two else 1, self.n_ctx, on_node=self._reader.on_node)
+            fits = 2 * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
+            n_sequences = 2 if fits and self.model.supports_kv_truncation else 1
+            self._reading = self._slots(n_sequences, self.n_ctx, on_node=self._reader.on_node)
         return self._reading
 
     def _knowing_reader(self) -> LayerReader:

@@ -55,7 +55,7 @@ class VerificationSession:
                 raise QueryError(
                     "the prompt is empty, and this model has no token to begin with; give it text"
                 )
-            self._reader = LayerReader(self.info.arch, self.info.n_layer, self.info.n_embd)
+            self._reader = LayerReader(self.info)
             self._context = opened.enter_context(
                 Context(
                     self.model,

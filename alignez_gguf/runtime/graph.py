@@ -24,8 +24,8 @@ _COPY = re.compile(rb"[^#]+#(.+)#\d+")
 """What the scheduler calls the copy of a node for another device (ggml_backend_sched_split_graph)."""
 
 _EDIT = re.compile(rb"(?:[^#]+#)?leaf_\d+(?:#\d+)?")
-"""What ggml calls a tensor that has neither a source nor a name, as U, V and b of the patch. Weights and inputs
-of a model have names, and those of a LoRA begin with the name of the weight."""
+"""What ggml calls a tensor that has neither sources nor a name, as U, V and b of the patch. The weights and
+inputs of a model have names, and those of a LoRA begin with the name of the weight."""
 _PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
 _SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
 _LINEAR = frozenset(
@@ -93,6 +93,8 @@ class MlpOutputs:
         self._n_embd = n_embd
         self._layer_of: dict[int, int] = {}
         """The linear nodes."""
+        self._wide: set[int] = set()
+        """Nodes of the width of the residual stream."""
         self._within: set[int] = set()
         """Nodes that another linear node uses."""
         self._beyond: set[int] = set()
@@ -109,6 +111,8 @@ class MlpOutputs:
         if layer is None:
             return False
         self._layer_of[address] = layer
+        if Tensor.from_address(address).ne[0] == self._n_embd:
+            self._wide.add(address)
         if operation_of(address) == b"SCALE":
             self._unscaled[address] = sources[0]
         return True
@@ -123,7 +127,7 @@ class MlpOutputs:
         return {
             layer: self._before_scale(of_layer[0])
             for layer, of_layer in ends.items()
-            if len(of_layer) == 1 and Tensor.from_address(of_layer[0]).ne[0] == self._n_embd
+            if len(of_layer) == 1 and of_layer[0] in self._wide
         }
 
     def _before_scale(self, address: int) -> int:

@@ -23,7 +23,7 @@ from alignez_gguf.runtime.library import captured_log
 
 _CPUS = Path("/sys/devices/system/cpu")
 _MOST_READ = 0.5
-"""Of the physical memory: a larger file is mapped."""
+"""Share of the physical memory that a file may have to be read; a larger one is mapped."""
 
 
 class Model:
@@ -32,7 +32,7 @@ class Model:
     Args:
         path: the GGUF file; of a split model, its first part.
         n_gpu_layers: how many layers a GPU holds; -1 for all, which means none where there is no GPU.
-        many_at_once: whether mostly many tokens are computed at once, and not one or a few.
+        optimize_for_batches: whether mostly many tokens are computed at once, and not one or a few.
 
     Raises:
         ModelFileError: the file or a part of it is missing, truncated or not a GGUF, the model writes no
@@ -40,7 +40,7 @@ class Model:
     """
 
     def __init__(
-        self, path: str | PathLike[str], *, n_gpu_layers: int = -1, many_at_once: bool = False
+        self, path: str | PathLike[str], *, n_gpu_layers: int = -1, optimize_for_batches: bool = False
     ) -> None:
         self._pointer: Any = None
         header = read_model_header(Path(path))
@@ -50,9 +50,9 @@ class Model:
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
         self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
-        if not self.uses_gpu and _better_read_than_mapped(Path(path), self.info.quantization):
+        if not self.uses_gpu and _disable_mmap(Path(path), self.info.quantization):
             parameters.load_mode = llama.LLAMA_LOAD_MODE_NONE
-        if not self.uses_gpu and many_at_once and _better_as_they_are(self.info.quantization):
+        if not self.uses_gpu and optimize_for_batches and _skip_weight_repacking(self.info.quantization):
             parameters.use_extra_bufts = False
         with captured_log() as log:
             self._pointer = llama.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -100,8 +100,8 @@ class Model:
         return int(2 * self.info.n_layer * n_head_kv * sum(map(int, widths)))
 
     @property
-    def can_forget(self) -> bool:
-        """Whether the end of a text can be dropped from a cache; what a recurrent layer keeps has no end."""
+    def supports_kv_truncation(self) -> bool:
+        """Whether the KV cache can drop the end of a sequence; that of a recurrent or hybrid model cannot."""
         pointer = self.pointer
         return not (llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer))
 
@@ -170,8 +170,8 @@ class Model:
         self.close()
 
 
-def _better_read_than_mapped(path: Path, quantization: str) -> bool:
-    """Whether weights that the CPU computes with take less memory so.
+def _disable_mmap(path: Path, quantization: str) -> bool:
+    """Whether weights that the CPU computes with take less memory where their file is read and not mapped.
 
     ggml's kernels rearrange most quantized weights in a copy (ggml-cpu/repack.cpp, ggml-cpu/amx), and a file
     that is mapped stays in memory beside it. A large file and one in parts are mapped all the same: what does
@@ -184,7 +184,7 @@ def _better_read_than_mapped(path: Path, quantization: str) -> bool:
     return path.stat().st_size < _MOST_READ * memory
 
 
-def _better_as_they_are(quantization: str) -> bool:
+def _skip_weight_repacking(quantization: str) -> bool:
     """Whether ggml computes many tokens faster with weights that it has not rearranged for its kernels.
 
     Of K-quants on a CPU with VNNI (ggml-cpu/tiled/tiled.cpp): 96 tokens take 0.7 of the time so, 8 tokens 1.3

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alignez_gguf.runtime.library import patch_version
+from alignez_gguf.runtime.library import declared, patch_version
 from alignez_gguf.runtime.source import recorded_patches
 
 N_VOCAB = 320
@@ -44,19 +44,19 @@ def _devices(library: Any) -> list[dict[str, str]]:
     """ggml's device registry; empty where libllama does not pass on ggml's symbols (Windows)."""
     if not hasattr(library, "ggml_backend_dev_count"):
         return []
-    library.ggml_backend_dev_count.restype = ctypes.c_size_t
-    library.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-    library.ggml_backend_dev_get.restype = ctypes.c_void_p
-    devices = []
-    for index in range(library.ggml_backend_dev_count()):
-        device = library.ggml_backend_dev_get(index)
-        texts = []
-        for function in (library.ggml_backend_dev_name, library.ggml_backend_dev_description):
-            function.argtypes = [ctypes.c_void_p]
-            function.restype = ctypes.c_char_p
-            texts.append(function(device).decode(errors="replace"))
-        devices.append({"name": texts[0], "description": texts[1]})
-    return devices
+    count = declared(library.ggml_backend_dev_count, ctypes.c_size_t)()
+    device = declared(library.ggml_backend_dev_get, ctypes.c_void_p, ctypes.c_size_t)
+    texts = {
+        key: declared(function, ctypes.c_char_p, ctypes.c_void_p)
+        for key, function in (
+            ("name", library.ggml_backend_dev_name),
+            ("description", library.ggml_backend_dev_description),
+        )
+    }
+    return [
+        {key: text(device(index)).decode(errors="replace") for key, text in texts.items()}
+        for index in range(count)
+    ]
 
 
 def logits_are_finite(model_path: str) -> bool:

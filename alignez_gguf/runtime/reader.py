@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.engines import Hook, Readout
 from alignez_gguf.errors import ModelFileError
+from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.graph import BlockOutputs, MlpOutputs, copy_rows, count_rows, name_of
 
 _CALLED: dict[Hook, str] = {"mlp": "MLP output", "residual": "residual stream at the end"}
@@ -43,17 +44,15 @@ class LayerReader:
     to be read, and `take` after the last: the last token, or the mean.
 
     Args:
-        architecture: for messages.
-        n_layer: how many layers the model has.
-        n_embd: the width of its residual stream.
+        info: of the model that decodes.
 
     Attributes:
         on_node: to be given to the `Context` that decodes. Costs little while nothing is read.
     """
 
-    def __init__(self, architecture: str, n_layer: int, n_embd: int) -> None:
-        self._architecture = architecture
-        self._shape = (n_layer, n_embd)
+    def __init__(self, info: ModelInfo) -> None:
+        self._architecture = info.arch
+        self._shape = (info.n_layer, info.n_embd)
         self._found: dict[Hook, dict[int, _Node]] | None = None
         self._finders: tuple[MlpOutputs, BlockOutputs] | None = None
         """While a graph is observed."""
@@ -65,7 +64,7 @@ class LayerReader:
         self._sums: dict[Hook, NDArray[np.float32]] = {}
         self._last: dict[Hook, NDArray[np.float32]] = {}
         self._n_summed = 0
-        self._rows = np.empty((2, n_embd), np.float32)
+        self._rows = np.empty((2, info.n_embd), np.float32)
         self._armed = False
         self._seen: dict[bytes, int] = {}
         self._shown: tuple[Hook, int] = ("mlp", -1)

@@ -92,17 +92,12 @@ def _greet(host: str, port: int) -> tuple[int, int]:
 def _functions() -> tuple[Callable[[bytes], Any], Callable[[Any], None]]:
     """`ggml_backend_rpc_add_server` and `ggml_backend_register`."""
     ggml = library.ggml()
-    ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
-    ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
-    ggml.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
-    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_register.restype = None
-    backend = ggml.ggml_backend_reg_by_name(b"RPC")
+    pointer, text = ctypes.c_void_p, ctypes.c_char_p
+    backend = library.declared(ggml.ggml_backend_reg_by_name, pointer, text)(b"RPC")
     if not backend:
         raise RuntimeUnavailableError(
             "the installed llama-cpp-python was built without RPC; run: alignez-gguf runtime build --rpc"
         )
-    address = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_rpc_add_server")
-    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
-    return add_server, ggml.ggml_backend_register
+    address_of = library.declared(ggml.ggml_backend_reg_get_proc_address, pointer, pointer, text)
+    add_server = ctypes.CFUNCTYPE(pointer, text)(address_of(backend, b"ggml_backend_rpc_add_server"))
+    return add_server, library.declared(ggml.ggml_backend_register, None, pointer)

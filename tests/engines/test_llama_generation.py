@@ -219,8 +219,8 @@ def test_engine_of_many_texts_computes_many_tokens_at_once(
 ) -> None:
     asked = []
 
-    def watched(*arguments: Any, many_at_once: bool, **options: Any) -> Model:
-        asked.append(many_at_once)
+    def watched(*arguments: Any, optimize_for_batches: bool, **options: Any) -> Model:
+        asked.append(optimize_for_batches)
         return Model(*arguments, **options)
 
     monkeypatch.setattr(llama_engine, "Model", watched)

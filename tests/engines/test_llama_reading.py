@@ -14,6 +14,7 @@ from alignez_gguf.engines import llama as llama_engine
 from alignez_gguf.engines.llama import LlamaEngine
 from alignez_gguf.engines.slots import EXACT_PIECE, Slots
 from alignez_gguf.errors import ModelFileError, QueryError
+from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.graph import BlockOutputs, Tensor
 from alignez_gguf.runtime.model import Model
@@ -186,7 +187,7 @@ def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_sa
 
 
 @pytest.mark.parametrize(
-    ("context", "can_forget", "responses"),
+    ("context", "supports_kv_truncation", "responses"),
     [
         (64, True, (" make a plan and", " mind the oven")),  # of which one is longer
         (1 << 16, True, (" make a plan", " mind the oven")),  # a second cache of this length takes too much
@@ -194,10 +195,10 @@ def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_sa
     ],
 )
 def test_responses_that_cannot_be_computed_together_are_computed_one_by_one(
-    context: int, can_forget: bool, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    context: int, supports_kv_truncation: bool, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llama_engine, "_LEAST_CACHE_BYTES", 1 << 16)
-    monkeypatch.setattr(Model, "can_forget", can_forget)
+    monkeypatch.setattr(Model, "supports_kv_truncation", supports_kv_truncation)
     monkeypatch.setattr(Slots, "move", None)
     answers = [Passage("Question: why?\nAnswer:", response) for response in responses]
     with LlamaEngine(tiny_model("llama").gguf, n_ctx=context, n_threads=1) as engine:
@@ -295,7 +296,7 @@ def learned(reader: LayerReader, on_model: str = "llama") -> LayerReader:
     ("hook", "name"), [("mlp", "MLP output"), ("residual", "residual stream at the end")]
 )
 def test_output_that_a_layer_lacks_is_refused_by_name(hook: Hook, name: str) -> None:
-    reader = learned(LayerReader("rwkv7", n_layer=4, n_embd=64))
+    reader = learned(LayerReader(ModelInfo("rwkv7", 64, 4)))
     with (
         pytest.raises(ModelFileError, match=f"the {name} of layer 3 .*'rwkv7'"),
         reader.reading([Readout(hook)]),
@@ -304,8 +305,8 @@ def test_output_that_a_layer_lacks_is_refused_by_name(hook: Hook, name: str) -> 
 
 
 def test_hooks_are_what_is_found_of_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert learned(LayerReader("llama", n_layer=3, n_embd=64)).hooks == {"mlp", "residual"}
-    assert learned(LayerReader("llama", n_layer=4, n_embd=64)).hooks == set()
+    assert learned(LayerReader(ModelInfo("llama", 64, 3))).hooks == {"mlp", "residual"}
+    assert learned(LayerReader(ModelInfo("llama", 64, 4))).hooks == set()
     with LlamaEngine(tiny_model("llama").gguf, n_ctx=256, n_threads=1) as engine:
         monkeypatch.setattr(BlockOutputs, "of_layer", {})
         assert engine.hooks == {"mlp"}
@@ -374,7 +375,7 @@ def test_block_output_that_its_layer_changes_further_is_not_found(weight: str) -
 @pytest.mark.parametrize(("hook", "reason"), [("mlp", "cannot be found"), ("residual", "unexpected shape")])
 def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor(hook: Hook, reason: str) -> None:
     with Model(tiny_model("llama").gguf) as model:
-        reader = LayerReader("llama", n_layer=3, n_embd=32)
+        reader = LayerReader(ModelInfo("llama", 32, 3))
         with Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context:
             slots = Slots(context)
             reader.learn(lambda: slots.prefill(0, [5, 6, 7]))

@@ -71,7 +71,7 @@ VNNI = frozenset({"AVX2", "AVX512", "AVX512_VNNI", "REPACK"})
 
 
 @pytest.mark.parametrize(
-    ("file_type", "many_at_once", "features", "rearranged"),
+    ("file_type", "optimize_for_batches", "features", "rearranged"),
     [
         ("Q4_K_M", True, VNNI, False),
         ("Q4_K_M", False, VNNI, True),
@@ -83,7 +83,7 @@ VNNI = frozenset({"AVX2", "AVX512", "AVX512_VNNI", "REPACK"})
 )
 def test_k_quants_are_rearranged_unless_many_tokens_are_faster_without(
     file_type: str,
-    many_at_once: bool,
+    optimize_for_batches: bool,
     features: frozenset[str],
     rearranged: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -98,7 +98,7 @@ def test_k_quants_are_rearranged_unless_many_tokens_are_faster_without(
     monkeypatch.setattr(llama, "llama_model_load_from_file", watched)
     monkeypatch.setattr(library, "cpu_features", lambda: features)
     path = quantized(tiny_model("llama", n_embd=256).gguf, file_type)
-    Model(path, n_gpu_layers=0, many_at_once=many_at_once).close()
+    Model(path, n_gpu_layers=0, optimize_for_batches=optimize_for_batches).close()
     assert asked == [rearranged]
 
 
@@ -110,9 +110,9 @@ def test_weights_as_they_are_compute_what_stock_llama_cpp_does(
     path = quantized(tiny_model("llama", n_embd=256).gguf, "Q4_K_M")
     tokens = np.random.default_rng(0).integers(5, 300, n_tokens)
     found = []
-    for many_at_once in (False, True):
+    for optimize_for_batches in (False, True):
         with (
-            Model(path, n_gpu_layers=0, many_at_once=many_at_once) as model,
+            Model(path, n_gpu_layers=0, optimize_for_batches=optimize_for_batches) as model,
             Context(model, n_ctx=256, n_batch=256, n_threads=1) as context,
         ):
             context.decode(tokens, np.arange(n_tokens), np.zeros(n_tokens), np.ones(n_tokens))

@@ -122,7 +122,7 @@ def _loaded_for_many(setting: Setting, sizes: Sizes, rank_1: Edits) -> dict[str,
     from alignez_gguf.runtime.model import Model
 
     with (
-        Model(setting.model, n_gpu_layers=setting.n_gpu_layers, many_at_once=True) as model,
+        Model(setting.model, n_gpu_layers=setting.n_gpu_layers, optimize_for_batches=True) as model,
         Bed(model, setting, sizes) as base,
         Bed(model, setting, sizes) as other,
     ):
