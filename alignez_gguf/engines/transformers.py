@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.engines import (
     HOOKS,
     Completion,
@@ -43,7 +44,7 @@ _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 _Item = TypeVar("_Item")
 
 
-class TransformersEngine:
+class TransformersEngine(Closing):
     """A transformers model that writes and reads texts.
 
     A completion depends on its prompt and seed alone, but for the rounding of batched products.
@@ -152,12 +153,6 @@ class TransformersEngine:
     def close(self) -> None:
         """Forget the model; its memory is freed with the last reference to it."""
         del self.model
-
-    def __enter__(self) -> TransformersEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _modules(self, hook: Hook) -> Sequence[nn.Module]:
         return self.model.mlps if hook == "mlp" else self.model.blocks

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.edits import Edits
 from alignez_gguf.engines import Passage
 from alignez_gguf.engines.passages import passage_tokens, steered_tokens
@@ -53,7 +54,7 @@ class _Group:
     cache: Any
 
 
-class SteeredPassages:
+class SteeredPassages(Closing):
     """Prompts and answers whose likelihood is asked for under one edit after the other.
 
     Satisfies `scoring.SteeredModel`.
@@ -102,12 +103,6 @@ class SteeredPassages:
     def close(self) -> None:
         """Forget the keys and values."""
         self._groups = {}
-
-    def __enter__(self) -> SteeredPassages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _group(self, texts: list[_Text]) -> _Group:
         prompts = self._model.padded([text.prompt for text in texts])

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.edits import Edits
 from alignez_gguf.errors import QueryError
 from alignez_gguf.exporters import stock
@@ -27,7 +28,7 @@ Way = Literal["patched", "stock"]
 """How edits reach llama.cpp: through the patch, or through a LoRA and a control vector."""
 
 
-class VerificationSession:
+class VerificationSession(Closing):
     """Decodes the first `n_prompt` tokens of a prompt, and up to `n_answer` greedy ones after it.
 
     Raises:
@@ -72,12 +73,6 @@ class VerificationSession:
 
     def close(self) -> None:
         self._opened.close()
-
-    def __enter__(self) -> VerificationSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @contextmanager
     def steered(self, way: Way, edits: Edits) -> Iterator[SteeringBackend]:

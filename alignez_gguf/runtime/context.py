@@ -10,6 +10,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.edits import Edits
 from alignez_gguf.errors import AlignezError, ModelFileError
 from alignez_gguf.runtime import library
@@ -26,7 +27,7 @@ _COUNT = struct.Struct("=I")
 _REASONS = {1: "the KV cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 
-class Context:
+class Context(Closing):
     """Decodes batches of tokens of one model.
 
     Args:
@@ -197,12 +198,6 @@ class Context:
         if self._pointer:
             llama.llama_free(self._pointer)
             self._pointer = None
-
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Batch:

@@ -16,6 +16,7 @@ from typing import Any
 import llama_cpp
 import llama_cpp.llama_cpp as llama
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo, model_parts, read_model_header
 from alignez_gguf.runtime import library
@@ -26,7 +27,7 @@ _MOST_READ = 0.5
 """Share of the physical memory that a file may have to be read; a larger one is mapped."""
 
 
-class Model:
+class Model(Closing):
     """The weights of a model, which any number of contexts can share.
 
     Args:
@@ -162,12 +163,6 @@ class Model:
         if self._pointer:
             llama.llama_model_free(self._pointer)
             self._pointer = self._vocab = None
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _disable_mmap(path: Path, quantization: str) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.runtime.context import Context
 
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp would draw the seed itself
 
 
-class Sampler:
+class Sampler(Closing):
     """Top-p, then temperature, then a draw; the most likely token at temperature 0.
 
     The draws depend on the seed and the logits alone. Must be closed, or used in a `with` block.
@@ -37,12 +38,6 @@ class Sampler:
             llama.llama_sampler_free(self._chain)
             self._chain = None
 
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _samplers(seed: int, temperature: float, top_p: float) -> Iterator[Any]:
     """In the order of llama_cpp.Llama and llama.cpp: top-p sees the distribution before the temperature."""
@@ -55,7 +50,7 @@ def _samplers(seed: int, temperature: float, top_p: float) -> Iterator[Any]:
     yield llama.llama_sampler_init_dist(seed % _RANDOM_SEED)
 
 
-class SamplerThreads:
+class SamplerThreads(Closing):
     """Lets samplers draw side by side: llama.cpp's run outside of Python's lock, and each takes as long as a
     fast GPU takes for a token. As many threads as compute the context, the calling one included. Must be
     closed, or used in a `with` block.
@@ -84,9 +79,3 @@ class SamplerThreads:
 
     def close(self) -> None:
         self._pool.shutdown()
-
-    def __enter__(self) -> SamplerThreads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -168,6 +168,39 @@ def test_a_repeated_prompt_is_answered_anew_after_a_change_of_strength(
             assert answer(llm, PROMPT, 1) == expected_answer(model, PROMPT, "generation", strength, 1)
 
 
+@pytest.mark.parametrize(
+    ("scope", "strength", "n_reused"),
+    [
+        ("generation", 1.0, len(PROMPT) - 1),
+        ("generation", 0.5, len(PROMPT) - 1),
+        ("first:2", 1.0, len(PROMPT) - 1),
+        ("all", 1.0, len(PROMPT) + N_ANSWER - 1),
+        ("all", 0.5, 0),
+    ],
+)
+def test_a_chat_computes_again_only_what_was_computed_under_other_strengths(
+    llm: Llama,
+    control: ControlFile,
+    monkeypatch: pytest.MonkeyPatch,
+    scope: str,
+    strength: float,
+    n_reused: int,
+) -> None:
+    with steer(llm, control, scope=scope) as steering:
+        chat = PROMPT + answer(llm, PROMPT) + MORE
+        sizes: list[int] = []
+        decode = llm._ctx.decode
+
+        def counted(batch: Any) -> None:
+            sizes.append(batch.batch.n_tokens)
+            decode(batch)
+
+        monkeypatch.setattr(llm._ctx, "decode", counted)
+        steering.strength = strength
+        answer(llm, chat, 1)
+        assert sum(sizes) == len(chat) - n_reused
+
+
 def test_a_change_of_scope_holds_from_the_next_request_on(
     model: TinyModel, llm: Llama, control: ControlFile
 ) -> None:
