@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,7 @@ from alignez_gguf.engines.slots import EXACT_PIECE, Slots
 from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.context import Context
-from alignez_gguf.runtime.graph import BlockOutputs, Tensor
+from alignez_gguf.runtime.graph import BlockOutputs, MlpOutputs, Tensor, operation_of
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.reader import LayerReader
 from tests.models import (
@@ -315,19 +316,27 @@ def test_hooks_are_what_is_found_of_every_layer(monkeypatch: pytest.MonkeyPatch)
             next(engine.activations(PASSAGES, [Readout("residual")]))
 
 
+@cache
+def operations() -> dict[bytes, int]:
+    """The numbers of ggml's first operations by their names."""
+    tensors = [Tensor(op=number) for number in range(40)]
+    return {operation_of(ctypes.addressof(tensor)): tensor.op for tensor in tensors}
+
+
 class Graph:
     """Shows a finder a graph of tensors that hold nothing."""
 
-    def __init__(self, finder: BlockOutputs) -> None:
+    def __init__(self, finder: BlockOutputs | MlpOutputs) -> None:
         self._finder = finder
         self._tensors: list[Tensor] = []
 
     def leaf(self, name: str) -> int:
-        self._tensors.append(Tensor(name=name.encode()))
+        self._tensors.append(Tensor(name=name.encode(), ne=(64, 1, 1, 1)))
         return ctypes.addressof(self._tensors[-1])
 
-    def node(self, name: str, *sources: int) -> int:
+    def node(self, name: str, *sources: int, operation: bytes = b"NONE") -> int:
         address = self.leaf(name)
+        self._tensors[-1].op = operations()[operation]
         for index, source in enumerate(sources):
             self._tensors[-1].src[index] = source
         self._finder.visit(address)
@@ -342,6 +351,28 @@ class Graph:
         return self.node(
             "result_norm", self.node("norm", self.node("rows", stream)), self.leaf("output_norm.weight")
         )
+
+
+@pytest.mark.parametrize("vectors", ["leaf_{}", "CUDA0#leaf_{}#0"])
+def test_what_an_edit_adds_is_a_part_of_the_mlp_output_and_what_else_is_added_is_not(vectors: str) -> None:
+    finder = MlpOutputs(n_embd=64)
+    graph = Graph(finder)
+
+    def times(weight: str, x: int) -> int:
+        return graph.node("", graph.leaf(weight), x, operation=b"MUL_MAT")
+
+    def total(x: int, y: int) -> int:
+        return graph.node("", x, y, operation=b"ADD")
+
+    stream, strength = graph.leaf("inp_embd"), graph.leaf(vectors.format(0))
+    output = times("blk.0.ffn_down.weight", stream)
+    along = graph.node("", times(vectors.format(1), output), strength, operation=b"MUL")
+    edited = total(total(output, times(vectors.format(2), along)), times(vectors.format(3), strength))
+    total(edited, total(stream, times("blk.0.attn_output.weight", stream)))
+    other = times("blk.1.ffn_down.weight", edited)
+    total(other, times("inp_mask", strength))
+
+    assert finder.of_layer == {0: edited, 1: other}
 
 
 def test_block_outputs_are_found_behind_copies_between_devices_too() -> None:
