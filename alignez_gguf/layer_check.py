@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import Decision, LayerEdit, apply_to_mlp
+from alignez_gguf.edits import Decision, LayerEdit, apply
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.exporters.stock import scale_of_constants
 from alignez_gguf.rounding import RoundingFloor, Share, figures, logits_distance
@@ -87,9 +87,9 @@ class Layers:
         parts: list[_Part] = []
         try:
             if edit.edits_mlp:
-                parts.append(self._mlp(way, layer, replace(edit, add=None)))
+                parts.append(self._part(way, layer, replace(edit, add=None)))
             if edit.add is not None:
-                parts.append(self._addition(way, layer, LayerEdit(add=edit.add)))
+                parts.append(self._part(way, layer, LayerEdit(add=edit.add)))
         except SteeringError as refusal:
             return LayerCheck(layer, edit.decision, reason=str(refusal))
         errors = [part.error for part in parts if part.error is not None]
@@ -123,51 +123,30 @@ class Layers:
             reason=reason,
         )
 
-    def _mlp(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
+    def _part(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
+        """An edit of the MLP output, or of the output of the block, against numpy."""
         with self.session.steered(way, {layer: edit}):
             logits, seen = self.session.observe()
-        x, left = self.base.mlp.get(layer), self._left(way, layer, edit, seen)
-        if x is None or left is None:
-            return self._unseen(edit, logits)
-        rows = _directions(edit)
-        expected = apply_to_mlp(x, edit)
+        changes = not np.array_equal(logits, self.base_logits)
+        if edit.edits_mlp:
+            base, left, floor = self.base.mlp, self._left(way, layer, edit, seen), self.floor.mlp
+        else:
+            base, left, floor = self.base.block, seen.block.get(layer), self.floor.block
+        if layer not in base or left is None:  # the logits alone tell
+            effect = logits_distance(logits, self.base_logits)
+            return _Part(edit, changes, Share.of(self.floor.logits, effect), before=edit.scale or None)
+        x, rows = base[layer].astype(np.float64), _directions(edit)
+        expected = apply(x, edit)
         changed = _lengths(expected - x)
-        noise = self.floor.mlp.get(layer, np.zeros_like(x))
+        noise = floor.get(layer, np.zeros_like(x))
+        before, after = (x @ rows.T, left @ rows.T) if edit.edits_mlp else (expected - x, left - x)
         return _Part(
             edit,
-            not np.array_equal(logits, self.base_logits),
+            changes,
             Share.of(_lengths(noise @ rows.T), changed),
             Share.of(_lengths(left - expected), changed),
-            float(np.median(_lengths(x @ rows.T))),
-            float(np.median(_lengths(left @ rows.T))),
-        )
-
-    def _addition(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
-        assert edit.add is not None
-        with self.session.steered(way, {layer: edit}):
-            logits, seen = self.session.observe()
-        if layer not in self.base.block or layer not in seen.block:
-            return self._unseen(edit, logits)
-        moved = seen.block[layer] - self.base.block[layer]
-        expected = np.full(len(moved), edit.scale)
-        noise = self.floor.block.get(layer, np.zeros_like(moved))
-        return _Part(
-            edit,
-            not np.array_equal(logits, self.base_logits),
-            Share.of(np.abs(noise @ (edit.add / edit.scale)), expected),
-            Share.of(_lengths(moved - edit.add), expected),
-            edit.scale,
-            float(np.median(_lengths(moved))),
-        )
-
-    def _unseen(self, edit: LayerEdit, logits: NDArray[np.float32]) -> _Part:
-        """The logits alone tell."""
-        effect = logits_distance(logits, self.base_logits)
-        return _Part(
-            edit,
-            not np.array_equal(logits, self.base_logits),
-            Share.of(self.floor.logits, effect),
-            before=edit.scale or None,
+            float(np.median(_lengths(before))),
+            float(np.median(_lengths(after))),
         )
 
     def _left(self, way: Way, layer: int, edit: LayerEdit, seen: Observation) -> NDArray[np.float32] | None:
@@ -199,11 +178,12 @@ class _Part:
 
 
 def _directions(edit: LayerEdit) -> NDArray[np.float32]:
-    """The unit vectors [k, n_embd] along which the MLP output changes."""
+    """The unit vectors [k, n_embd] along which the output changes."""
     if edit.remove is not None:
         return edit.remove
-    assert edit.bias is not None
-    return (edit.bias[None] / edit.scale).astype(np.float32)
+    vector = edit.add if edit.bias is None else edit.bias
+    assert vector is not None
+    return (vector[None] / edit.scale).astype(np.float32)
 
 
 def _median(share: Share) -> float:
