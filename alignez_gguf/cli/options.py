@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from alignez_gguf.engines import TEXTS_AT_ONCE
+from alignez_gguf.engines import DEFAULT_N_PARALLEL
 
 if TYPE_CHECKING:
     from alignez_gguf.engines.llama import LlamaEngine
@@ -104,7 +104,7 @@ def engine(command: Command) -> Command:
         click.option(
             "--parallel",
             type=click.IntRange(1, 256),
-            default=TEXTS_AT_ONCE,
+            default=DEFAULT_N_PARALLEL,
             show_default=True,
             help="Texts at once; fewer where they are long.",
         ),

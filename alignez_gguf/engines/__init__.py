@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from alignez_gguf.model_info import ModelInfo
 
-TEXTS_AT_ONCE = 64
-"""That llama.cpp lets grow unless told otherwise, where the KV cache has room for them."""
+DEFAULT_N_PARALLEL = 64
+"""Sequences that are decoded in parallel by default, where the KV cache has room for them."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from anyio.from_thread import start_blocking_portal
 
 from alignez_gguf.engines import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.json_api import ClientError, JsonApi
-from alignez_gguf.engines.text import StoppedText
+from alignez_gguf.engines.text import StopStringFilter
 from alignez_gguf.errors import EndpointError, QueryError
 
 KEY_VARIABLE = "ALIGNEZ_API_KEY"
@@ -187,7 +187,7 @@ def _completion(document: object, stop: Sequence[str]) -> Completion:
     choice = document["choices"][0]
     if not isinstance(choice["text"], str):
         raise TypeError("the text is not a string")
-    text = StoppedText(stop)
+    text = StopStringFilter(stop)
     # The decoder replaces a lone surrogate, which JSON can hold and UTF-8 cannot.
     text.feed(choice["text"].encode("utf-8", "surrogatepass"))
     text.finish()

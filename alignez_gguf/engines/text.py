@@ -6,11 +6,14 @@ import codecs
 from collections.abc import Sequence
 
 
-class StoppedText:
-    """Text that grows token by token.
+class StopStringFilter:
+    """Decodes tokens one by one, and withholds what may be the beginning of a stop string.
 
-    Characters that are split over tokens appear when they are complete, and what may be the beginning of a
-    stop string appears when it turns out not to be one.
+    Characters that are split over tokens appear when they are complete.
+
+    Attributes:
+        stopped: whether a stop string has been met.
+        n_given: how many characters it has given.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -19,7 +22,7 @@ class StoppedText:
         self._held = ""
         self._given: list[str] = []
         self.stopped = False
-        """Whether a stop string has been met."""
+        self.n_given = 0
 
     def feed(self, piece: bytes | str) -> str:
         """Add the bytes of a token, or characters; those that are now certain to be part of the text."""
@@ -39,10 +42,16 @@ class StoppedText:
         """All characters given so far."""
         return "".join(self._given)
 
+    @property
+    def n_decoded(self) -> int:
+        """How many characters the tokens have, with those that are withheld."""
+        return self.n_given + len(self._held)
+
     def _give(self, length: int) -> str:
         given, self._held = self._held[:length], self._held[length:]
         if given:
             self._given.append(given)
+            self.n_given += length
         return given
 
     def _possible_stop(self) -> int:

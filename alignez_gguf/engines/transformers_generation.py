@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alignez_gguf.engines import Completion, Sampling
-from alignez_gguf.engines.completing import GrowingCompletion
+from alignez_gguf.engines.completing import StreamingCompletion
 from alignez_gguf.engines.transformers_model import Padded, TorchModel
 
 _CONTEXT_TOKENS = 4
@@ -39,42 +39,42 @@ def generate(
 ) -> Iterator[tuple[int, Completion]]:
     """Complete all jobs, `n_parallel` at a time; each is yielded when it is finished.
 
-    Prompts of like length grow together, the longest first, so that little is spent on padding.
+    Prompts of like length are batched, the longest first, so that little is spent on padding.
     """
     ordered = sorted(jobs, key=lambda job: -len(job.tokens))
     for first in range(0, len(ordered), n_parallel):
-        yield from _grow(model, ordered[first : first + n_parallel], sampling, on_text)
+        yield from _complete(model, ordered[first : first + n_parallel], sampling, on_text)
 
 
 @torch.inference_mode()
-def _grow(
+def _complete(
     model: TorchModel,
     jobs: Sequence[Job],
     sampling: Sampling,
     on_text: Callable[[int, str], None] | None,
 ) -> Iterator[tuple[int, Completion]]:
-    growing = [_Growing(model, job, sampling, on_text) for job in jobs]
+    running = [_RunningSequence(model, job, sampling, on_text) for job in jobs]
     rows = model.padded([job.tokens for job in jobs])
     logits, cache = model.logits(rows, 1)
     while True:
-        drawn = draw(logits[:, 0], [text.generator for text in growing], sampling)
-        for text, token in zip(growing, drawn, strict=True):
-            text.take(token)
-        left = [index for index, text in enumerate(growing) if text.completion is None]
-        for text in growing:
-            if text.completion is not None:
-                yield text.index, text.completion
+        drawn = draw(logits[:, 0], [sequence.generator for sequence in running], sampling)
+        for sequence, token in zip(running, drawn, strict=True):
+            sequence.take(token)
+        left = [index for index, sequence in enumerate(running) if sequence.completion is None]
+        for sequence in running:
+            if sequence.completion is not None:
+                yield sequence.index, sequence.completion
         if not left:
             return
-        if len(left) < len(growing):
+        if len(left) < len(running):
             kept = torch.tensor(left)  # on the CPU: the layers of the cache may lie on several devices
             cache.batch_select_indices(kept)
             rows = Padded(rows.ids[kept], rows.positions[kept], rows.mask[kept])
-            growing = [growing[index] for index in left]
+            running = [running[index] for index in left]
         rows = Padded(
-            ids=torch.tensor([[text.last] for text in growing], device=model.device),
+            ids=torch.tensor([[sequence.last] for sequence in running], device=model.device),
             positions=rows.positions[:, -1:] + 1,
-            mask=torch.cat([rows.mask, rows.mask.new_ones(len(growing), 1)], dim=1),
+            mask=torch.cat([rows.mask, rows.mask.new_ones(len(running), 1)], dim=1),
         )
         logits, cache = model.logits(rows, 1, cache)
 
@@ -98,8 +98,8 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator], sampling: Sampli
     return [int(token) for token in tokens.minimum(torch.searchsorted(cumulative, total))[:, 0]]
 
 
-class _Growing(GrowingCompletion):
-    """The completion of a job, with the generator that draws it."""
+class _RunningSequence(StreamingCompletion):
+    """A job with what has been generated for it, and the generator that draws its tokens."""
 
     def __init__(
         self,
@@ -108,17 +108,19 @@ class _Growing(GrowingCompletion):
         sampling: Sampling,
         on_text: Callable[[int, str], None] | None,
     ) -> None:
-        super().__init__(job.index, sampling, on_text)
+        super().__init__(sampling)
+        self.index = job.index
         self.generator = torch.Generator().manual_seed(job.seed)
         self._model = model
         self._spelling = Spelling(model.decode, job.tokens)
+        self._on_text = on_text
 
     def take(self, token: int) -> None:
         """Go on with a token that was drawn."""
-        if self._model.ends_text(token):
-            self.end()
-        else:
-            self.add(token, self._spelling.add(token))
+        ends = self._model.ends_text(token)
+        shown = self.end() if ends else self.add(token, self._spelling.add(token))
+        if shown and self._on_text is not None:
+            self._on_text(self.index, shown)
 
 
 class Spelling:

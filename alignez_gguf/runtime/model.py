@@ -100,12 +100,6 @@ class Model(Closing):
         )
         return int(2 * self.info.n_layer * n_head_kv * sum(map(int, widths)))
 
-    @property
-    def supports_kv_truncation(self) -> bool:
-        """Whether the KV cache can drop the end of a sequence; that of a recurrent or hybrid model cannot."""
-        pointer = self.pointer
-        return not (llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer))
-
     def metadata(self, key: str) -> str | None:
         """The value of a metadata key as text, or None where the file has no such key."""
         length = llama.llama_model_meta_val_str(self.pointer, key.encode(), None, 0)
@@ -166,7 +160,7 @@ class Model(Closing):
 
 
 def _disable_mmap(path: Path, quantization: str) -> bool:
-    """Whether weights that the CPU computes with take less memory where their file is read and not mapped.
+    """Whether weights that the CPU computes with take less memory where the file is read, not mapped.
 
     ggml's kernels rearrange most quantized weights in a copy (ggml-cpu/repack.cpp, ggml-cpu/amx), and a file
     that is mapped stays in memory beside it. A large file and one in parts are mapped all the same: what does

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,20 +61,21 @@ class SamplerThreads(Closing):
         self._count = int(llama.llama_n_threads(context.pointer))
         self._pool = ThreadPoolExecutor(self._count)
 
-    def sample(self, samplers: Sequence[Sampler]) -> list[int]:
-        """The token that follows token i of the last batch, drawn by sampler i, for each of them."""
+    def sample(self, samplers: Mapping[int, Sampler]) -> dict[int, int]:
+        """The token that follows token i of the last batch, drawn by `samplers[i]`, for each i."""
+        waiting = list(samplers.items())
         # The first reading waits for the logits and puts them in order; those after it change nothing
         # (llama_context::synchronize and output_reorder in src/llama-context.cpp).
-        self._context.logits(0)
-        drawn = [-1] * len(samplers)
+        self._context.logits(waiting[0][0])
 
-        def draw(first: int) -> None:
-            for index in range(first, len(samplers), self._count):
-                drawn[index] = samplers[index].sample(self._context, index)
+        def draw(first: int) -> list[tuple[int, int]]:
+            part = waiting[first :: self._count]
+            return [(index, sampler.sample(self._context, index)) for index, sampler in part]
 
-        others = self._pool.map(draw, range(1, min(self._count, len(samplers))))
-        draw(0)
-        list(others)
+        others = self._pool.map(draw, range(1, min(self._count, len(waiting))))
+        drawn = dict(draw(0))
+        for part in others:
+            drawn.update(part)
         return drawn
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import anyio
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from alignez_gguf.engines.batching import SequenceRequest
 from alignez_gguf.server.admission import Admission
 from alignez_gguf.server.description import (
     ANSWER,
@@ -26,7 +27,6 @@ from alignez_gguf.server.description import (
     describe,
 )
 from alignez_gguf.server.errors import ApiError, install
-from alignez_gguf.server.jobs import Job
 from alignez_gguf.server.metrics import Metrics
 from alignez_gguf.server.reply import Choice, Reply
 from alignez_gguf.server.requests import ChatBody, CompletionBody, GenerationBody, SteeringDefaults
@@ -64,7 +64,7 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     install(app)
     scheduler = service.scheduler
-    metrics = Metrics(lambda: scheduler.n_waiting, lambda: scheduler.n_growing)
+    metrics = Metrics(lambda: scheduler.n_waiting, lambda: scheduler.n_running)
     app.state.service, app.state.metrics = service, metrics
     for path, (name, kind) in _PAGE.items():
         content = (files(__package__) / "page" / name).read_bytes()
@@ -164,33 +164,37 @@ async def _set_steering(body: SteeringDefaults, service: Served) -> dict[str, An
 async def _chat(body: ChatBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    jobs = await _read(service, service.chat_jobs, body, steering)
-    frame = _frame(service, True, steering, jobs, body)
+    requests = await _read(service, service.chat_requests, body, steering)
+    frame = _frame(service, True, steering, requests, body)
     return await _answer(request, body, frame)
 
 
 async def _complete(body: CompletionBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    jobs = await _read(service, service.completion_jobs, body, steering)
-    frame = _frame(service, False, steering, jobs, body)
+    requests = await _read(service, service.completion_requests, body, steering)
+    frame = _frame(service, False, steering, requests, body)
     return await _answer(request, body, frame)
 
 
-async def _read(service: Service, read: Callable[..., list[Job]], *arguments: Any) -> list[Job]:
+async def _read(
+    service: Service, read: Callable[..., list[SequenceRequest]], *arguments: Any
+) -> list[SequenceRequest]:
     """Templates and tokenizers can take long over a long prompt."""
     return await asyncio.get_running_loop().run_in_executor(service.readers, read, *arguments)
 
 
-def _frame(service: Service, is_chat: bool, steering: Any, jobs: list[Job], body: GenerationBody) -> Frame:
+def _frame(
+    service: Service, is_chat: bool, steering: Any, requests: list[SequenceRequest], body: GenerationBody
+) -> Frame:
     fingerprint = f"fp_{service.model.info.fingerprint[:12]}"
-    prompt_tokens = sum(len(job.tokens) for job in jobs[:: body.n])
-    return Frame(is_chat, service.name, fingerprint, steering, jobs, prompt_tokens)
+    prompt_tokens = sum(len(request.tokens) for request in requests[:: body.n])
+    return Frame(is_chat, service.name, fingerprint, steering, requests, prompt_tokens)
 
 
 async def _answer(request: Request, body: GenerationBody, frame: Frame) -> Response:
     service, metrics = _service(request), request.app.state.metrics
-    reply = service.submit(frame.jobs, request.state.client)
+    reply = service.submit(frame.requests, request.state.client)
     metrics.prompt_tokens.inc(frame.prompt_tokens)
     if body.stream:
         stream = _stream(reply, frame, body.stream_options.include_usage, metrics)
@@ -234,7 +238,7 @@ async def _stream(reply: Reply, frame: Frame, include_usage: bool, metrics: Metr
     started, waits = time.monotonic(), True
     try:
         if frame.is_chat:
-            for index in range(len(frame.jobs)):
+            for index in range(len(frame.requests)):
                 yield _event(frame.opening(index))
         async with aclosing(reply.events()) as events:
             async for index, event in events:

@@ -8,7 +8,9 @@ from typing import Any
 
 from alignez_gguf.control import ControlFile
 from alignez_gguf.edits import check_strength
+from alignez_gguf.engines.sequences import UNSTEERED, SequenceSteering
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.gate import Gate
 from alignez_gguf.scope import Scope
 
 NO_CONTROL = ""
@@ -69,6 +71,17 @@ class Controls:
         if chosen_scope is None:
             chosen_scope = self.files[name].scope if name in self.files else Scope()
         return SteeringChoice(name, chosen_strength, chosen_scope)
+
+    def steering(self, choice: SteeringChoice, n_prompt: int) -> SequenceSteering:
+        """How a sequence with a prompt of `n_prompt` tokens is steered; controls are numbered in order."""
+        if not choice.strength:
+            return UNSTEERED
+        first, end = choice.scope.positions(n_prompt)
+        return SequenceSteering(choice.strength, first, end, list(self.files).index(choice.control))
+
+    def gate(self, choice: SteeringChoice) -> Gate | None:
+        """What decides whether a request that asks for steering is steered, if its control has a gate."""
+        return self.files[choice.control].gate if choice.strength else None
 
     def set_default(
         self, strength: float | None = None, scope: str | None = None, control: str | None = None

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 class Metrics:
     """Counters of one server. The gauges are read when somebody asks."""
 
-    def __init__(self, n_waiting: Callable[[], int], n_growing: Callable[[], int]) -> None:
+    def __init__(self, n_waiting: Callable[[], int], n_running: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "alignez_requests", "HTTP requests.", ["path", "status"], registry=self._registry
@@ -36,7 +36,7 @@ class Metrics:
             n_waiting
         )
         Gauge("alignez_running_requests", "Answers being written.", registry=self._registry).set_function(
-            n_growing
+            n_running
         )
 
     def text(self) -> bytes:

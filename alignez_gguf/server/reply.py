@@ -7,8 +7,16 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from alignez_gguf.engines import Completion
+from alignez_gguf.engines.batching import (
+    Event,
+    Failed,
+    QueuedRequest,
+    SequenceRequest,
+    TextDelta,
+    TokenReport,
+)
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.jobs import Event, Failed, Finished, Job, Piece, Ticket, TokenReport
 
 _MOST_UNREAD = 8192
 """Events that wait for a client which does not read; beyond them its answers end."""
@@ -20,10 +28,10 @@ class Choice:
 
     text: str = ""
     tokens: list[TokenReport] = field(default_factory=list)
-    end: Finished | None = None
+    end: Completion | None = None
 
-    def add(self, event: Piece | Finished) -> None:
-        if isinstance(event, Finished):
+    def add(self, event: TextDelta | Completion) -> None:
+        if isinstance(event, Completion):
             self.end = event
         else:
             self.text += event.text
@@ -31,13 +39,15 @@ class Choice:
 
 
 class Reply:
-    """Tickets of one request, and their events. Made and read in one event loop."""
+    """What one HTTP request asks for, and its events. Made and read in one event loop."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, requests: Sequence[SequenceRequest]) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self.tickets = [Ticket(job, partial(self._hear, index)) for index, job in enumerate(jobs)]
-        self._n_left = len(jobs)
+        self.queued = [
+            QueuedRequest(request, partial(self._hear, index)) for index, request in enumerate(requests)
+        ]
+        self._n_left = len(requests)
         self.n_tokens = 0
         """Generated so far by answers that are finished."""
 
@@ -45,28 +55,28 @@ class Reply:
     def is_complete(self) -> bool:
         return self._n_left == 0
 
-    async def events(self) -> AsyncGenerator[tuple[int, Piece | Finished], None]:
+    async def events(self) -> AsyncGenerator[tuple[int, TextDelta | Completion], None]:
         """What happens to each choice, until all are finished. Raises a 503 where the server cannot go on."""
         while self._n_left:
             index, event = await self._events.get()
             if isinstance(event, Failed):
                 raise ApiError(503, event.message)
-            if isinstance(event, Finished):
+            if isinstance(event, Completion):
                 self._n_left -= 1
                 self.n_tokens += event.n_tokens
             yield index, event
 
     async def collect(self) -> list[Choice]:
         """All choices as a whole."""
-        choices = [Choice() for _ in self.tickets]
+        choices = [Choice() for _ in self.queued]
         async for index, event in self.events():
             choices[index].add(event)
         return choices
 
     def cancel(self) -> None:
         """Stop what is not finished."""
-        for ticket in self.tickets:
-            ticket.cancel()
+        for queued in self.queued:
+            queued.cancel()
 
     def _hear(self, index: int, event: Event) -> None:
         # The loop is closed where the server went down before the model did.

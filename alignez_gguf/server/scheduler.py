@@ -1,4 +1,4 @@
-"""The thread that computes: it takes tickets from the queue and gives the lane its turns."""
+"""The thread that computes: it takes requests from the queue and steps the batch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import logging
 import threading
 from collections.abc import Hashable, Sequence
 
+from alignez_gguf.engines.batching import Batch, Failed, QueuedRequest
 from alignez_gguf.server.fair_queue import FairQueue
-from alignez_gguf.server.jobs import Failed, Ticket
-from alignez_gguf.server.lane import Lane
 
 _LOG = logging.getLogger(__name__)
 
@@ -18,17 +17,17 @@ class QueueFullError(Exception):
 
 
 class Scheduler:
-    """Runs a lane in a thread, which alone touches its context of llama.cpp.
+    """Runs a batch in a thread, which alone touches its context of llama.cpp.
 
     Args:
-        lane: closed with the scheduler.
-        limit: the most tickets that wait; those that are being answered do not count.
+        batch: closed with the scheduler.
+        limit: the most requests that wait; those that are being answered do not count.
     """
 
-    def __init__(self, lane: Lane, limit: int) -> None:
-        self._lane = lane
+    def __init__(self, batch: Batch, limit: int) -> None:
+        self._batch = batch
         self._limit = limit
-        self._queue: FairQueue[Ticket] = FairQueue()
+        self._queue: FairQueue[QueuedRequest] = FairQueue()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="alignez-scheduler")
@@ -36,21 +35,21 @@ class Scheduler:
 
     @property
     def n_waiting(self) -> int:
-        """Tickets in the queue."""
+        """Requests in the queue."""
         with self._changed:
             return self._count_waiting()
 
     @property
-    def n_growing(self) -> int:
+    def n_running(self) -> int:
         """Answers that are being written."""
-        return self._lane.n_growing
+        return self._batch.n_running
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, tickets: Sequence[Ticket], client: Hashable) -> None:
-        """Queue tickets behind those of the same client: all of them, or none.
+    def submit(self, queued: Sequence[QueuedRequest], client: Hashable) -> None:
+        """Queue requests behind those of the same client: all of them, or none.
 
         Raises:
             QueueFullError: too many wait.
@@ -58,53 +57,53 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise QueueFullError("the server is shutting down")
-            if self._count_waiting() + len(tickets) > self._limit:
+            if self._count_waiting() + len(queued) > self._limit:
                 raise QueueFullError(f"more than {self._limit} requests wait; try again in a moment")
             # Those of clients that left would pile up behind one that waits for its turn.
             if len(self._queue) > 2 * self._limit:
-                self._queue.keep(lambda ticket: not ticket.cancelled)
-            for ticket in tickets:
-                self._queue.put(client, ticket)
+                self._queue.keep(lambda queued: not queued.cancelled)
+            for request in queued:
+                self._queue.put(client, request)
             self._changed.notify()
 
     def close(self) -> None:
-        """End all answers, the thread and the lane. Idempotent."""
+        """End all answers, the thread and the batch. Idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
 
     def _count_waiting(self) -> int:
-        return sum(not ticket.cancelled for ticket in self._queue)
+        return sum(not queued.cancelled for queued in self._queue)
 
     def _run(self) -> None:
         while self._wait_for_work():
-            self._turn()
-        while ticket := self._next(self._lane.n_parallel):
-            ticket.listen(Failed("the server is shutting down"))
-        self._lane.fail("the server is shutting down")
-        self._lane.close()
+            self._step()
+        while queued := self._next(self._batch.n_parallel):
+            queued.listen(Failed("the server is shutting down"))
+        self._batch.fail("the server is shutting down")
+        self._batch.close()
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
         try:
-            self._lane.turn(self._next)
+            self._batch.step(self._next)
         except Exception as error:  # whatever it is, later requests may fare better
             _LOG.exception("the answers that were being written failed")
-            self._lane.fail(f"the model could not go on: {error}")
+            self._batch.fail(f"the model could not go on: {error}")
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to compute; False once the scheduler is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._count_waiting() or self.n_growing)
+            self._changed.wait_for(lambda: self._closing or self._count_waiting() or self.n_running)
             return not self._closing
 
-    def _next(self, room: int) -> Ticket | None:
-        """The ticket whose turn it is, if it needs no more sequences than there is room for."""
+    def _next(self, room: int) -> QueuedRequest | None:
+        """The request whose turn it is, if it needs no more sequences than there is room for."""
         with self._changed:
-            while (ticket := self._queue.peek()) is not None:
-                if not ticket.cancelled and ticket.job.n_sequences > room:
+            while (queued := self._queue.peek()) is not None:
+                if not queued.cancelled and queued.request.n_sequences > room:
                     return None
                 self._queue.pop()
-                if not ticket.cancelled:
-                    return ticket
+                if not queued.cancelled:
+                    return queued
             return None

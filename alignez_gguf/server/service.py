@@ -1,4 +1,4 @@
-"""The model behind the HTTP routes: turns bodies of requests into jobs, and jobs into replies."""
+"""The model behind the HTTP routes: turns bodies of requests into sequences to be written, and replies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines import Sampling
+from alignez_gguf.engines.batching import Batch, SequenceRequest
+from alignez_gguf.engines.sequences import EXACT_CHUNK_TOKENS
 from alignez_gguf.errors import AlignezError, QueryError, SteeringError
 from alignez_gguf.framing import Framing, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.jobs import Job
-from alignez_gguf.server.lane import Lane
 from alignez_gguf.server.readers import readers
 from alignez_gguf.server.reply import Reply
 from alignez_gguf.server.requests import ChatBody, CompletionBody, GenerationBody, SteeringFields
@@ -29,6 +29,8 @@ _CHARACTERS_PER_TOKEN = 16
 """No text has more on average; the time of some tokenizers grows with the square of the length."""
 _CACHE_BYTES = 4 << 30
 """All sequences together keep at most so much in their KV cache."""
+_PREFILL_TOKENS = 4 * EXACT_CHUNK_TOKENS
+"""Tokens of prompts between two steps: new requests get in, and running ones never wait long."""
 
 _ROLES = {"developer": "system"}
 
@@ -61,7 +63,7 @@ class Service:
         templates: a TOML file with prompt templates.
         framing: whether conversations go through the model's chat template; see `framing.templates_of`.
         n_ctx: the longest prompt and answer together; default: 4096, or what the model was trained for.
-        n_parallel: the most texts that grow at once; fewer where memory is tight.
+        n_parallel: the most sequences that are decoded at once; fewer where memory is tight.
         n_threads: default: the number of physical cores.
         n_gpu_layers: -1 for all, if there is a GPU.
 
@@ -102,20 +104,22 @@ class Service:
             room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)
             self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
             self.readers = opened.enter_context(readers(self._max_characters))
-            """Where `chat_jobs` and `completion_jobs` have to be called."""
+            """Where `chat_requests` and `completion_requests` have to be called."""
             for control in controls.values():
                 control.check_fits(self.model.info)
-            lane = Lane(
+                if control.gate is not None:
+                    control.gate.check_fits(self.model.n_vocab)
+            batch = Batch(
                 self.model,
-                {name: control.edits for name, control in controls.items()},
-                {name: control.gate for name, control in controls.items() if control.gate is not None},
+                [control.edits for control in controls.values()],
                 n_ctx=self.n_ctx,
                 n_parallel=max(2, min(n_parallel, room)),
                 n_threads=n_threads,
+                prefill_tokens=_PREFILL_TOKENS,
             )
-            opened.callback(lane.close)
+            opened.callback(batch.close)
             self._open = opened.pop_all()
-        self.scheduler = Scheduler(lane, self.limits.queue)
+        self.scheduler = Scheduler(batch, self.limits.queue)
 
     def require_model(self, name: str) -> None:
         """Raise a 404 where a request names another model."""
@@ -134,8 +138,8 @@ class Service:
         except SteeringError as error:
             raise ApiError(400, str(error), param="steering") from error
 
-    def chat_jobs(self, body: ChatBody, steering: SteeringChoice) -> list[Job]:
-        """A job for each choice of a chat request. Raises a 400."""
+    def chat_requests(self, body: ChatBody, steering: SteeringChoice) -> list[SequenceRequest]:
+        """A request for each choice of a chat request. Raises a 400."""
         messages = [Message(_ROLES.get(one.role, one.role), one.text) for one in body.messages]
         try:
             prompt = self._framing.prompt_of(messages)
@@ -145,25 +149,27 @@ class Service:
         stop = (*body.stop_strings, *self._framing.stop)
         self._check_wanted(body.max_tokens)
         wanted = body.max_completion_tokens or body.max_tokens
-        return self._jobs(body, steering, [tokens], wanted, self.limits.max_tokens, stop, body.n_alternatives)
+        return self._requests(
+            body, steering, [tokens], wanted, self.limits.max_tokens, stop, body.n_alternatives
+        )
 
-    def completion_jobs(self, body: CompletionBody, steering: SteeringChoice) -> list[Job]:
-        """A job for each choice of each prompt. Raises a 400."""
+    def completion_requests(self, body: CompletionBody, steering: SteeringChoice) -> list[SequenceRequest]:
+        """A request for each choice of each prompt. Raises a 400."""
         prompts = [
             self._tokens(prompt, "prompt") if isinstance(prompt, str) else self._checked(prompt)
             for prompt in body.prompts
         ]
         if not prompts:
             raise ApiError(400, "there is no prompt; give one", param="prompt")
-        return self._jobs(
+        return self._requests(
             body, steering, prompts, body.max_tokens, _COMPLETION_TOKENS, body.stop_strings, body.logprobs
         )
 
-    def submit(self, jobs: Sequence[Job], client: Hashable) -> Reply:
-        """Queue jobs; called in the event loop that reads the reply. Raises a 429."""
-        reply = Reply(jobs)
+    def submit(self, requests: Sequence[SequenceRequest], client: Hashable) -> Reply:
+        """Queue requests; called in the event loop that reads the reply. Raises a 429."""
+        reply = Reply(requests)
         try:
-            self.scheduler.submit(reply.tickets, client)
+            self.scheduler.submit(reply.queued, client)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="rate_limit_exceeded") from error
         return reply
@@ -179,7 +185,7 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _jobs(
+    def _requests(
         self,
         body: GenerationBody,
         steering: SteeringChoice,
@@ -188,7 +194,7 @@ class Service:
         default: int,
         stop: tuple[str, ...],
         n_alternatives: int | None,
-    ) -> list[Job]:
+    ) -> list[SequenceRequest]:
         n_choices = body.n
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if n_choices * len(prompts) > self.limits.queue:
@@ -199,7 +205,8 @@ class Service:
             )
         # llama.cpp's samplers take 32 bits, and OpenAI's seeds have 64.
         seed = secrets.randbits(31) if body.seed is None else body.seed
-        jobs = []
+        gate = self.controls.gate(steering)
+        requests = []
         for tokens in prompts:
             sampling = Sampling(
                 self._max_tokens(len(tokens), wanted, default, param),
@@ -207,20 +214,20 @@ class Service:
                 body.top_p,
                 stop,
             )
-            jobs += [
-                Job(
+            steered = self.controls.steering(steering, len(tokens))
+            requests += [
+                SequenceRequest(
                     tokens,
                     sampling,
                     seed + choice,
-                    steering.control,
-                    steering.strength,
-                    steering.scope,
-                    n_alternatives,
-                    body.steering.divergence,
+                    steered,
+                    gate,
+                    n_alternatives=n_alternatives,
+                    divergence=body.steering.divergence,
                 )
                 for choice in range(n_choices)
             ]
-        return jobs
+        return requests
 
     def _max_tokens(self, n_prompt: int, wanted: int | None, default: int, param: str) -> int:
         """How long an answer may become. Raises a 400 where it cannot be as long as is wanted."""

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignez_gguf.engines import Completion
+from alignez_gguf.engines.batching import SequenceRequest, TextDelta, TokenReport
 from alignez_gguf.server.controls import SteeringChoice
-from alignez_gguf.server.jobs import Finished, Job, Piece, TokenReport
 from alignez_gguf.server.reply import Choice
 
 
@@ -26,7 +27,7 @@ class Frame:
     model: str
     fingerprint: str
     steering: SteeringChoice
-    jobs: Sequence[Job]
+    requests: Sequence[SequenceRequest]
     prompt_tokens: int
     created: int = field(default_factory=lambda: int(time.time()))
     identifier: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -44,16 +45,16 @@ class Frame:
         """The first chunk of a choice of a chat."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
 
-    def chunk(self, index: int, event: Piece | Finished) -> dict[str, Any]:
+    def chunk(self, index: int, event: TextDelta | Completion) -> dict[str, Any]:
         """The chunk of one event."""
-        piece = event if isinstance(event, Piece) else Piece("")
-        text: dict[str, Any] = {"text": piece.text}
+        delta = event if isinstance(event, TextDelta) else TextDelta("")
+        text: dict[str, Any] = {"text": delta.text}
         if self.is_chat:
-            text = {"delta": {"content": piece.text} if piece.text else {}}
-        text |= self._reports(index, piece.tokens)
-        if isinstance(event, Piece):
+            text = {"delta": {"content": delta.text} if delta.text else {}}
+        text |= self._reports(index, delta.tokens)
+        if isinstance(event, TextDelta):
             return self._chunk(index, text, None)
-        return self._chunk(index, text | _decision(event), event.reason)
+        return self._chunk(index, text | self._decision(index, event), event.finish_reason)
 
     def usage_chunk(self, n_tokens: int) -> dict[str, Any]:
         """The last chunk, where `stream_options.include_usage` asks for it."""
@@ -88,26 +89,26 @@ class Frame:
         text: dict[str, Any] = {"text": choice.text}
         if self.is_chat:
             text = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        reason = choice.end.reason if choice.end else None
-        more = self._reports(index, choice.tokens) | (_decision(choice.end) if choice.end else {})
+        reason, more = None, self._reports(index, choice.tokens)
+        if choice.end is not None:
+            reason, more = choice.end.finish_reason, more | self._decision(index, choice.end)
         return {"index": index, "logprobs": None, **text, **more, "finish_reason": reason}
 
     def _reports(self, index: int, tokens: Sequence[TokenReport]) -> dict[str, Any]:
         """The fields of a choice about its tokens; none where none were asked for."""
-        job, fields = self.jobs[index], dict[str, Any]()
-        if job.n_alternatives is not None and tokens:
+        request, fields = self.requests[index], dict[str, Any]()
+        if request.n_alternatives is not None and tokens:
             fields["logprobs"] = _chat_logprobs(tokens) if self.is_chat else _completion_logprobs(tokens)
-        if job.divergence and tokens:
+        if request.divergence and tokens:
             fields["divergence"] = [
                 {"token": _text(token.data), "text_offset": token.offset, "kl": token.divergence}
                 for token in tokens
             ]
         return fields
 
-
-def _decision(end: Finished) -> dict[str, bool]:
-    """The field of a choice that says what a gate has decided, if there is one."""
-    return {} if end.steered is None else {"steered": end.steered}
+    def _decision(self, index: int, end: Completion) -> dict[str, bool]:
+        """The field of a choice that says what a gate has decided, if there is one."""
+        return {} if self.requests[index].gate is None else {"steered": end.steered}
 
 
 def _chat_logprobs(tokens: Sequence[TokenReport]) -> dict[str, Any]:

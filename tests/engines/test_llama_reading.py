@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cache
 from itertools import product
 
@@ -10,10 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from alignez_gguf.engines import Hook, Passage, Readout
-from alignez_gguf.engines import llama as llama_engine
+from alignez_gguf.engines import Hook, Passage, Readout, sequences
 from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.engines.slots import EXACT_PIECE, Slots
+from alignez_gguf.engines.sequences import EXACT_CHUNK_TOKENS, Sequences
 from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.context import Context
@@ -78,7 +78,7 @@ def logprobs(tiny: TinyModel, text: str) -> NDArray[np.float32]:
 @pytest.fixture
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values in F32."""
-    monkeypatch.setattr(llama_engine, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
+    monkeypatch.setattr(sequences, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
 
 
 @pytest.mark.usefixtures("_full_precision")
@@ -151,63 +151,6 @@ def test_prompt_that_is_read_before_responses_to_it_is_computed_once(
     assert sum(batches) <= n_tokens(prompts[0]) + n_tokens(prompts[1]) - shared + responses + 2 * len(answers)
 
 
-@pytest.mark.parametrize("file_type", ["F32", "F16", "Q8_0"])
-@pytest.mark.parametrize(
-    ("max_tokens", "expected_batches"),
-    [
-        (1, [2, 2]),  # one by one: of a single token, the last layer would take another kernel
-        (2, [4]),
-        (EXACT_PIECE // 2, [EXACT_PIECE]),
-        (EXACT_PIECE // 2 + 1, [EXACT_PIECE // 2 + 1] * 2),  # one by one: too many for one batch
-    ],
-)
-def test_two_responses_to_a_prompt_that_was_read_are_computed_together_to_the_same_bits(
-    file_type: str, max_tokens: int, expected_batches: list[int], batches: list[int]
-) -> None:
-    gguf = tiny_model("llama").gguf
-    prompts = [f"Question: how do I bake a cake, {word}?\nAnswer:" for word in ("why", "how", "why")]
-    answers = [
-        [Passage(prompt, text * 30) for text in (" make a plan", " mind the oven")] for prompt in prompts
-    ]
-    path = gguf if file_type == "F32" else quantized(gguf, file_type)
-    with LlamaEngine(path, n_ctx=256, n_threads=1) as engine:
-        alone = [
-            [
-                value
-                for passage in both
-                for value in engine.response_logprobs([passage], max_tokens=max_tokens)
-            ]
-            for both in answers
-        ]
-        for prompt, both, expected in zip(prompts, answers, alone, strict=True):
-            list(engine.activations([Passage(prompt)], LAST))
-            batches.clear()
-            assert list(engine.response_logprobs(both, max_tokens=max_tokens)) == expected
-            assert batches == expected_batches
-    assert len({value for both in alone for value in both}) == 4
-
-
-@pytest.mark.parametrize(
-    ("context", "supports_kv_truncation", "responses"),
-    [
-        (64, True, (" make a plan and", " mind the oven")),  # of which one is longer
-        (1 << 16, True, (" make a plan", " mind the oven")),  # a second cache of this length takes too much
-        (64, False, (" make a plan", " mind the oven")),  # the prompt would be computed with each
-    ],
-)
-def test_responses_that_cannot_be_computed_together_are_computed_one_by_one(
-    context: int, supports_kv_truncation: bool, responses: tuple[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llama_engine, "_LEAST_CACHE_BYTES", 1 << 16)
-    monkeypatch.setattr(Model, "supports_kv_truncation", supports_kv_truncation)
-    monkeypatch.setattr(Slots, "move", None)
-    answers = [Passage("Question: why?\nAnswer:", response) for response in responses]
-    with LlamaEngine(tiny_model("llama").gguf, n_ctx=context, n_threads=1) as engine:
-        alone = [value for passage in answers for value in engine.response_logprobs([passage])]
-        list(engine.activations([Passage(answers[0].prompt)], LAST))
-        assert list(engine.response_logprobs(answers)) == alone
-
-
 def test_next_token_logprobs_are_those_of_the_model(engine: LlamaEngine) -> None:
     tiny = tiny_model("llama")
     for text, found in zip(TEXTS, engine.next_token_logprobs(TEXTS), strict=True):
@@ -245,11 +188,11 @@ def test_response_logprob_does_not_depend_on_what_was_read_before(engine: LlamaE
         assert list(engine.response_logprobs([passage])) == [expected]
 
 
-def test_response_that_is_predicted_from_the_end_of_a_piece_is_as_any_other(engine: LlamaEngine) -> None:
+def test_response_that_is_predicted_from_the_end_of_a_chunk_is_as_any_other(engine: LlamaEngine) -> None:
     """In the last layer that token would be computed alone, by another kernel."""
     letters = "QZXJKVWY" * 12
-    passage = Passage(letters[:EXACT_PIECE], letters[EXACT_PIECE:])
-    assert n_tokens(passage.prompt) == EXACT_PIECE
+    passage = Passage(letters[:EXACT_CHUNK_TOKENS], letters[EXACT_CHUNK_TOKENS:])
+    assert n_tokens(passage.prompt) == EXACT_CHUNK_TOKENS
     list(engine.activations([Passage(letters[:20])], LAST))
     shifted = list(engine.response_logprobs([passage]))
     list(engine.activations([Passage("x")], LAST))
@@ -285,11 +228,10 @@ def test_quantized_model_reads_nearly_the_same() -> None:
 
 def learned(reader: LayerReader, on_model: str = "llama") -> LayerReader:
     """A reader that has seen the graph of a model."""
-    with (
-        Model(tiny_model(on_model).gguf) as model,
-        Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context,
-    ):
-        reader.learn(lambda: Slots(context).prefill(0, [5, 6, 7]))
+    with Model(tiny_model(on_model).gguf) as model:
+        sequence = Sequences(model, n_ctx=256, n_threads=1, on_node=reader.on_node)
+        with closing(sequence):
+            reader.learn(lambda: sequence.prefill(0, [5, 6, 7]))
     return reader
 
 
@@ -407,14 +349,14 @@ def test_block_output_that_its_layer_changes_further_is_not_found(weight: str) -
 def test_output_of_an_unexpected_width_is_an_error_and_no_wrong_tensor(hook: Hook, reason: str) -> None:
     with Model(tiny_model("llama").gguf) as model:
         reader = LayerReader(ModelInfo("llama", 32, 3))
-        with Context(model, n_ctx=256, n_batch=63, n_threads=1, on_node=reader.on_node) as context:
-            slots = Slots(context)
-            reader.learn(lambda: slots.prefill(0, [5, 6, 7]))
+        sequence = Sequences(model, n_ctx=256, n_threads=1, on_node=reader.on_node)
+        with closing(sequence):
+            reader.learn(lambda: sequence.prefill(0, [5, 6, 7]))
 
             def read() -> None:
                 with reader.reading([Readout(hook)]):
                     reader.arm(1)
-                    slots.prefill(0, [5, 6, 8])
+                    sequence.prefill(0, [5, 6, 8])
                     reader.take()
 
             with pytest.raises(ModelFileError, match=reason):

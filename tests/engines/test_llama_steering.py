@@ -142,7 +142,8 @@ def test_one_context_at_a_time_is_open_and_all_of_them_have_the_edits(
             super().__init__(*arguments, **options)  # type: ignore[arg-type]
             opened.append(self)
 
-    monkeypatch.setattr("alignez_gguf.engines.llama.Context", Watched)
+    for module in ("llama", "sequences"):
+        monkeypatch.setattr(f"alignez_gguf.engines.{module}.Context", Watched)
     engine.set_edits(random_edits(), "all")
     written, predicted = completed(engine, REQUESTS), list(engine.next_token_logprobs(PROMPTS, 1.0))
     read = list(engine.activations([Passage(PROMPTS[0])], [Readout("mlp", "last")]))
@@ -153,7 +154,7 @@ def test_one_context_at_a_time_is_open_and_all_of_them_have_the_edits(
     assert len(opened) == 5
 
 
-def test_what_is_read_between_texts_that_grow_leaves_them_alone(engine: LlamaEngine) -> None:
+def test_what_is_read_while_a_batch_runs_leaves_it_alone(engine: LlamaEngine) -> None:
     engine.set_edits(random_edits(), "all")
     expected, predicted = completed(engine, REQUESTS), list(engine.next_token_logprobs(PROMPTS, 1.0))
     found = {}

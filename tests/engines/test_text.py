@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from alignez_gguf.engines.text import StoppedText
+from alignez_gguf.engines.text import StopStringFilter
 
 
-def fed(pieces: list[bytes], *stop: str) -> tuple[list[str], StoppedText]:
-    text = StoppedText(stop)
+def fed(pieces: list[bytes], *stop: str) -> tuple[list[str], StopStringFilter]:
+    text = StopStringFilter(stop)
     given = []
     for piece in pieces:
         given.append(text.feed(piece))

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from alignez_gguf.engines import Sampling
+from alignez_gguf.engines.batching import QueuedRequest, SequenceRequest, TextDelta
 from alignez_gguf.server import reply as reply_module
 from alignez_gguf.server.admission import HEAD_BYTES
 from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.jobs import Job, Piece, Ticket
 from alignez_gguf.server.reply import Reply
 from tests.server.client import Server, until
 from tests.server.conftest import Serve
@@ -186,7 +186,7 @@ def test_client_that_goes_in_the_middle_of_a_stream_frees_its_slot(impatient: Se
         elif how == "resets":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             connection.close()
-        until(lambda: scheduler.n_waiting == 0 and scheduler.n_growing == 0)
+        until(lambda: scheduler.n_waiting == 0 and scheduler.n_running == 0)
         until(lambda: impatient.metric("alignez_cancelled_requests_total") == cancelled + 1)
     assert impatient.metric("alignez_generated_tokens_total") - before < 80 * 240
 
@@ -236,30 +236,30 @@ def test_answer_that_nobody_reads_ends_before_it_fills_the_memory(monkeypatch: p
     monkeypatch.setattr(reply_module, "_MOST_UNREAD", 3)
 
     async def read_late() -> list[object]:
-        reply = Reply([Job((1,), Sampling(9))])
+        reply = Reply([SequenceRequest((1,), Sampling(9))])
         for _ in range(9):
-            reply.tickets[0].listen(Piece("x"))
+            reply.queued[0].listen(TextDelta("x"))
         await asyncio.sleep(0)
-        assert reply.tickets[0].cancelled
+        assert reply.queued[0].cancelled
         events = reply.events()
         heard: list[object] = [await anext(events) for _ in range(3)]
         with pytest.raises(ApiError, match="not being read"):
             await anext(events)
         return heard
 
-    assert asyncio.run(read_late()) == [(0, Piece("x"))] * 3
+    assert asyncio.run(read_late()) == [(0, TextDelta("x"))] * 3
 
 
 def test_requests_of_clients_that_left_do_not_pile_up(serve: Serve) -> None:
     with serve(n_parallel=2, queue=10) as server:
         scheduler = server.service.scheduler
         tokens = tuple(server.service.model.tokenize("x"))
-        running = [Ticket(Job(tokens, Sampling(240)), lambda _: None) for _ in range(8)]
+        running = [QueuedRequest(SequenceRequest(tokens, Sampling(240)), lambda _: None) for _ in range(8)]
         scheduler.submit(running, "me")
         for _ in range(1000):
-            left = Ticket(Job(tokens, Sampling(240)), lambda _: None)
+            left = QueuedRequest(SequenceRequest(tokens, Sampling(240)), lambda _: None)
             scheduler.submit([left], "me")
             left.cancel()
         assert len(scheduler._queue) < 40
-        for ticket in running:
-            ticket.cancel()
+        for queued in running:
+            queued.cancel()

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from alignez_gguf.server.jobs import Failed, Job, Ticket
+from alignez_gguf.engines.batching import Failed, QueuedRequest, SequenceRequest
 from tests.server.client import Server, until
 from tests.server.conftest import Lone, Serve
 
@@ -181,7 +181,7 @@ LONG = {**ASK, "max_tokens": 240, "temperature": 1, "seed": 0, "prompt": "x"}
 def busy(server: Server, *, n: int, api_key: str = "none", stream: bool = True) -> socket.socket:
     """Begin a request of many long answers, and wait until the first ones grow."""
     connection = server.begin("/v1/completions", {**LONG, "n": n, "stream": stream}, api_key)
-    until(lambda: server.service.scheduler.n_growing)
+    until(lambda: server.service.scheduler.n_running)
     return connection
 
 
@@ -203,7 +203,7 @@ def test_client_that_leaves_stops_its_answers(serve: Serve, stream: bool) -> Non
         connection = busy(server, n=100, stream=stream)
         assert scheduler.n_waiting > 50
         connection.close()
-        until(lambda: scheduler.n_waiting == 0 and scheduler.n_growing == 0)
+        until(lambda: scheduler.n_waiting == 0 and scheduler.n_running == 0)
         until(lambda: server.metric("alignez_cancelled_requests_total") == 1)
         assert server.metric("alignez_generated_tokens_total") < 50 * 240
 
@@ -222,12 +222,12 @@ def test_neighbours_survive_a_failure_and_later_requests_are_answered(
     serve: Serve, lone: Lone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serve() as server, server.client() as client:
-        lane = server.service.scheduler._lane
+        batch = server.service.scheduler._batch
 
         def fail() -> None:
             raise MemoryError("no more of it")
 
-        monkeypatch.setattr(lane, "_step", fail)
+        monkeypatch.setattr(batch, "_decode", fail)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(**ASK)  # type: ignore[call-overload]
         assert "no more of it" in caught.value.message
@@ -244,7 +244,7 @@ def test_scheduler_that_closes_tells_everybody(serve: Serve) -> None:
         tokens = tuple(server.service.model.tokenize("x"))
         from alignez_gguf.engines import Sampling
 
-        tickets = [Ticket(Job(tokens, Sampling(240)), heard.append) for _ in range(9)]
-        server.service.scheduler.submit(tickets, "me")
+        queued = [QueuedRequest(SequenceRequest(tokens, Sampling(240)), heard.append) for _ in range(9)]
+        server.service.scheduler.submit(queued, "me")
         server.service.scheduler.close()
         assert sum(isinstance(event, Failed) for event in heard) == 9

@@ -127,21 +127,21 @@ def test_stop_ends_both_answers_on_the_server(
     page: playwright.Page, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = server.service.scheduler
-    lane = scheduler._lane
-    step = lane._step
+    batch = scheduler._batch
+    decode = batch._decode
     released = threading.Event()
-    monkeypatch.setattr(lane, "_step", lambda: (released.wait(20), step()))
+    monkeypatch.setattr(batch, "_decode", lambda: (released.wait(20), decode()))
     page.evaluate("document.querySelector('details').open = true")
     page.fill("#max-tokens", "200")
     page.fill("#temperature", "2")
     page.fill("#message", FIRST)
     page.click("#send")
-    until(lambda: scheduler.n_growing + scheduler.n_waiting == 2)
+    until(lambda: scheduler.n_running + scheduler.n_waiting == 2)
     page.click("#stop")
     playwright.expect(page.locator("#send")).to_be_enabled()
     playwright.expect(page.locator("#error")).to_be_empty()
     released.set()
-    until(lambda: not scheduler.n_growing and not scheduler.n_waiting)
+    until(lambda: not scheduler.n_running and not scheduler.n_waiting)
     assert page.locator("#message").evaluate("one => one === document.activeElement")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignez_gguf.engines import TEXTS_AT_ONCE
+from alignez_gguf.engines import DEFAULT_N_PARALLEL
 from benching import programs
 from benching.figures import Measured, missing, quantity, ratio
 from benching.setting import SLACK, Setting, texts
@@ -26,7 +26,7 @@ _VS_PROGRAM = f"tokens/s over {_PROGRAM}, as many tokens of prompts and answers"
 class Sizes:
     """Answers at once; tokens that all prompts begin with, of a prompt, of an answer; answers of the loop."""
 
-    n_parallel: int = TEXTS_AT_ONCE
+    n_parallel: int = DEFAULT_N_PARALLEL
     n_shared: int = 64
     n_prompt: int = 96
     n_answer: int = 128

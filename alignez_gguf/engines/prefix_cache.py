@@ -1,4 +1,4 @@
-"""Prompts that will be asked again: what was computed of them, in a temporary file."""
+"""The KV cache of prompts that come again, in a temporary file."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _FREE_SHARE = 0.25
 """No more than this share of what is free where temporary files lie."""
 
 
-class PromptCache:
-    """What was computed of prompts, found by their tokens.
+class PrefixCache:
+    """The state of sequences (`Context.save_sequence`), found by their tokens.
 
-    To lose one costs no more than to compute it again: where the disk is full or fails, nothing is raised.
+    A lost one is computed again: where the disk is full or fails, nothing is raised.
 
     Args:
-        limit: of all that is kept, in bytes. What would exceed it is not kept.
+        limit: the most bytes of all states together. One that would exceed it is not added.
     """
 
     def __init__(self, limit: int = _MOST_BYTES) -> None:
         self._left = limit
         self._file: FileIO | None = None
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
-        """The offset and the size of what is kept of a prompt."""
+        """The offset and the size of each state, by the tokens."""
 
-    def __contains__(self, prompt: Sequence[int]) -> bool:
-        return tuple(prompt) in self._places
+    def __contains__(self, tokens: Sequence[int]) -> bool:
+        return tuple(tokens) in self._places
 
-    def keep(self, prompt: Sequence[int], state: bytes) -> None:
-        """Keep what was computed of a prompt, if there is room."""
-        if prompt in self or len(state) > self._left:
+    def add(self, tokens: Sequence[int], state: bytes) -> None:
+        """Write the state of a prompt to the file, if there is room."""
+        if tokens in self or len(state) > self._left:
             return
         try:
             if self._file is None:
@@ -48,11 +48,11 @@ class PromptCache:
             self._left = 0
             return
         self._left -= len(state)
-        self._places[tuple(prompt)] = offset, len(state)
+        self._places[tuple(tokens)] = offset, len(state)
 
-    def find(self, prompt: Sequence[int]) -> bytes | None:
-        """What was kept of a prompt, or None."""
-        place = self._places.get(tuple(prompt))
+    def find(self, tokens: Sequence[int]) -> bytes | None:
+        """The state of a prompt, or None."""
+        place = self._places.get(tuple(tokens))
         if place is None or self._file is None:
             return None
         offset, size = place

@@ -1,4 +1,4 @@
-"""What is computed together, and in which pieces: counted in llama.cpp's contexts and batches."""
+"""What is computed together, and in which chunks: counted in llama.cpp's contexts and batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from alignez_gguf import demo
 from alignez_gguf.control import ControlFile
 from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.engines.slots import EXACT_PIECE
+from alignez_gguf.engines.sequences import EXACT_CHUNK_TOKENS
 from alignez_gguf.gate import Gate
 from alignez_gguf.server.reply import Choice
 from alignez_gguf.server.requests import CompletionBody, SteeringFields
@@ -34,7 +34,7 @@ def answers(service: Service, *asked: dict[str, Any]) -> list[Choice]:
         for fields in asked:
             body = CompletionBody.model_validate({"model": service.name, **fields})
             steering = service.steering(body.steering)
-            submitted.append(service.completion_jobs(body, steering))
+            submitted.append(service.completion_requests(body, steering))
         with service.scheduler._changed:
             replies = [service.submit(jobs, "me") for jobs in submitted]
         return [choice for reply in replies for choice in await reply.collect()]
@@ -56,7 +56,7 @@ def test_all_controls_share_a_context(
         assert len(made) == 1
 
 
-def test_answers_under_all_controls_grow_in_one_batch(
+def test_answers_under_all_controls_are_decoded_in_one_batch(
     controls: dict[str, ControlFile], lone: Lone, batches: list[int]
 ) -> None:
     kinds = [
@@ -121,16 +121,15 @@ def test_gate_decides_by_the_prompt_of_each_request(
         is_open = steering["control"] == "other" or opens[prompts.index(one["prompt"])]
         strength = steering["strength"] if is_open else 0.0
         assert choice.text == lone(one["prompt"], one["seed"], strength, control=steering["control"])
-        asks_gate = steering["control"] == "safe" and steering["strength"] > 0
         assert choice.end is not None
-        assert choice.end.steered == (is_open if asks_gate else None)
+        assert choice.end.steered == (strength > 0)
 
 
 @pytest.mark.parametrize(
-    ("file_type", "piece", "step"), [("F32", 60, 2), ("Q8_0", 60, 2), ("Q4_K_M", 300, 1), ("Q4_0", 300, 1)]
+    ("file_type", "chunk", "step"), [("F32", 60, 2), ("Q8_0", 60, 2), ("Q4_K_M", 300, 1), ("Q4_0", 300, 1)]
 )
 def test_only_weights_that_can_be_exact_are_computed_so(
-    file_type: str, piece: int, step: int, batches: list[int]
+    file_type: str, chunk: int, step: int, batches: list[int]
 ) -> None:
     model: Path = tiny_model("llama", n_embd=256).gguf
     if file_type != "F32":
@@ -139,12 +138,12 @@ def test_only_weights_that_can_be_exact_are_computed_so(
         batches.clear()
         (choice,) = answers(service, {"prompt": [5] * 300, "max_tokens": 8, "temperature": 0})
         assert choice.end is not None
-        n_steps = choice.end.n_tokens - (choice.end.reason == "length")
+        n_steps = choice.end.n_tokens - (choice.end.finish_reason == "length")
         assert n_steps > 0
-        assert batches == [piece] * (300 // piece) + [step] * n_steps
+        assert batches == [chunk] * (300 // chunk) + [step] * n_steps
 
 
-def test_long_pieces_of_prompts_do_not_hold_up_answers(batches: list[int]) -> None:
+def test_long_chunks_of_prompts_do_not_hold_up_answers(batches: list[int]) -> None:
     model = quantized(tiny_model("llama", n_embd=256).gguf, "Q4_K_M")
     with Service(model, {}, n_ctx=512, n_parallel=4, n_threads=1) as service:
         batches.clear()
@@ -153,4 +152,4 @@ def test_long_pieces_of_prompts_do_not_hold_up_answers(batches: list[int]) -> No
     between, steps = [0], [size <= 4 for size in batches]
     for size, is_step in zip(batches, steps, strict=True):
         between = [*between, 0] if is_step else [*between[:-1], between[-1] + size]
-    assert max(between) <= max(300, 4 * EXACT_PIECE)
+    assert max(between) <= max(300, 4 * EXACT_CHUNK_TOKENS)
