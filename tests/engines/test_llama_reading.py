@@ -188,16 +188,17 @@ def test_response_logprob_does_not_depend_on_what_was_read_before(engine: LlamaE
         assert list(engine.response_logprobs([passage])) == [expected]
 
 
-def test_response_that_is_predicted_from_the_end_of_a_chunk_is_as_any_other(engine: LlamaEngine) -> None:
+def test_response_that_is_predicted_from_the_end_of_a_chunk_is_as_any_other() -> None:
     """In the last layer that token would be computed alone, by another kernel."""
     half = EXACT_CHUNK_TOKENS - 12
     letters = "QZXJKVWY" * 20
     passage = Passage(letters[:half], letters[half : 2 * half + 1])  # computed in two chunks of `half` tokens
     assert n_tokens(passage.prompt) == half
-    list(engine.activations([Passage(letters[:20])], LAST))
-    shifted = list(engine.response_logprobs([passage]))
-    list(engine.activations([Passage("x")], LAST))
-    assert list(engine.response_logprobs([passage])) == shifted
+    with LlamaEngine(tiny_model("llama", n_embd=256).gguf, n_ctx=256, n_threads=1) as engine:
+        list(engine.activations([Passage(letters[:20])], LAST))
+        shifted = list(engine.response_logprobs([passage]))
+        list(engine.activations([Passage("x")], LAST))
+        assert list(engine.response_logprobs([passage])) == shifted
 
 
 @pytest.mark.parametrize(
