@@ -168,7 +168,7 @@ class Sequences:
         )
         try:
             if controls:
-                library.set_controls(self.context.pointer, controls, model.info.n_embd)
+                library.set_controls(self.context.pointer, controls)
         except BaseException:
             self.context.close()
             raise
