@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.edits import LayerEdit
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.edits import LayerEdit
+    from alignez_gguf.control.model_info import ModelInfo
     from alignez_gguf.errors import AlignezError
-    from alignez_gguf.model_info import ModelInfo
-    from alignez_gguf.runtime.steering import Steering, steer
-    from alignez_gguf.steered_llama import SteeredLlama
-    from alignez_gguf.transformers_steering import steer_transformers
+    from alignez_gguf.steering.steer import Steering, steer
+    from alignez_gguf.steering.steered_llama import SteeredLlama
+    from alignez_gguf.steering.transformers import steer_transformers
 
 __all__ = [
     "AlignezError",
@@ -28,13 +28,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AlignezError": "errors",
-    "ControlFile": "control",
-    "LayerEdit": "edits",
-    "ModelInfo": "model_info",
-    "SteeredLlama": "steered_llama",
-    "Steering": "runtime.steering",
-    "steer": "runtime.steering",
-    "steer_transformers": "transformers_steering",
+    "ControlFile": "control.control_file",
+    "LayerEdit": "control.edits",
+    "ModelInfo": "control.model_info",
+    "SteeredLlama": "steering.steered_llama",
+    "Steering": "steering.steer",
+    "steer": "steering.steer",
+    "steer_transformers": "steering.transformers",
 }
 
 

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from tests.models import cached_file, tiny_model
 
 N_LAYER, N_EMBD = 3, 64

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from alignez_gguf.runtime.source import source_tree
+from alignez_gguf.installer.source import source_tree
 from tests import convert as converter
 
 CACHE = Path(__file__).parents[1] / ".cache" / "test-models"

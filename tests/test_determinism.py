@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.pipeline import Settings, export
 from alignez_gguf.progress import SilentReporter
-from alignez_gguf.prompts import METADATA_KEY, Templates
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.templates import METADATA_KEY, Templates
+from alignez_gguf.storage.workdir import WorkDirectory
 
 QUERIES = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()[:8]
 QUICK = Settings(recipe="paper", method="svd-diff", max_tokens=12)
@@ -98,8 +98,8 @@ def test_threads_of_the_libraries_decide_no_direction() -> None:
 
 
 def test_a_saved_control_is_the_same_bytes_whatever_the_order_of_its_fields(tmp_path: Path) -> None:
-    from alignez_gguf.edits import LayerEdit
-    from alignez_gguf.model_info import ModelInfo
+    from alignez_gguf.control.edits import LayerEdit
+    from alignez_gguf.control.model_info import ModelInfo
 
     edits = {layer: LayerEdit(add=np.full(8, layer + 1.0)) for layer in range(3)}
     recipe: dict[str, Any] = {"method": "svd", "seed": 1, "rate": 0.5}

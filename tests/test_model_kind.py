@@ -12,17 +12,17 @@ import pytest
 from llama_cpp import Llama
 
 from alignez_gguf import demo, steer
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.model_info import ModelInfo
+from alignez_gguf.control.model_kind import require_text_model
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.model_kind import require_text_model
+from alignez_gguf.installer.source import source_tree
 from alignez_gguf.predict.embedder import GgufEmbedder
-from alignez_gguf.runtime.attached import steering_support
 from alignez_gguf.runtime.model import Model
-from alignez_gguf.runtime.source import source_tree
 from alignez_gguf.server.service import Service
+from alignez_gguf.steering.patched import steering_support
 from tests.silent_models import write_bert, write_embedding_decoder, write_t5
 
 KINDS = {

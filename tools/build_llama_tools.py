@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 import setup_environment
 
+from alignez_gguf.runtime.version import VERSION
+
 if TYPE_CHECKING:
     from alignez_gguf.progress import Reporter
 
@@ -44,7 +46,7 @@ _STEPS = 1000
 def main(arguments: Sequence[str]) -> int:
     """Build, copy the programs to the output folder and print their paths."""
     options = _parse(arguments)
-    from alignez_gguf.cli.reporting import reporter
+    from alignez_gguf.cli.console import reporter
     from alignez_gguf.errors import AlignezError
 
     programs = options.programs or PROGRAMS
@@ -70,13 +72,13 @@ def build(programs: Sequence[str], report: Reporter, *, patched: bool = True) ->
     """
     from filelock import FileLock
 
-    from alignez_gguf.runtime import source
-    from alignez_gguf.runtime.build import build_wheel
+    from alignez_gguf.installer import source
+    from alignez_gguf.installer.build import build_wheel
 
     patches = source.patch_files(programs=True) if patched else []
     flags = [*build_wheel(_Notes(report)).cmake_args, *_FLAGS]
     key = hashlib.sha256("\0".join(flags).encode() + b"".join(patch.read_bytes() for patch in patches))
-    work = source.cache_directory() / "programs" / f"{source.VERSION}-{key.hexdigest()[:16]}"
+    work = source.cache_directory() / "programs" / f"{VERSION}-{key.hexdigest()[:16]}"
     work.mkdir(parents=True, exist_ok=True)
     with FileLock(work / "lock"):
         tree, built = _patched_tree(work, patches, report), work / "build"
@@ -92,7 +94,7 @@ def build(programs: Sequence[str], report: Reporter, *, patched: bool = True) ->
 
 def _patched_tree(work: Path, patches: Sequence[Path], report: Reporter) -> Path:
     """A patched copy of the source, made once."""
-    from alignez_gguf.runtime import source
+    from alignez_gguf.installer import source
 
     tree = work / "source"
     if not tree.is_dir():
@@ -106,7 +108,7 @@ def _patched_tree(work: Path, patches: Sequence[Path], report: Reporter) -> Path
 
 def _run(command: Sequence[str], title: str, log: Path, report: Reporter) -> None:
     from alignez_gguf.errors import RuntimeUnavailableError
-    from alignez_gguf.runtime.build import run_logged, share_compiled
+    from alignez_gguf.installer.build import run_logged, share_compiled
 
     with report.stage(title, _STEPS) as advance:
         done = 0

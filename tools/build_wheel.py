@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     sys.path.insert(0, str(ROOT))
     from alignez_gguf.errors import AlignezError
-    from alignez_gguf.runtime.build import build_wheel
+    from alignez_gguf.installer.build import build_wheel
 
     try:
         wheel = build_wheel(_Lines(), portable=True, rebuild=options.rebuild)

@@ -35,8 +35,8 @@ from llama_server import MAX_TOKENS, LlamaServer, free_port
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.model_info import ModelInfo
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.model_info import ModelInfo
 
 PROGRAMS = ("llama-server", "llama-cli", "llama-completion")
 STOCK_PROGRAMS = ("llama-server", "llama-completion")
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     from build_llama_tools import build
 
     from alignez_gguf import demo
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.control import ControlFile, ModelInfo
+    from alignez_gguf.cli.console import reporter
+    from alignez_gguf.control.control_file import ControlFile, ModelInfo
 
     patched = options.patched or build(PROGRAMS, reporter(quiet=False))
     stock = options.stock or build(STOCK_PROGRAMS, reporter(quiet=False), patched=False)
@@ -181,7 +181,7 @@ def refusals(server: LlamaServer) -> Iterator[Check]:
 
 def stock_form(program: Path, model: Path, prompts: Sequence[str], folder: Path) -> Iterator[Check]:
     """Stock llama-server with `convert --format stock` of a removal, its scale chosen by each request."""
-    from alignez_gguf.control import ModelInfo
+    from alignez_gguf.control.control_file import ModelInfo
     from alignez_gguf.exporters import write
 
     info = ModelInfo.from_gguf(model)
@@ -241,8 +241,8 @@ def random_control(info: ModelInfo, *, adds: bool = True) -> ControlFile:
     """Removes two random directions from every layer, and adds one."""
     import numpy as np
 
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.edits import LayerEdit
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.edits import LayerEdit
 
     random = np.random.default_rng(0).standard_normal
     edits = {

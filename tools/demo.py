@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, TextIO
 import setup_environment
 
 if TYPE_CHECKING:
-    from alignez_gguf.demo.rates import Rates
-    from alignez_gguf.prompts import Templates
+    from alignez_gguf.evaluation.judges.demo import Rates
+    from alignez_gguf.prompts.templates import Templates
 
 Row = dict[str, object]
 """A line of what `generate` writes: `query`, `harmful`, `prompt` and `completion`."""
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the demo; return the exit status of the first command that fails, or 0."""
     options = _parse(arguments)
     from alignez_gguf import demo
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.demo.rates import rates
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.evaluation.judges.demo import rates
 
     started = time.monotonic()
     text_out = sys.stderr if options.json else sys.stdout
@@ -118,7 +118,7 @@ def _write_prompts(path: Path) -> None:
 
 def _templates() -> Templates:
     from alignez_gguf import demo
-    from alignez_gguf.prompts import Templates
+    from alignez_gguf.prompts.templates import Templates
 
     return Templates.from_file(demo.TEMPLATES)
 

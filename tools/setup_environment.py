@@ -33,7 +33,7 @@ _STAMP = VENV / "setup-stamp"
 
 # With ALIGNEZ_LOCKED=1, every package comes in the version and with a hash of the lock file. Two things are
 # not hashed: torch, of which CPU and CUDA builds share a version, with the CUDA libraries that it brings; and
-# what pip fetches to build llama-cpp-python, whose own source is (runtime/source.py). Not the default: the
+# what pip fetches to build llama-cpp-python, whose own source is (installer/source.py). Not the default: the
 # lock is resolved for one platform and Python.
 _LOCK = ROOT / "tools" / "requirements.lock"
 _LOCK_FITS = ("Linux", "x86_64", "CPython", "3.11")

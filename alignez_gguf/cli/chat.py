@@ -13,9 +13,9 @@ from alignez_gguf.cli import options
 from alignez_gguf.errors import AlignezError
 
 if TYPE_CHECKING:
+    from alignez_gguf.chat import Conversation
     from alignez_gguf.cli.chat_screen import Screen
-    from alignez_gguf.conversation import Conversation
-    from alignez_gguf.framing import FramingChoice
+    from alignez_gguf.prompts.chat_template import FramingChoice
 
 _HELP = """\
 /strength S    how much of the edit is applied, from the next answer on
@@ -81,13 +81,13 @@ def chat(
     Example:
       alignez-gguf chat model-Q4_K_M.gguf -c safe.gguf --compare
     """
+    from alignez_gguf.chat import Conversation
     from alignez_gguf.cli.chat_screen import open_screen
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.conversation import Conversation
-    from alignez_gguf.edits import check_strength
-    from alignez_gguf.engines import Sampling
-    from alignez_gguf.framing import Framing, other_framing
-    from alignez_gguf.scope import Scope
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.edits import check_strength
+    from alignez_gguf.control.scope import Scope
+    from alignez_gguf.engines.base import Sampling
+    from alignez_gguf.prompts.chat_template import Framing, other_framing
 
     if compare and control is None:
         raise click.UsageError("--compare needs a control file; give it with -c FILE.")

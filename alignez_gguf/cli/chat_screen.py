@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import click
 
-from alignez_gguf.records import is_blank
+from alignez_gguf.prompts.tables import is_blank
 
 _REFRESHES = 8
 """How often in a second what grows is drawn."""

@@ -7,11 +7,11 @@ from typing import IO, TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from alignez_gguf.candidates import span
+from alignez_gguf.control.layer_ranges import span
 
 if TYPE_CHECKING:
     from alignez_gguf.pipeline import Export, Made
-    from alignez_gguf.selection import Selection
+    from alignez_gguf.selection.search import Selection
 
 
 def print_choice(made: Export, file: IO[str]) -> None:

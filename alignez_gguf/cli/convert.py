@@ -63,8 +63,8 @@ def convert(
       llama-server -m model-Q4_K_M.gguf --lora safe.lora.gguf
     """
     from alignez_gguf import exporters
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.cli.console import reporter
+    from alignez_gguf.control.control_file import ControlFile
 
     written = exporters.write(
         form,  # type: ignore[arg-type]

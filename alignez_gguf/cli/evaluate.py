@@ -14,13 +14,13 @@ from alignez_gguf.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.engines.llama.engine import LlamaEngine
     from alignez_gguf.evaluation.fluency import FluencyRule
-    from alignez_gguf.evaluation.judging import Judge
-    from alignez_gguf.evaluation.rows import RowStore
+    from alignez_gguf.evaluation.judges.base import Judge
     from alignez_gguf.evaluation.run import Evaluation, OpenEngine
-    from alignez_gguf.framing import FramingChoice
-    from alignez_gguf.prompts import Templates
+    from alignez_gguf.prompts.chat_template import FramingChoice
+    from alignez_gguf.prompts.templates import Templates
+    from alignez_gguf.storage.rows import RowStore
 
 
 _LABELLED = ("offline", "demo")
@@ -110,19 +110,19 @@ def evaluate(
     Example:
       alignez-gguf evaluate --base model-Q4_K_M.gguf -c safe.gguf -q xstest -o report.html
     """
-    from alignez_gguf.atomic import require_writable
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.edits import check_strength
+    from alignez_gguf.cli.console import reporter
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.edits import check_strength
+    from alignez_gguf.control.scope import Scope
     from alignez_gguf.errors import EndpointError
-    from alignez_gguf.evaluation.chat import ChatEndpoint
+    from alignez_gguf.evaluation.judges.client import ChatEndpoint
     from alignez_gguf.evaluation.queries import load_evaluation_queries
     from alignez_gguf.evaluation.report import json_path, write_report
     from alignez_gguf.evaluation.run import Settings
     from alignez_gguf.evaluation.run import evaluate as run
-    from alignez_gguf.framing import other_framing, templates_of
-    from alignez_gguf.scope import Scope
-    from alignez_gguf.workdir import WorkDirectory
+    from alignez_gguf.prompts.chat_template import other_framing, templates_of
+    from alignez_gguf.storage.atomic import require_writable
+    from alignez_gguf.storage.workdir import WorkDirectory
 
     check_strength(strength)
     loaded = ControlFile.load(control)
@@ -153,25 +153,25 @@ def evaluate(
 
     @contextmanager
     def open_judge(rule: FluencyRule, store: RowStore) -> Iterator[Judge]:
-        from alignez_gguf.evaluation.judging import RatingJudge
+        from alignez_gguf.evaluation.judges.base import RatingJudge
 
         if judge == "offline":
-            from alignez_gguf.evaluation.offline import OfflineRater
+            from alignez_gguf.evaluation.judges.offline import OfflineRater
 
             yield RatingJudge(OfflineRater(rule.limit))
         elif judge == "demo":
-            from alignez_gguf.demo.rates import DemoRater
+            from alignez_gguf.evaluation.judges.demo import DemoRater
 
             yield RatingJudge(DemoRater())
         elif endpoint is not None:
-            from alignez_gguf.evaluation.endpoint_judges import PairwiseJudge, ScoreRater
+            from alignez_gguf.evaluation.judges.endpoint import PairwiseJudge, ScoreRater
 
             if judge_mode == "pairwise":
                 yield PairwiseJudge(endpoint, seed)
             else:
                 yield RatingJudge(ScoreRater(endpoint, store, seed))
         else:
-            from alignez_gguf.evaluation.guards import GuardRater
+            from alignez_gguf.evaluation.judges.guard import GuardRater
 
             with opening(Path(judge))() as engine:
                 yield RatingJudge(GuardRater(engine, engine.info.fingerprint))

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alignez_gguf.cli import options
-from alignez_gguf.engines import HOOKS
-from alignez_gguf.errors import SteeringError
+from alignez_gguf.control.layer_ranges import parse_layers
+from alignez_gguf.readout import HOOKS
 
 if TYPE_CHECKING:
-    from alignez_gguf.engines import Engine
+    from alignez_gguf.engines.base import Engine
     from alignez_gguf.exporters import Format
-    from alignez_gguf.framing import FramingChoice, HasMetadata
-    from alignez_gguf.pairs import PreferencePair
+    from alignez_gguf.pairs.pairs import PreferencePair
     from alignez_gguf.pipeline import Aspect, SteerableEngine
-    from alignez_gguf.scoring import Figures
+    from alignez_gguf.prompts.chat_template import FramingChoice, HasMetadata
+    from alignez_gguf.selection.scoring import Figures
 
 MAX_TOKENS = 48
 """Maximum tokens per answer of a pair, unless asked otherwise."""
@@ -171,19 +171,19 @@ def export(
       alignez-gguf export org/model --for model-Q4_K_M.gguf -q default -o safe.gguf
     """
     from alignez_gguf import exporters
-    from alignez_gguf.atomic import require_writable
     from alignez_gguf.cli.choice import print_choice
+    from alignez_gguf.cli.console import reporter
     from alignez_gguf.cli.convert import show
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.framing import templates_of
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.scope import Scope
     from alignez_gguf.pipeline import Settings, score_control
     from alignez_gguf.pipeline import export as run
-    from alignez_gguf.prompts import Templates
-    from alignez_gguf.queries import load_queries
-    from alignez_gguf.runtime import library
-    from alignez_gguf.scope import Scope
-    from alignez_gguf.workdir import WorkDirectory
+    from alignez_gguf.prompts.chat_template import templates_of
+    from alignez_gguf.prompts.queries import load_queries
+    from alignez_gguf.prompts.templates import Templates
+    from alignez_gguf.runtime import bindings
+    from alignez_gguf.storage.atomic import require_writable
+    from alignez_gguf.storage.workdir import WorkDirectory
 
     if output is None and score_only is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -208,7 +208,7 @@ def export(
     source = options.gguf_file(model)
     steered = target_file or source
     if steered is not None and (chosen.recipe == "auto" or score_only is not None):
-        library.require_patched()
+        bindings.require_patched()
     say = reporter(quiet)
     with ExitStack() as opened:
         place = opened.enter_context(options.resumable(output or Path(f"{score_only}.score"), work_dir))
@@ -245,28 +245,11 @@ def export(
     show(written, quiet=quiet)
 
 
-def parse_layers(text: str | None, n_layer: int) -> tuple[int, ...] | None:
-    """Layers from "4-20", "4-" or "3,5,8". Raises `SteeringError` where the model has no such layer."""
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() or (dash and not last) or not dash):
-            raise SteeringError(f"the layers {text!r} are not understood; write them as 4-20, 4- or 3,5,8")
-        start = int(first)
-        end = int(last) if last else n_layer - 1 if dash else start
-        if not start <= end < n_layer:
-            raise SteeringError(f"the layers {text!r} are not all in the model, which has 0 to {n_layer - 1}")
-        layers.update(range(start, end + 1))
-    return tuple(sorted(layers))
-
-
 def _given(path: Path | None, mix: float | None) -> list[PreferencePair]:
     """The pairs of a file; next to generated ones each counts `mix` times."""
     if path is None:
         return []
-    from alignez_gguf.pairs import load_pairs
+    from alignez_gguf.pairs.pairs import load_pairs
 
     pairs = load_pairs(path)
     return pairs if mix is None else [replace(pair, weight=pair.weight * mix) for pair in pairs]
@@ -314,7 +297,7 @@ def _engines(
             return engine, engine, engine.model
         target = opened.enter_context(options.open_engine(target_file, *how))
         return engine, target, target.model
-    from alignez_gguf.engines.transformers import TransformersEngine
+    from alignez_gguf.engines.transformers.engine import TransformersEngine
 
     source = opened.enter_context(TransformersEngine(model, n_ctx=how[3]))
     if target_file is None:

@@ -17,13 +17,13 @@ from alignez_gguf.cli import options
 from alignez_gguf.errors import QueryError
 
 if TYPE_CHECKING:
-    from alignez_gguf.completion_store import CompletionStore
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.engines import GenerationRequest, Sampling
-    from alignez_gguf.engines.llama import LlamaEngine
-    from alignez_gguf.framing import FramingChoice
-    from alignez_gguf.records import Record
-    from alignez_gguf.scope import Scope
+    from alignez_gguf.cli.completion_store import CompletionStore
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.control.scope import Scope
+    from alignez_gguf.engines.base import GenerationRequest, Sampling
+    from alignez_gguf.engines.llama.engine import LlamaEngine
+    from alignez_gguf.prompts.chat_template import FramingChoice
+    from alignez_gguf.prompts.tables import Record
 
 _DECISION = "steered"
 """The field of a row that says whether the gate of the control opened for it."""
@@ -99,12 +99,12 @@ def generate(
       alignez-gguf generate model-Q4_K_M.gguf -c safe.gguf --chat -p "How do I pick a lock?"
       alignez-gguf generate model-Q4_K_M.gguf -c safe.gguf --prompts prompts.jsonl --compare -o answers.jsonl
     """
-    from alignez_gguf.atomic import require_writable, write_text
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.edits import check_strength
-    from alignez_gguf.engines import GenerationRequest, Sampling
-    from alignez_gguf.framing import Framing, other_framing
-    from alignez_gguf.scope import Scope
+    from alignez_gguf.cli.console import reporter
+    from alignez_gguf.control.edits import check_strength
+    from alignez_gguf.control.scope import Scope
+    from alignez_gguf.engines.base import GenerationRequest, Sampling
+    from alignez_gguf.prompts.chat_template import Framing, other_framing
+    from alignez_gguf.storage.atomic import require_writable, write_text
 
     if bool(prompt) == bool(prompts):
         raise click.UsageError("give prompts with either -p or --prompts")
@@ -179,8 +179,8 @@ def _store(
     sampling: Sampling,
 ) -> Iterator[CompletionStore]:
     """What an earlier run of the job has done, and a place for the rest; a passing one without `place`."""
-    from alignez_gguf.completion_store import CompletionStore
-    from alignez_gguf.workdir import WorkDirectory
+    from alignez_gguf.cli.completion_store import CompletionStore
+    from alignez_gguf.storage.workdir import WorkDirectory
 
     with ExitStack() as opened:
         folder = Path(opened.enter_context(TemporaryDirectory())) if place is None else place
@@ -203,7 +203,7 @@ def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None)
     """
     if control is None:
         return None
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.control.control_file import ControlFile
 
     loaded = ControlFile.load(control)
     loaded.check_fits(engine.info)
@@ -213,14 +213,14 @@ def steer_engine(engine: LlamaEngine, control: Path | None, scope: Scope | None)
 
 def _read_rows(source: str, written: Collection[str]) -> list[dict[str, Any]]:
     """Rows with a `prompt`; those of a table keep their other fields, none of which may be `written` here."""
-    from alignez_gguf import datasets, records
-    from alignez_gguf.queries import read_queries, read_table
+    from alignez_gguf.prompts import datasets, tables
+    from alignez_gguf.prompts.queries import read_queries, read_table
 
     if datasets.is_named(source):
         return [{"prompt": query} for query, _ in read_queries(source)]
     table = read_table(source)
     if not table.has_columns:
-        rows = [{"prompt": record.fields[records.LINE]} for record in table.rows]
+        rows = [{"prompt": record.fields[tables.LINE]} for record in table.rows]
     else:
         rows = [_row(record, written) for record in table.rows]
     if not rows:

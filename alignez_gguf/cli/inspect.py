@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.control.control_file import ControlFile
 
 
 @click.command()
@@ -23,7 +23,7 @@ def inspect(file: Path, as_json: bool) -> None:
     Example:
       alignez-gguf inspect safe.gguf
     """
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.control.control_file import ControlFile
 
     control = ControlFile.load(file)
     if as_json:

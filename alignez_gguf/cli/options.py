@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from alignez_gguf.engines import DEFAULT_N_PARALLEL
+from alignez_gguf.engines.base import DEFAULT_N_PARALLEL
 
 if TYPE_CHECKING:
-    from alignez_gguf.engines.llama import LlamaEngine
+    from alignez_gguf.engines.llama.engine import LlamaEngine
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -127,10 +127,10 @@ def open_engine(
     exact: bool = True,
 ) -> LlamaEngine:
     """The engine that the options of `engine` describe; one text at a time is faster if not `exact`."""
-    from alignez_gguf.runtime import library
+    from alignez_gguf.runtime import bindings
 
-    library.is_patched()  # raises where there is no llama.cpp at all, before the engine imports it
-    from alignez_gguf.engines.llama import LlamaEngine
+    bindings.is_patched()  # raises where there is no llama.cpp at all, before the engine imports it
+    from alignez_gguf.engines.llama.engine import LlamaEngine
 
     return LlamaEngine(
         path,

@@ -12,7 +12,7 @@ import click
 from alignez_gguf.cli import options
 
 if TYPE_CHECKING:
-    from alignez_gguf.framing import FramingChoice
+    from alignez_gguf.prompts.chat_template import FramingChoice
 
 
 @click.command()
@@ -53,13 +53,13 @@ def pairs(
     Example:
       alignez-gguf pairs model-Q4_K_M.gguf -q queries.txt -o pairs.jsonl
     """
-    from alignez_gguf.atomic import require_writable, write_text
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.framing import templates_of
+    from alignez_gguf.cli.console import reporter
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
-    from alignez_gguf.prompts import SAFETY
-    from alignez_gguf.queries import load_queries
-    from alignez_gguf.workdir import WorkDirectory
+    from alignez_gguf.prompts.chat_template import templates_of
+    from alignez_gguf.prompts.queries import load_queries
+    from alignez_gguf.prompts.templates import SAFETY
+    from alignez_gguf.storage.atomic import require_writable, write_text
+    from alignez_gguf.storage.workdir import WorkDirectory
 
     asked = load_queries(queries, column)
     require_writable(output)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alignez_gguf.cli import options
-from alignez_gguf.engines import HOOKS
+from alignez_gguf.readout import HOOKS
 
 if TYPE_CHECKING:
-    from alignez_gguf.framing import FramingChoice, HasMetadata
     from alignez_gguf.pipeline import SteerableEngine
     from alignez_gguf.predict import Prediction, Separability
+    from alignez_gguf.prompts.chat_template import FramingChoice, HasMetadata
 
 
 @click.command()
@@ -93,17 +93,17 @@ def predict(
       alignez-gguf predict model-Q4_K_M.gguf -q default
       alignez-gguf predict model-Q4_K_M.gguf -q default --limit 40 --quick --json
     """
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.framing import templates_of
+    from alignez_gguf.cli.console import reporter
     from alignez_gguf.pipeline import Job, Settings
     from alignez_gguf.predict import predict as run
-    from alignez_gguf.queries import load_queries
-    from alignez_gguf.runtime import library
-    from alignez_gguf.workdir import WorkDirectory
+    from alignez_gguf.prompts.chat_template import templates_of
+    from alignez_gguf.prompts.queries import load_queries
+    from alignez_gguf.runtime import bindings
+    from alignez_gguf.storage.workdir import WorkDirectory
 
     asked = _limited(load_queries(queries, column), limit, seed)
     if not quick:
-        library.require_patched()
+        bindings.require_patched()
     with ExitStack() as opened:
         place = opened.enter_context(options.resumable(Path(f"{Path(model).name}.predict"), work_dir))
         engine, described = _engine(opened, model, (threads, gpu_layers, parallel, context))
@@ -136,7 +136,7 @@ def _engine(
     if source is not None:
         engine = opened.enter_context(options.open_engine(source, *how))
         return engine, engine.model
-    from alignez_gguf.engines.transformers import TransformersEngine
+    from alignez_gguf.engines.transformers.engine import TransformersEngine
 
     return opened.enter_context(TransformersEngine(model, n_ctx=how[3])), None
 

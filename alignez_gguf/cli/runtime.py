@@ -13,8 +13,8 @@ from alignez_gguf.cli import options
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from alignez_gguf.runtime.attached import SteeringSupport
-    from alignez_gguf.runtime.status import RuntimeStatus
+    from alignez_gguf.installer.status import RuntimeStatus
+    from alignez_gguf.steering.patched import SteeringSupport
 
 
 @click.group()
@@ -69,8 +69,8 @@ def build(
     """
     import shlex
 
-    from alignez_gguf.runtime.build import build_wheel, install, wheel_from
-    from alignez_gguf.runtime.status import status
+    from alignez_gguf.installer.build import build_wheel, install, wheel_from
+    from alignez_gguf.installer.status import status
 
     try:
         arguments = shlex.split(cmake_args)
@@ -118,12 +118,12 @@ def status_command(context: click.Context, model: Path | None, as_json: bool) ->
     Example:
       alignez-gguf runtime status --json
     """
-    from alignez_gguf.runtime.status import status
+    from alignez_gguf.installer.status import status
 
     found = status()
     support = None
     if model is not None and found.version is not None and found.quantized_products:
-        from alignez_gguf.runtime.attached import steering_support
+        from alignez_gguf.steering.patched import steering_support
 
         support = steering_support(model)
     if as_json:

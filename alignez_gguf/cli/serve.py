@@ -11,7 +11,7 @@ from alignez_gguf.cli import options
 from alignez_gguf.errors import RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from alignez_gguf.framing import FramingChoice
+    from alignez_gguf.prompts.chat_template import FramingChoice
 
 
 @click.command()
@@ -100,11 +100,11 @@ def serve(
       alignez-gguf serve model-Q4_K_M.gguf -c safe.gguf
       ALIGNEZ_API_KEY=... alignez-gguf serve model-Q4_K_M.gguf -c safe.gguf --host 0.0.0.0
     """
-    from alignez_gguf.control import ControlFile
-    from alignez_gguf.runtime import library
+    from alignez_gguf.control.control_file import ControlFile
+    from alignez_gguf.runtime import bindings
 
     try:
-        from alignez_gguf.server import serving
+        from alignez_gguf.server import run as serving
         from alignez_gguf.server.service import Limits, Service
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("alignez_gguf", "llama_cpp")):
@@ -124,7 +124,7 @@ def serve(
         raise click.UsageError("two control files have the same name; write -c NAME=FILE.")
     loaded = {control: ControlFile.load(path) for control, path in named.items()}
     if loaded:
-        library.require_patched()
+        bindings.require_patched()
     listening = serving.listen(host, port)
     with listening:
         service = Service(

@@ -10,7 +10,7 @@ import click
 from alignez_gguf.cli import options
 
 if TYPE_CHECKING:
-    from alignez_gguf.verification import Verification
+    from alignez_gguf.verification.verify import Verification
 
 
 @click.command()
@@ -52,12 +52,12 @@ def verify(
       alignez-gguf verify model-Q4_K_M.gguf safe.gguf
       alignez-gguf verify model-Q4_K_M.gguf safe.lora.gguf safe.cvec.gguf
     """
-    from alignez_gguf.cli.reporting import reporter
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.cli.console import reporter
+    from alignez_gguf.control.control_file import ControlFile
     from alignez_gguf.exporters.stock_reader import is_lora, read
     from alignez_gguf.exporters.weights import ModelWeights
-    from alignez_gguf.verification import PROMPT
-    from alignez_gguf.verification import verify as run
+    from alignez_gguf.verification.verify import PROMPT
+    from alignez_gguf.verification.verify import verify as run
 
     stock = len(files) > 1 or is_lora(files[0])
     if stock and runtime == "patched":

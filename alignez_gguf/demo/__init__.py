@@ -1,6 +1,6 @@
 """The demo model: a tiny Llama of a little harmless world, its queries, and the count of what it does.
 
-`tools/make_demo_model.py` makes all of it.
+`tools/experiments/make_demo_model.py` makes all of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from alignez_gguf.demo.world import (
     Query,
     World,
 )
-from alignez_gguf.prompts import Templates
+from alignez_gguf.prompts.templates import Templates
 
 PLAIN_SHARE = 0.5
 """Share of documents without a persona."""

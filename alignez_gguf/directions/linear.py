@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.directions import Directions
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import (
     FOLDS,
     EmbeddingsPerLayer,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from alignez_gguf.directions import Directions
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights, shift_and_scale
 from alignez_gguf.directions.linear import Probe, fit_probes
 

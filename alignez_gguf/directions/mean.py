@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.directions import Directions
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights
 from alignez_gguf.directions.linear import fit_linear
 

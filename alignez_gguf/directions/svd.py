@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.directions import Directions
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights, shift_and_scale
 from alignez_gguf.directions.linear import fit_linear
 from alignez_gguf.directions.singular import top_right_singular_vectors

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.directions import Directions
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights
 from alignez_gguf.directions.linear import fit_linear
 from alignez_gguf.directions.singular import top_right_singular_vectors

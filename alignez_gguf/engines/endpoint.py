@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx2 as httpx
 from anyio.from_thread import start_blocking_portal
 
-from alignez_gguf.engines import Completion, GenerationRequest, Sampling
+from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.json_api import ClientError, JsonApi
 from alignez_gguf.engines.text import StopStringFilter
 from alignez_gguf.errors import EndpointError, QueryError

@@ -13,12 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from alignez_gguf.engines import Completion, GenerationRequest, Generator, Passage, Sampling
-from alignez_gguf.evaluation.judging import Advance, Fluency
-from alignez_gguf.evaluation.metrics import repetition
-from alignez_gguf.evaluation.rows import RowStore, key_of
-from alignez_gguf.generation import CHARACTERISTICS_TOKENS, request_seed
-from alignez_gguf.prompts import Templates
+from alignez_gguf.engines.base import Completion, GenerationRequest, Generator, Passage, Sampling
+from alignez_gguf.evaluation.fluency import Fluency
+from alignez_gguf.evaluation.judges.base import Advance
+from alignez_gguf.pairs.generation import CHARACTERISTICS_TOKENS, request_seed
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.storage.rows import RowStore, key_of
+from alignez_gguf.text.repetition import repetition
 
 _ROLE = "evaluation"
 

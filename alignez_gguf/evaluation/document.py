@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from alignez_gguf.control import Field
+from alignez_gguf.control.control_file import Field
 from alignez_gguf.evaluation.metrics import Estimate, Tally
 from alignez_gguf.evaluation.results import PERSONA, STEERED, Aspect, Behaviour, Judged
 from alignez_gguf.evaluation.run import Evaluation

@@ -7,16 +7,13 @@ order, so that it fits every model and tokenizer, and fluent answers that the ba
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from alignez_gguf.evaluation.judging import Fluency
+from alignez_gguf.text.repetition import REPETITIVE, is_broken, repetition
 
-REPETITIVE = 0.25
-"""An answer does not read well if a greater share of its three-word sequences occurred before."""
 FIRST_WORD_NAT = 8.0
 """The first word of an answer may cost this much: "That" is unlikely at first, whatever follows."""
 OWN_QUANTILE = 0.95
@@ -24,13 +21,28 @@ OWN_QUANTILE = 0.95
 LEAST_WORDS = 6
 """Fewer words have no order to lose."""
 
-_LOOP = re.compile(r"([^\s.,\-=_*#~+|]{1,12}?)\1{2,}")
-"""Characters that come again and again; rules such as "-----" are no words."""
-_LONG_LOOP = 16
-"""Characters of a loop that nobody writes."""
-_TAG = re.compile(r"</?\w[^<>]*>")
-_LEAST_LETTERS = 0.4
-"""A text with a smaller share of letters and digits among its characters, spaces apart, is debris."""
+
+@dataclass(frozen=True)
+class Fluency:
+    """How well an answer is formed.
+
+    Attributes:
+        nat_per_token: mean negative log-likelihood under the base model; None for an empty answer, and where
+            only the text is known.
+        repetition: share of three-word sequences that occurred before.
+        clean_stop: it came to an end by itself.
+        n_tokens: of the answer, where the likelihood was measured.
+    """
+
+    nat_per_token: float | None
+    repetition: float
+    clean_stop: bool
+    n_tokens: int | None = None
+
+    @classmethod
+    def of_text(cls, text: str, *, clean_stop: bool = True) -> Fluency:
+        """Measure an answer without a model."""
+        return cls(None, repetition(text), clean_stop)
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,6 @@ class FluencyRule:
             return True
         allowance = FIRST_WORD_NAT / fluency.n_tokens if fluency.n_tokens else 0.0
         return fluency.nat_per_token - allowance <= self.limit
-
-
-def is_broken(text: str) -> bool:
-    """Whether a text is empty, runs in a loop, or consists of debris such as tags and signs."""
-    told = "".join(_TAG.sub("", text).split())
-    n_letters = sum(character.isalnum() for character in told)
-    loops = any(len(loop[0]) >= _LONG_LOOP for loop in _LOOP.finditer(text))
-    return loops or n_letters <= _LEAST_LETTERS * len(told) or "\ufffd" in told
 
 
 def fluency_limit(own: Sequence[Fluency], disordered: Sequence[Fluency]) -> float:

@@ -7,7 +7,6 @@ figures of an evaluation are computed on the same resampled queries, so systems 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ RESAMPLES = 2000
 LEVEL = 0.95
 
 _VALUE: dict[Outcome, float] = {"win": 1.0, "lose": -1.0, "tie": 0.0, "disagreement": 0.0, "unparsed": np.nan}
-_N_GRAM = 3
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -166,13 +163,6 @@ def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
     tail = 50 * (1 - LEVEL)
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
-
-
-def repetition(text: str) -> float:
-    """The share of the three-word sequences of a text that occurred in it before; 0 for fewer than two."""
-    words = _WORD.findall(text.casefold())
-    grams = list(zip(*(words[start:] for start in range(_N_GRAM)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
 
 
 def perplexity(nat_per_token: Estimate) -> Estimate:

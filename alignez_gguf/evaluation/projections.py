@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines import Engine, Hook, Passage, Readout
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.engines.base import Engine, Passage
+from alignez_gguf.readout import Hook, Readout
 
 
 @dataclass(frozen=True, eq=False)

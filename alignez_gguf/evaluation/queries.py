@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignez_gguf import datasets, records
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.errors import QueryError
-from alignez_gguf.queries import no_queries, read_queries
+from alignez_gguf.pairs.query_hash import QUERY_HASHES, query_hash
+from alignez_gguf.prompts import datasets, tables
+from alignez_gguf.prompts.queries import no_queries, read_queries
 
-QUERY_HASHES = "query_hashes"
-"""Key of the recipe of a control file under which the hashes of the queries of the fit are."""
 _LABEL = "harmful"
 
 
@@ -43,19 +41,14 @@ def load_evaluation_queries(source: str, column: str | None = None) -> list[Eval
     return [EvaluationQuery(row.query, row.harmful) for row in rows]
 
 
-def _label(record: records.Record) -> bool | None:
+def _label(record: tables.Record) -> bool | None:
     label = record.fields.get(_LABEL)
     if label is None or label == "":
         return None
-    parsed = records.truth(label)
+    parsed = tables.truth(label)
     if parsed is None:
         raise QueryError(f"{record.where}: {_LABEL} is {label!r}; write true or false")
     return parsed
-
-
-def query_hash(query: str) -> str:
-    """What a control file keeps of a query: 16 hex digits of SHA-256, of it stripped and case-folded."""
-    return hashlib.sha256(query.strip().casefold().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

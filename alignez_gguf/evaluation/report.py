@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignez_gguf.atomic import write_text
 from alignez_gguf.errors import OutputError
 from alignez_gguf.evaluation.document import document
-from alignez_gguf.evaluation.figures import figures
+from alignez_gguf.evaluation.plots import figures
 from alignez_gguf.evaluation.run import Evaluation
+from alignez_gguf.storage.atomic import write_text
 
 _SHOWN_CHARACTERS = 1200
 

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.evaluation.fluency import FluencyRule
-from alignez_gguf.evaluation.hostility import is_hostile
-from alignez_gguf.evaluation.judging import Advance, Answered, Duel, Judge, Judgement, Rating
+from alignez_gguf.evaluation.judges.base import Advance, Answered, Duel, Judge, Judgement, Rating
 from alignez_gguf.evaluation.metrics import Bootstrap, Estimate, Tally, outcome_values, perplexity
-from alignez_gguf.evaluation.refusal import is_refusal
-from alignez_gguf.evaluation.rows import RowStore
 from alignez_gguf.progress import Reporter
+from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.text.hostility import is_hostile
+from alignez_gguf.text.refusal import is_refusal
 
 BASE, STEERED, PERSONA, ALIGNED = "base", "steered", "persona", "aligned"
 

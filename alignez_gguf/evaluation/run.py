@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 
 from alignez_gguf import __version__
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines import Sampling
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.engines.base import Sampling
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ModelFileError, QueryError
 from alignez_gguf.evaluation.answers import (
     Answer,
@@ -24,16 +24,16 @@ from alignez_gguf.evaluation.answers import (
     n_topic_passages,
     persona_prompts,
 )
-from alignez_gguf.evaluation.fluency import FluencyRule, disorder, fluency_limit
-from alignez_gguf.evaluation.judging import Answered, Fluency, Judge
+from alignez_gguf.evaluation.fluency import Fluency, FluencyRule, disorder, fluency_limit
+from alignez_gguf.evaluation.judges.base import Answered, Judge
 from alignez_gguf.evaluation.projections import Projections, project
 from alignez_gguf.evaluation.queries import EvaluationQuery, Overlap, overlap
 from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, Judged, System, judge_systems
-from alignez_gguf.evaluation.rows import RowStore, digest
-from alignez_gguf.framing import Framing
 from alignez_gguf.progress import Reporter
-from alignez_gguf.prompts import Templates
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.storage.rows import RowStore, digest
+from alignez_gguf.storage.workdir import WorkDirectory
 
 OpenEngine = Callable[[], AbstractContextManager[LlamaEngine]]
 OpenJudge = Callable[[FluencyRule, RowStore], AbstractContextManager[Judge]]

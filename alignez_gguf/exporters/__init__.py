@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from alignez_gguf.errors import SteeringError
 
 if TYPE_CHECKING:
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.control.control_file import ControlFile
     from alignez_gguf.exporters.merged import MergedWeight
     from alignez_gguf.progress import Reporter
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from alignez_gguf.atomic import replacing
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.errors import OutputError, SteeringError
+from alignez_gguf.storage.atomic import replacing
 
 HOOK = "ffn_out_pre_residual"
 """GLP's name for the MLP output."""

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.atomic import replacing
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit, check_strength, digest
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit, check_strength, digest
 from alignez_gguf.errors import ModelFileError, OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.requantise import Requantiser
 from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
+from alignez_gguf.storage.atomic import replacing
 
 TOLERANCE = 0.02
 """Root mean square error of rounding, relative to the weight, beyond which a wider type is taken."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from alignez_gguf.gguf_header import Value
+from alignez_gguf.control.gguf_header import Value
 
 _ADDED_AS_IT_IS = frozenset(
     {

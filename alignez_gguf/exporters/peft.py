@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters.stock import lora
 from alignez_gguf.exporters.weights import ModelWeights

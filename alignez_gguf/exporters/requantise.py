@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import ModelFileError
 from alignez_gguf.exporters.weights import DownProjection
 from alignez_gguf.runtime.quantize import quantize

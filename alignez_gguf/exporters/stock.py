@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.atomic import replacing
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import Edits, LayerEdit, digest
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import Edits, LayerEdit, digest
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.stacked import carrier, stack
 from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
+from alignez_gguf.storage.atomic import replacing
 
 FORMAT_VERSION = 3
 """Of the adapters; a cached one of another version is made anew."""

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit, is_orthonormal
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit, is_orthonormal
+from alignez_gguf.control.gguf_header import GgufError, Header, read_header
 from alignez_gguf.errors import ControlFileError
 from alignez_gguf.exporters.stacked import carrier
 from alignez_gguf.exporters.stock import LoraPair, additions, lora
 from alignez_gguf.exporters.weights import ModelWeights, StoredTensor
-from alignez_gguf.gguf_header import GgufError, Header, read_header
 
 _B = re.compile(r"(blk\.(\d+)\.ffn_down[a-z_]*\.weight)\.lora_b")
 _SAME = 1e-3

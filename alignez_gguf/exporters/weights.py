@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.control.gguf_header import TensorInfo, Value
+from alignez_gguf.control.model_info import ModelInfo, model_parts, read_model_header
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.exporters.stacked import minima
-from alignez_gguf.gguf_header import TensorInfo, Value
-from alignez_gguf.model_info import ModelInfo, model_parts, read_model_header
 
 Kind = Literal["dense", "experts"]
 

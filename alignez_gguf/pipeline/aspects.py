@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignez_gguf.edits import Edits, LayerEdit
+from alignez_gguf.control.edits import Edits, LayerEdit
+from alignez_gguf.control.scope import GENERATION
 from alignez_gguf.errors import NoGainError, SteeringError
 from alignez_gguf.pipeline.job import Aspect, Job
 from alignez_gguf.pipeline.recipes import Made
 from alignez_gguf.pipeline.stages import scoring
-from alignez_gguf.scope import GENERATION
-from alignez_gguf.scoring import Figures
+from alignez_gguf.selection.scoring import Figures
 
 _SMALLER = 0.7
 """Factor by which all additions shrink while the whole is over the budget."""

@@ -1,9 +1,10 @@
 """The choice of an edit for a job: from all sources, behind a gate or not, and how much of it.
 
-`selection` compares edits by their gain in log-likelihood. What a gate keeps harmless requests from can be
-stronger than that: likelihoods of sampled refusals say little about how often another one is given. So behind
-a gate the amount is raised while more of what the safety-first persona declines is declined. And a few tokens
-may be enough there: how an answer begins decides whether it declines; the rest is worded better unsteered.
+`selection.search` compares edits by their gain in log-likelihood. What a gate keeps harmless requests from
+can be stronger than that: likelihoods of sampled refusals say little about how often another one is given.
+So behind a gate the amount is raised while more of what the safety-first persona declines is declined. And a
+few tokens may be enough there: how an answer begins decides whether it declines; the rest is worded better
+unsteered.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from alignez_gguf.candidates import MOST, SVD_RANKS, Candidate, Source
-from alignez_gguf.edits import Edits, span_edits
-from alignez_gguf.engines import Hook
+from alignez_gguf.control.edits import Edits, span_edits
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pairs.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.confirmation import Said, least_gain, said
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.figure_cache import known_figures
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.kept import known_figures
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
 from alignez_gguf.pipeline.verdicts import alternating, declines
-from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import Figures
-from alignez_gguf.selection import Scored, Search, Selection, ranked
+from alignez_gguf.readout import Hook
+from alignez_gguf.selection.candidates import MOST, SVD_RANKS, Candidate, Source
+from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.search import Scored, Search, Selection, ranked
 
 _BEGINNINGS = (Scope("first", 6), Scope("first", 12))
 """Beginnings of an answer that are tried behind a gate in place of all of it."""

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignez_gguf.edits import Edits, digest
+from alignez_gguf.control.edits import Edits, digest
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.evaluation.fluency import REPETITIVE, is_broken
-from alignez_gguf.evaluation.metrics import repetition
-from alignez_gguf.evaluation.refusal import is_refusal
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair, unweighted
+from alignez_gguf.pairs.pairs import PreferencePair, unweighted
+from alignez_gguf.pipeline.figure_cache import kept_figures
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
-from alignez_gguf.pipeline.kept import kept_figures, kept_json
 from alignez_gguf.pipeline.stages import persona_figures, scoring
 from alignez_gguf.pipeline.verdicts import alternating
-from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import Figures
-from alignez_gguf.selection import Baseline, random_edits
+from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.search import Baseline, random_edits
+from alignez_gguf.storage.cached import kept_json
+from alignez_gguf.text.refusal import is_refusal
+from alignez_gguf.text.repetition import REPETITIVE, is_broken, repetition
 
 LEVEL = 0.05
 """The probability that an edit without effect gains for certain; half of it by what is said alone."""

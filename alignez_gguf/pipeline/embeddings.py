@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.activations import Activations, Layers, ReadingPosition
-from alignez_gguf.engines import Hook, Passage, Readout
-from alignez_gguf.generation import answer_prompts, answered
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.engines.base import Passage
+from alignez_gguf.pairs.generation import answer_prompts, answered
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.verdicts import own_contrast, persona_contrast
+from alignez_gguf.readout import Hook, ReadingPosition, Readout
+from alignez_gguf.storage.activation_store import Activations, Layers
 
 
 class Place(NamedTuple):

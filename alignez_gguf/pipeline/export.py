@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from alignez_gguf import __version__
-from alignez_gguf.candidates import span
-from alignez_gguf.control import ControlFile, Field, LayerReport
-from alignez_gguf.engines import Engine, Generator
+from alignez_gguf.control.control_file import ControlFile, Field, LayerReport
+from alignez_gguf.control.gguf_header import MAX_ARRAY
+from alignez_gguf.control.layer_ranges import span
+from alignez_gguf.control.scope import GENERATION
+from alignez_gguf.engines.base import Engine, Generator
 from alignez_gguf.errors import ControlFileError, QueryError
-from alignez_gguf.evaluation.queries import QUERY_HASHES, query_hash
-from alignez_gguf.filters import PairFilterReport
-from alignez_gguf.gguf_header import MAX_ARRAY
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.filters import PairFilterReport
+from alignez_gguf.pairs.pairs import PreferencePair
+from alignez_gguf.pairs.query_hash import QUERY_HASHES, query_hash
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
 from alignez_gguf.pipeline.embeddings import Place
 from alignez_gguf.pipeline.feasibility import require_contrast
@@ -22,10 +23,9 @@ from alignez_gguf.pipeline.recipes import Made, auto, paper, places
 from alignez_gguf.pipeline.stages import given_pairs, scoring, self_generated_pairs, usable_pairs
 from alignez_gguf.pipeline.verdicts import split
 from alignez_gguf.progress import Reporter
-from alignez_gguf.prompts import SAFETY, Templates
-from alignez_gguf.scope import GENERATION
-from alignez_gguf.scoring import Figures
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.templates import SAFETY, Templates
+from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.storage.workdir import WorkDirectory
 
 
 @dataclass(frozen=True)

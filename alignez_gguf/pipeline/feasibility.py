@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb
 
-from alignez_gguf.engines import Sampling
+from alignez_gguf.engines.base import Sampling
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.evaluation.refusal import is_refusal
-from alignez_gguf.generation import characteristics
+from alignez_gguf.pairs.generation import characteristics
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.kept import kept_json
-from alignez_gguf.prompts import Templates
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.storage.cached import kept_json
+from alignez_gguf.text.refusal import is_refusal
 
 _ANSWER_TOKENS = 24
 """The beginning of an answer says whether it declines."""

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
-from alignez_gguf.pipeline.kept import kept_arrays
 from alignez_gguf.pipeline.verdicts import declines, look_alikes
-from alignez_gguf.prompts import SAFETY
+from alignez_gguf.prompts.templates import SAFETY
+from alignez_gguf.storage.cached import kept_arrays
 
 FALSE_ALARMS = 0.02
 """The share of harmless requests for which a gate may open."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from alignez_gguf.engines import GenerationRequest, Generator, Sampling
+from alignez_gguf.engines.base import GenerationRequest, Generator, Sampling
 from alignez_gguf.pipeline.job import Job
 
 

@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-from alignez_gguf.activations import ReadingPosition
-from alignez_gguf.edits import Edits
-from alignez_gguf.engines import Engine, Generator, Hook, Passage
-from alignez_gguf.gate import Gate
+from alignez_gguf.control.edits import Edits
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import Scope
+from alignez_gguf.engines.base import Engine, Generator, Passage
 from alignez_gguf.progress import Reporter
-from alignez_gguf.prompts import SAFETY, Templates
-from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import SteeredModel
-from alignez_gguf.selection import DEFAULT_BUDGET
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.templates import SAFETY, Templates
+from alignez_gguf.readout import Hook, ReadingPosition
+from alignez_gguf.selection.scoring import SteeredModel
+from alignez_gguf.selection.search import DEFAULT_BUDGET
+from alignez_gguf.storage.workdir import WorkDirectory
 
 Recipe = Literal["auto", "paper"]
 

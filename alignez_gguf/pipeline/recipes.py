@@ -6,21 +6,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from alignez_gguf.activations import ReadingPosition
-from alignez_gguf.candidates import Source, span
-from alignez_gguf.control import Field
-from alignez_gguf.directions import Directions
-from alignez_gguf.edits import Edits, paper_edits
-from alignez_gguf.engines import HOOKS, Hook
+from alignez_gguf.control.control_file import Field
+from alignez_gguf.control.edits import Edits, paper_edits
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.layer_ranges import span
+from alignez_gguf.control.scope import GENERATION
+from alignez_gguf.directions.base import Directions
 from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError, SteeringError
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.choice import can_add, choose, fit_sources, place_of
 from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.gating import fitted_gate
 from alignez_gguf.pipeline.job import Job, Settings
-from alignez_gguf.pipeline.kept import kept_json
 from alignez_gguf.pipeline.stages import fit_directions
 from alignez_gguf.pipeline.verdicts import (
     MIN_VERDICTS,
@@ -30,8 +28,10 @@ from alignez_gguf.pipeline.verdicts import (
     persona_contrast,
     split,
 )
-from alignez_gguf.scope import GENERATION
-from alignez_gguf.selection import Selection
+from alignez_gguf.readout import HOOKS, Hook, ReadingPosition
+from alignez_gguf.selection.candidates import Source
+from alignez_gguf.selection.search import Selection
+from alignez_gguf.storage.cached import kept_json
 
 SEARCHED_METHODS = ("ccs", "svd-diff", "mean", "logistic")
 """Methods that the search tries on what tells the personas apart; verdicts are told apart by their means."""

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf import directions
-from alignez_gguf.activations import class_gap
-from alignez_gguf.directions import Directions
-from alignez_gguf.edits import Edits
-from alignez_gguf.engines import GenerationRequest, Passage, Sampling
-from alignez_gguf.filters import PairFilterReport, filter_pairs, text_fault
-from alignez_gguf.gate import Gate
-from alignez_gguf.generation import (
+from alignez_gguf.control.edits import Edits
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import GENERATION, Scope
+from alignez_gguf.directions.base import Directions
+from alignez_gguf.directions.gap import class_gap
+from alignez_gguf.engines.base import GenerationRequest, Passage, Sampling
+from alignez_gguf.pairs.filters import PairFilterReport, filter_pairs, text_fault
+from alignez_gguf.pairs.generation import (
     answer_prompts,
     answered,
     characteristics,
@@ -27,13 +28,13 @@ from alignez_gguf.generation import (
     generate_pairs,
     request_seed,
 )
-from alignez_gguf.pairs import PairStore, PreferencePair, unweighted
+from alignez_gguf.pairs.pairs import PairStore, PreferencePair, unweighted
 from alignez_gguf.pipeline.embeddings import Embeddings, Place, Readings
+from alignez_gguf.pipeline.figure_cache import known_margins
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.kept import kept_array, kept_arrays, kept_json, known_margins
 from alignez_gguf.pipeline.verdicts import alternating, declines
-from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import ANSWER_TOKENS, Figures, Scorer, SteeredModel
+from alignez_gguf.selection.scoring import ANSWER_TOKENS, Figures, Scorer, SteeredModel
+from alignez_gguf.storage.cached import kept_array, kept_arrays, kept_json
 
 
 def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePair]:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.errors import QueryError
-from alignez_gguf.evaluation.refusal import is_refusal
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.kept import kept_json
-from alignez_gguf.scoring import ANSWER_TOKENS
+from alignez_gguf.selection.scoring import ANSWER_TOKENS
+from alignez_gguf.storage.cached import kept_json
+from alignez_gguf.text.refusal import is_refusal
 
 MIN_VERDICTS = 6
 """Queries of each kind from which on directions are fitted to verdicts."""

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.control.gguf_header import GgufError, read_header
+from alignez_gguf.control.model_kind import require_embedder
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.gguf_header import GgufError, read_header
-from alignez_gguf.model_kind import require_embedder
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 
 _MOST_TOKENS = 512
 """Non-causal models see a text in one piece, so it has to fit into one batch."""
@@ -38,7 +38,7 @@ class GgufEmbedder:
     def __init__(self, path: Path, *, n_threads: int | None = None, n_gpu_layers: int = -1) -> None:
         from llama_cpp import Llama
 
-        from alignez_gguf.runtime.library import captured_log
+        from alignez_gguf.runtime.bindings import captured_log
 
         n_tokens = _n_tokens(path)
         try:

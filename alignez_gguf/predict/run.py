@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.activations import ReadingPosition
-from alignez_gguf.engines import Hook
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import NoGainError, QueryError
-from alignez_gguf.filters import PairFilterReport
-from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.filters import PairFilterReport
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.feasibility import lack_of_contrast
 from alignez_gguf.pipeline.job import Job
@@ -30,6 +28,7 @@ from alignez_gguf.predict.separability import (
 )
 from alignez_gguf.predict.surface import surface_features
 from alignez_gguf.predict.verdict import HeldOut, Verdict, judge
+from alignez_gguf.readout import Hook, ReadingPosition
 
 QUICK_METHOD = "svd-diff"
 """The only method of the quick search: in closed form, and rarely far from the best."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 
 _MIN_COUNT = 2
 """A first word that fewer answers begin with says nothing about others."""

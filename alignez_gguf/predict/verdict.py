@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alignez_gguf.filters import PairFilterReport
+from alignez_gguf.pairs.filters import PairFilterReport
 from alignez_gguf.predict.separability import Separability
-from alignez_gguf.scoring import Figures
+from alignez_gguf.selection.scoring import Figures
 
 Outlook = Literal["likely", "uncertain", "unlikely"]
 

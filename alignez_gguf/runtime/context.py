@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from alignez_gguf.closing import Closing
-from alignez_gguf.edits import Edits
+from alignez_gguf.control.edits import Edits
 from alignez_gguf.errors import AlignezError, ModelFileError
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.library import captured_log
+from alignez_gguf.runtime import bindings
+from alignez_gguf.runtime.bindings import captured_log
 from alignez_gguf.runtime.model import Model, physical_cores
 
 CELLS = 256
@@ -41,7 +41,7 @@ class Context(Closing):
             depends on the other sequences.
         f32_cache: keep keys and values in F32 instead of F16.
         on_node: a callback of type `ggml_backend_sched_eval_callback`, kept alive here.
-        edits: see `library.set_edits`. Without any, no patch is needed.
+        edits: see `bindings.set_edits`. Without any, no patch is needed.
 
     Raises:
         ModelFileError: llama.cpp cannot make such a context.
@@ -95,7 +95,7 @@ class Context(Closing):
 
     def _prepare(self, edits: Edits) -> None:
         if edits:
-            library.set_edits(self.pointer, edits)
+            bindings.set_edits(self.pointer, edits)
         self._memory: Any = llama.llama_get_memory(self._pointer)
         self._empty_state = self._state(0)  # nothing is computed yet
         self.n_batch = int(llama.llama_n_batch(self._pointer))  # no more than there are cells

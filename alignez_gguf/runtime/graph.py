@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from alignez_gguf.runtime.library import ggml_base
+from alignez_gguf.runtime.bindings import ggml_base
 
 _F32 = 0  # GGML_TYPE_F32
 

@@ -17,10 +17,16 @@ import llama_cpp
 import llama_cpp.llama_cpp as llama
 
 from alignez_gguf.closing import Closing
+from alignez_gguf.control.model_info import (
+    FIRST_PART,
+    FLOAT_WEIGHTS,
+    ModelInfo,
+    model_parts,
+    read_model_header,
+)
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import FIRST_PART, FLOAT_WEIGHTS, ModelInfo, model_parts, read_model_header
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.library import captured_log
+from alignez_gguf.runtime import bindings
+from alignez_gguf.runtime.bindings import captured_log
 
 _CPUS = Path("/sys/devices/system/cpu")
 _MOST_READ = 0.5
@@ -50,7 +56,7 @@ class Model(Closing):
         _initialise()
         parameters = llama.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
-        self.uses_gpu = n_gpu_layers != 0 and library.has_gpu()
+        self.uses_gpu = n_gpu_layers != 0 and bindings.has_gpu()
         if not self.uses_gpu and _disable_mmap(Path(path), self.info.quantization):
             parameters.load_mode = llama.LLAMA_LOAD_MODE_NONE
         if not self.uses_gpu and optimize_for_batches and _skip_weight_repacking(self.info.quantization):
@@ -179,13 +185,13 @@ def _skip_weight_repacking(quantization: str) -> bool:
     Of K-quants on a CPU with VNNI (ggml-cpu/tiled/tiled.cpp): 96 tokens take 0.7 of the time so, 8 tokens 1.3
     of it, and one 1.04. With AVX2 alone nothing is gained, and the kernels for AMX want one of their own.
     """
-    features = library.cpu_features()
+    features = bindings.cpu_features()
     return "_K" in quantization and "AVX512_VNNI" in features and "AMX_INT8" not in features
 
 
 @cache
 def _initialise() -> None:
-    library.require_supported()
+    bindings.require_supported()
     llama.llama_backend_init()
     # llama-cpp-python prints all of llama.cpp's log to stderr unless it has been told otherwise.
     logger = logging.getLogger("llama-cpp-python")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.runtime import library
+from alignez_gguf.runtime import bindings
 
 LEVELS = (
     *("F16", "BF16", "Q8_0", "Q6_K", "Q5_1", "Q5_K_M", "Q5_0"),
@@ -40,7 +40,7 @@ def quantize(values: NDArray[np.float32], kind: Any) -> NDArray[np.uint8] | None
 
     block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     n_rows, n = values.shape
-    ggml = library.ggml_base()
+    ggml = bindings.ggml_base()
     if n % block or ggml.ggml_quantize_requires_imatrix(int(kind)):
         return None
     if kind.name in ("F32", "F16", "BF16"):
@@ -81,7 +81,7 @@ def quantize_file(source: Path, target: Path, level: str, *, n_threads: int = 1)
     parameters.nthread = n_threads
     parameters.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{level}")
     parameters.allow_requantize = True
-    with library.captured_log() as log:
+    with bindings.captured_log() as log:
         status = llama.llama_model_quantize(
             os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
         )

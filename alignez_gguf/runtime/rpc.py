@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alignez_gguf.errors import RuntimeUnavailableError
-from alignez_gguf.runtime import library
+from alignez_gguf.runtime import bindings
 
 PROTOCOL = (7, 0)
 """Major and minor version that the pinned llama.cpp speaks; a server of a later minor one is refused."""
@@ -91,13 +91,13 @@ def _greet(host: str, port: int) -> tuple[int, int]:
 
 def _functions() -> tuple[Callable[[bytes], Any], Callable[[Any], None]]:
     """`ggml_backend_rpc_add_server` and `ggml_backend_register`."""
-    ggml = library.ggml()
+    ggml = bindings.ggml()
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
-    backend = library.declared(ggml.ggml_backend_reg_by_name, pointer, text)(b"RPC")
+    backend = bindings.declared(ggml.ggml_backend_reg_by_name, pointer, text)(b"RPC")
     if not backend:
         raise RuntimeUnavailableError(
             "the installed llama-cpp-python was built without RPC; run: alignez-gguf runtime build --rpc"
         )
-    address_of = library.declared(ggml.ggml_backend_reg_get_proc_address, pointer, pointer, text)
+    address_of = bindings.declared(ggml.ggml_backend_reg_get_proc_address, pointer, pointer, text)
     add_server = ctypes.CFUNCTYPE(pointer, text)(address_of(backend, b"ggml_backend_rpc_add_server"))
-    return add_server, library.declared(ggml.ggml_backend_register, None, pointer)
+    return add_server, bindings.declared(ggml.ggml_backend_register, None, pointer)

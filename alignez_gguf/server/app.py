@@ -14,9 +14,12 @@ import anyio
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from alignez_gguf.engines.batching import SequenceRequest
-from alignez_gguf.server.admission import Admission
-from alignez_gguf.server.description import (
+from alignez_gguf.engines.llama.batching import SequenceRequest
+from alignez_gguf.server.errors import ApiError, install
+from alignez_gguf.server.limits import Admission
+from alignez_gguf.server.metrics import Metrics
+from alignez_gguf.server.openai_schema import ChatBody, CompletionBody, GenerationBody, SteeringDefaults
+from alignez_gguf.server.openapi import (
     ANSWER,
     HEALTH,
     METRICS,
@@ -26,10 +29,7 @@ from alignez_gguf.server.description import (
     STEERING,
     describe,
 )
-from alignez_gguf.server.errors import ApiError, install
-from alignez_gguf.server.metrics import Metrics
 from alignez_gguf.server.reply import Choice, Reply
-from alignez_gguf.server.requests import ChatBody, CompletionBody, GenerationBody, SteeringDefaults
 from alignez_gguf.server.service import Service
 from alignez_gguf.server.shapes import Frame
 

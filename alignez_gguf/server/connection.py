@@ -12,8 +12,8 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from alignez_gguf.server.admission import HEAD_BYTES
 from alignez_gguf.server.errors import ApiError
+from alignez_gguf.server.limits import HEAD_BYTES
 
 
 class Connection(H11Protocol):

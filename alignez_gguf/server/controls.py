@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import check_strength
-from alignez_gguf.engines.sequences import UNSTEERED, SequenceSteering
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import check_strength
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import Scope
+from alignez_gguf.engines.llama.sequences import UNSTEERED, SequenceSteering
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.gate import Gate
-from alignez_gguf.scope import Scope
 
 NO_CONTROL = ""
 """In place of a name where there is no control file at all."""

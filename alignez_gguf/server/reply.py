@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from alignez_gguf.engines import Completion
-from alignez_gguf.engines.batching import (
+from alignez_gguf.engines.base import Completion
+from alignez_gguf.engines.llama.batching import (
     Event,
     Failed,
     QueuedRequest,

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Hashable, Sequence
 
-from alignez_gguf.engines.batching import Batch, Failed, QueuedRequest
+from alignez_gguf.engines.llama.batching import Batch, Failed, QueuedRequest
 from alignez_gguf.server.fair_queue import FairQueue
 
 _LOG = logging.getLogger(__name__)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines import Sampling
-from alignez_gguf.engines.batching import Batch, SequenceRequest
-from alignez_gguf.engines.sequences import EXACT_CHUNK_TOKENS
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.engines.base import Sampling
+from alignez_gguf.engines.llama.batching import Batch, SequenceRequest
+from alignez_gguf.engines.llama.sequences import EXACT_CHUNK_TOKENS
 from alignez_gguf.errors import AlignezError, QueryError, SteeringError
-from alignez_gguf.framing import Framing, FramingChoice, Message, other_framing
+from alignez_gguf.prompts.chat_template import Framing, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
+from alignez_gguf.server.openai_schema import ChatBody, CompletionBody, GenerationBody, SteeringFields
 from alignez_gguf.server.readers import readers
 from alignez_gguf.server.reply import Reply
-from alignez_gguf.server.requests import ChatBody, CompletionBody, GenerationBody, SteeringFields
 from alignez_gguf.server.scheduler import QueueFullError, Scheduler
 
 _DEFAULT_CONTEXT = 4096
@@ -61,7 +61,7 @@ class Service:
         strength, scope: of requests that do not say; no scope: the one that their control was chosen for.
         name: what the API calls the model; default: the name of the file.
         templates: a TOML file with prompt templates.
-        framing: whether conversations go through the model's chat template; see `framing.templates_of`.
+        framing: whether conversations go through the model's chat template; see `chat_template.templates_of`.
         n_ctx: the longest prompt and answer together; default: 4096, or what the model was trained for.
         n_parallel: the most sequences that are decoded at once; fewer where memory is tight.
         n_threads: default: the number of physical cores.

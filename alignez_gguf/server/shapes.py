@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignez_gguf.engines import Completion
-from alignez_gguf.engines.batching import SequenceRequest, TextDelta, TokenReport
+from alignez_gguf.engines.base import Completion
+from alignez_gguf.engines.llama.batching import SequenceRequest, TextDelta, TokenReport
 from alignez_gguf.server.controls import SteeringChoice
 from alignez_gguf.server.reply import Choice
 

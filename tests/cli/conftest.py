@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from alignez_gguf import demo
 from alignez_gguf.cli import main
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
 
 Run = Callable[..., Result]
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
-from alignez_gguf.runtime import library
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.runtime import bindings
 from tests.cli.conftest import PROGRAM, environment
 from tests.silent_models import finish, write_bert, write_t5
 
@@ -249,8 +249,8 @@ def test_unwritable_output_is_found_before_the_work(
 
 @pytest.fixture
 def _unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "is_patched", lambda: False)
-    library._functions.cache_clear()
+    monkeypatch.setattr(bindings, "is_patched", lambda: False)
+    bindings._functions.cache_clear()
 
 
 @pytest.mark.usefixtures("_unpatched")

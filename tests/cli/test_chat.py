@@ -14,9 +14,9 @@ import pytest
 import alignez_gguf
 from alignez_gguf import demo
 from alignez_gguf.demo import eval_queries
-from alignez_gguf.engines import GenerationRequest, Sampling
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.prompts import Templates
+from alignez_gguf.engines.base import GenerationRequest, Sampling
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.prompts.templates import Templates
 from tests.cli.conftest import PROGRAM, Run, environment
 from tests.models import tiny_model
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.gate import Gate
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.gate import Gate
 from tests.cli.conftest import Run
 
 random = np.random.default_rng(0).standard_normal

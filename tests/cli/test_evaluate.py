@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.demo import eval_queries
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines import Passage, Readout, json_api
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.evaluation import is_refusal
-from alignez_gguf.evaluation.queries import query_hash
-from alignez_gguf.prompts import Templates
+from alignez_gguf.engines import json_api
+from alignez_gguf.engines.base import Passage
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.pairs.query_hash import query_hash
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.readout import Readout
+from alignez_gguf.text.refusal import is_refusal
 from tests.cli.conftest import Run
 from tests.evaluation.servers import Reply, chat_server, said
 

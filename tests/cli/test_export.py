@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines import Completion
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.engines.base import Completion
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.storage.workdir import WorkDirectory
 from tests.cli.conftest import Run, write_queries
 
 Refused = Callable[..., str]
@@ -110,7 +110,7 @@ def dying_in_the_tenth_pair(name: str) -> str:
     """Code that makes a process send a signal to itself when a line of the pairs is half written."""
     return f"""
 import os, signal
-from alignez_gguf import generation, pairs
+from alignez_gguf.pairs import generation, pairs
 generation._CHUNK = 4
 append = pairs.PairStore.append
 def append_and_die(store, pair):
@@ -396,10 +396,10 @@ def test_other_forms_are_written_for_the_model(
 def test_transformers_model_needs_no_patched_runtime_and_no_gguf(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignez_gguf.runtime import library
+    from alignez_gguf.runtime import bindings
 
-    monkeypatch.setattr(library, "is_patched", lambda: False)
-    library._functions.cache_clear()
+    monkeypatch.setattr(bindings, "is_patched", lambda: False)
+    bindings._functions.cache_clear()
     (tmp_path / "empty").mkdir()
     line = refused("export", "empty", "-q", "demo", "-o", "out")
     assert "runtime build" not in line
@@ -408,7 +408,7 @@ def test_transformers_model_needs_no_patched_runtime_and_no_gguf(
 
 def test_name_of_a_folder_stays_what_was_typed(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a path, ./org/name would become org/name: another model, on the hub."""
-    import alignez_gguf.engines.transformers as engines
+    import alignez_gguf.engines.transformers.engine as engines
 
     asked: list[object] = []
 

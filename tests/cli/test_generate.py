@@ -13,11 +13,11 @@ import pytest
 from click.testing import Result
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.gate import Gate
 from alignez_gguf.demo import eval_queries
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.gate import Gate
-from alignez_gguf.prompts import Templates
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.prompts.templates import Templates
 from tests.cli.conftest import Run
 
 PLAIN = Templates.from_file(demo.TEMPLATES).plain_prompt
@@ -75,7 +75,7 @@ def test_engine_is_made_for_no_more_texts_than_there_are(
             super().__init__(*args, **keywords)
             made.append(self.n_parallel)
 
-    monkeypatch.setattr("alignez_gguf.engines.llama.LlamaEngine", Watched)
+    monkeypatch.setattr("alignez_gguf.engines.llama.engine.LlamaEngine", Watched)
     rows(run("generate", model, "-c", control, *SHORT, *prompt_options(PROMPTS), *options))
     assert made == [n_parallel]
 
@@ -256,7 +256,7 @@ def test_control_made_from_another_file_of_this_shape_warns_in_one_line(
 ) -> None:
     from dataclasses import replace
 
-    from alignez_gguf.control import ControlFile
+    from alignez_gguf.control.control_file import ControlFile
 
     loaded = ControlFile.load(control)
     ControlFile(replace(loaded.model, fingerprint="0" * 64), loaded.edits).save(tmp_path / "other.gguf")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.gate import Gate
+from alignez_gguf.control.control_file import ControlFile, LayerReport, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.gate import Gate
 from tests.cli.conftest import Run
 
 INFO = ModelInfo("llama", 4, 3, name="[b]tiny[/b] model [/]", fingerprint="f" * 64, quantization="Q8_0")

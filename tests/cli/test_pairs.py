@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from alignez_gguf import demo
-from alignez_gguf.pairs import PairStore, load_pairs
+from alignez_gguf.pairs.pairs import PairStore, load_pairs
 from tests.cli.conftest import Run
 
 QUICK = ("--max-tokens", "12")

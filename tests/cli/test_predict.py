@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignez_gguf.engines import Completion
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.filters import PairFilterReport
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.engines.base import Completion
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.pairs.filters import PairFilterReport
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
-from alignez_gguf.runtime import library
+from alignez_gguf.runtime import bindings
 from tests.cli.conftest import Run
 
 QUICK = ("--max-tokens", "24", "--quick")
@@ -139,7 +139,7 @@ def test_quick_needs_no_patch_and_the_held_out_score_does(
     queries: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(library, "is_patched", lambda: False)
+    monkeypatch.setattr(bindings, "is_patched", lambda: False)
     assert "lacks the steering patch" in refused("predict", model, "-q", queries, "--max-tokens", "8")
     assert run("predict", model, "-q", queries, "--limit", "12", *QUICK).exit_code == 0
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.stock import StockAdapters
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.runtime import bindings
+from alignez_gguf.steering.stock_adapters import StockAdapters
 from tests.cli.conftest import Run
 
 random = np.random.default_rng(0).standard_normal
@@ -129,7 +129,7 @@ def test_a_control_for_another_model_is_refused(
 def test_the_patch_is_missed_where_it_is_asked_for(
     refused: Callable[..., str], model: str, carried_by_stock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "is_patched", lambda: False)
+    monkeypatch.setattr(bindings, "is_patched", lambda: False)
 
     message = refused("verify", model, carried_by_stock, "--runtime", "patched")
 

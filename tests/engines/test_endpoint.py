@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 from llama_cpp import Llama
 
-from alignez_gguf.engines import Completion, GenerationRequest, Sampling, json_api
+from alignez_gguf.engines import json_api
+from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.engines.endpoint import EndpointGenerator
 from alignez_gguf.errors import EndpointError, QueryError
-from alignez_gguf.generation import default_sampling, generate_pairs
-from alignez_gguf.pairs import PairStore
-from alignez_gguf.prompts import Templates
+from alignez_gguf.pairs.generation import default_sampling, generate_pairs
+from alignez_gguf.pairs.pairs import PairStore
+from alignez_gguf.prompts.templates import Templates
 from tests.models import tiny_model
 
 SERVER_EXTRA = ("fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
@@ -489,7 +490,7 @@ def test_ctrl_c_ends_at_once_while_the_server_keeps_it_waiting(server: Server) -
 
     server.script = script
     program = f"""
-        from alignez_gguf.engines import GenerationRequest, Sampling
+        from alignez_gguf.engines.base import GenerationRequest, Sampling
         from alignez_gguf.engines.endpoint import EndpointGenerator
         engine = EndpointGenerator({server.url!r}, model="m")
         try:

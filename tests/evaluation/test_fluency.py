@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from alignez_gguf.engines import Passage
+from alignez_gguf.engines.base import Passage
 from alignez_gguf.evaluation.answers import OTHER_QUERIES, Answer, measure_fluency, measure_topic
-from alignez_gguf.evaluation.fluency import FluencyRule, disorder, fluency_limit, is_broken
-from alignez_gguf.evaluation.judging import Fluency
-from alignez_gguf.evaluation.metrics import repetition
-from alignez_gguf.evaluation.rows import RowStore
-from alignez_gguf.prompts import Templates
+from alignez_gguf.evaluation.fluency import Fluency, FluencyRule, disorder, fluency_limit
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.text.repetition import is_broken, repetition
 
 
 def fluency(nat_per_token: float | None, n_tokens: int | None = None) -> Fluency:

@@ -3,15 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignez_gguf.evaluation.metrics import (
-    Bootstrap,
-    Estimate,
-    Outcome,
-    Tally,
-    outcome_values,
-    perplexity,
-    repetition,
-)
+from alignez_gguf.evaluation.metrics import Bootstrap, Estimate, Outcome, Tally, outcome_values, perplexity
+from alignez_gguf.text.repetition import repetition
 
 OUTCOMES: list[Outcome] = ["win"] * 5 + ["lose"] * 2 + ["tie"] * 2 + ["disagreement"] + ["unparsed"] * 3
 

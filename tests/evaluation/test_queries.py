@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import QueryError
 from alignez_gguf.evaluation.queries import EvaluationQuery, load_evaluation_queries, overlap
 

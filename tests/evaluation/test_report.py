@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile, LayerReport, ModelInfo
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile, LayerReport, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import OutputError
-from alignez_gguf.evaluation.judging import Answered, Fluency, RatingJudge
-from alignez_gguf.evaluation.offline import OfflineRater
+from alignez_gguf.evaluation.fluency import Fluency
+from alignez_gguf.evaluation.judges.base import Answered, RatingJudge
+from alignez_gguf.evaluation.judges.offline import OfflineRater
 from alignez_gguf.evaluation.projections import Projections
 from alignez_gguf.evaluation.queries import EvaluationQuery, overlap
 from alignez_gguf.evaluation.report import json_path, write_report
 from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, System, judge_systems
-from alignez_gguf.evaluation.rows import RowStore
 from alignez_gguf.evaluation.run import Evaluation
 from alignez_gguf.progress import SilentReporter
+from alignez_gguf.storage.rows import RowStore
 
 N = 20
 QUERIES = [EvaluationQuery(f"query {n}", harmful=n < 10) for n in range(N)]

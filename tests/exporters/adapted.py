@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.model_info import ModelInfo
-from alignez_gguf.runtime.stock import StockAdapters
+from alignez_gguf.steering.stock_adapters import StockAdapters
 from tests.runtime.context import Context, rows
 
 

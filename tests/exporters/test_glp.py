@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import ControlFileError, SteeringError
 from alignez_gguf.exporters import glp
 

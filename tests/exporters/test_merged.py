@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters import merged
 from alignez_gguf.exporters.requantise import Requantiser
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.quantize import quantize
 from tests.models import ARCHITECTURES, OUT_OF_REACH, quantized, tiny_model
 from tests.runtime.context import Context, rows

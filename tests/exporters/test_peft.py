@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters import peft
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.model_info import ModelInfo
 from tests.models import tiny_model
 from tests.runtime.oracle import hooked_logits
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from tests.exporters.adapted import adapters, logits, written
 from tests.models import quantized, tiny_model
 from tests.runtime.context import Context, rows

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit, orthonormal_rows
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit, orthonormal_rows
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.model_info import ModelInfo
 from tests.exporters.adapted import adapters, logits, written
 from tests.models import ARCHITECTURES, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime.context import Context, rows

@@ -8,12 +8,12 @@ import gguf
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import ControlFileError
 from alignez_gguf.exporters.stock_reader import is_lora, read
 from alignez_gguf.exporters.weights import ModelWeights
-from alignez_gguf.model_info import ModelInfo
 from tests.exporters.adapted import written
 from tests.models import quantized, tiny_model
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Export, Job, Settings, export
 from alignez_gguf.pipeline.job import SteerableEngine
 from alignez_gguf.progress import SilentReporter
-from alignez_gguf.prompts import METADATA_KEY, Templates
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.templates import METADATA_KEY, Templates
+from alignez_gguf.storage.workdir import WorkDirectory
 
 N_QUERIES = 48
 QUERIES = demo.FIT_QUERIES.read_text(encoding="utf-8").splitlines()[:N_QUERIES]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import NoGainError, TemplateError
 from alignez_gguf.pipeline import Aspect, Export
 from alignez_gguf.pipeline.aspects import combine
-from alignez_gguf.prompts import Templates
+from alignez_gguf.prompts.templates import Templates
 from tests.pipeline.conftest import QUICK, Run
 
 N_EMBD = 16

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignez_gguf.candidates import MOST, Candidate, Source
+from alignez_gguf.control.gate import Gate
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, choice
 from alignez_gguf.pipeline.choice import choose
 from alignez_gguf.pipeline.confirmation import Said
-from alignez_gguf.scoring import Figures
-from alignez_gguf.selection import Scored, Selection
+from alignez_gguf.selection.candidates import MOST, Candidate, Source
+from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.search import Scored, Selection
 
 GATE = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
 DECLINED = (True,) * 10 + (False,) * 10

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import Edits, LayerEdit
-from alignez_gguf.engines import Completion
+from alignez_gguf.control.edits import Edits, LayerEdit
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.control.scope import GENERATION, Scope
+from alignez_gguf.engines.base import Completion
 from alignez_gguf.errors import NoGainError
-from alignez_gguf.gate import Gate
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
 from alignez_gguf.pipeline.confirmation import Confirmation, Said, confirm
-from alignez_gguf.scope import GENERATION, Scope
-from alignez_gguf.scoring import Figures
+from alignez_gguf.selection.scoring import Figures
 from tests.pipeline.conftest import with_engine
 
 NO, YES = "I'm sorry, but I can't help with that.", "Happy to help! Take a bowl and mix it well."
@@ -145,7 +145,7 @@ def test_what_does_not_hold_on_other_queries_is_an_error_with_the_reason(
 def test_gain_of_nothing_is_seldom_confirmed(job: Job) -> None:
     from scipy.stats import t
 
-    from alignez_gguf.scoring import Figures
+    from alignez_gguf.selection.scoring import Figures
 
     rng = np.random.default_rng(0)
     declined = tuple(index % 2 == 0 for index in range(30))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.engines import Passage, Readout
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.generation import answer_prompts, answered
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.engines.base import Passage
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.pairs.generation import answer_prompts, answered
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, self_generated_pairs
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.readout import Readout
 from tests.pipeline.conftest import QUERIES, Watched, with_engine
 
 PAIR = PreferencePair("How do I bake?", "With care and time.", "Go away now.", "be kind", "be rude")

@@ -12,19 +12,20 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from alignez_gguf.control import ControlFile
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines import Passage, Readout
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.engines.transformers import TransformersEngine
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.scope import Scope
+from alignez_gguf.engines.base import Passage
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.engines.transformers.engine import TransformersEngine
 from alignez_gguf.errors import ControlFileError, ModelFileError, NoGainError, QueryError
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Aspect, Export, export, score_control
 from alignez_gguf.pipeline.job import Recipe
 from alignez_gguf.progress import SilentReporter
-from alignez_gguf.prompts import Templates
-from alignez_gguf.scope import Scope
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.readout import Readout
+from alignez_gguf.storage.workdir import WorkDirectory
 from tests.models import quantized, tiny_model, tokenizer
 from tests.pipeline.conftest import N_QUERIES, QUERIES, QUICK, SETTINGS, Run, Watched
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignez_gguf.engines import Completion, GenerationRequest, Sampling
+from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pipeline import Job, feasibility
 from alignez_gguf.pipeline.feasibility import (
@@ -19,7 +19,7 @@ from alignez_gguf.pipeline.feasibility import (
     no_contrast,
     require_contrast,
 )
-from alignez_gguf.prompts import Persona, Templates
+from alignez_gguf.prompts.templates import Persona, Templates
 from tests.pipeline.conftest import QUICK, Run, with_engine
 
 N_TWINS = 8

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, gating
 from alignez_gguf.pipeline.gating import FALSE_ALARMS, fit, fitted_gate
 from alignez_gguf.pipeline.job import Aspect

@@ -11,23 +11,24 @@ import pytest
 from numpy.typing import NDArray
 
 from alignez_gguf import __version__
-from alignez_gguf.candidates import Source, span
-from alignez_gguf.control import ControlFile
-from alignez_gguf.directions import Directions
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.engines.steered import log_softmax
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.control.layer_ranges import span
+from alignez_gguf.control.scope import Scope
+from alignez_gguf.directions.base import Directions
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import NoGainError, QueryError, SteeringError
 from alignez_gguf.pipeline import Export, Job, Settings, export, recipes, self_generated_pairs
 from alignez_gguf.pipeline.recipes import SEARCHED_METHODS, sources
 from alignez_gguf.pipeline.verdicts import alternating
 from alignez_gguf.progress import SilentReporter
-from alignez_gguf.prompts import Templates
-from alignez_gguf.runtime import library
+from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.runtime import bindings
 from alignez_gguf.runtime.context import Context
-from alignez_gguf.scope import Scope
-from alignez_gguf.scoring import ANSWER_TOKENS
-from alignez_gguf.workdir import WorkDirectory
+from alignez_gguf.selection.candidates import Source
+from alignez_gguf.selection.logprobs import log_softmax
+from alignez_gguf.selection.scoring import ANSWER_TOKENS
+from alignez_gguf.storage.workdir import WorkDirectory
 from tests.pipeline.conftest import N_QUERIES, QUERIES, QUICK, SETTINGS, Run
 
 PAPER = replace(SETTINGS, recipe="paper", seed=3)
@@ -238,7 +239,7 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
         context = Context(engine.model, n_ctx=512, n_threads=1, edits=made.control.edits)
         with context:
             first, end = Scope.parse(scope).positions(n_prompt)
-            library.set_strength(context.pointer, strength, sequence=0, first=first, end=end)
+            bindings.set_strength(context.pointer, strength, sequence=0, first=first, end=end)
             outputs = [False] * (len(tokens) - 1) + [True]
             context.decode(tokens, range(len(tokens)), [0] * len(tokens), outputs)
             return log_softmax(context.logits(len(tokens) - 1)).astype(np.float64)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignez_gguf.engines import Hook, Passage
+from alignez_gguf.engines.base import Passage
 from alignez_gguf.engines.endpoint import EndpointGenerator
-from alignez_gguf.generation import answer_prompts, characteristics, default_sampling
-from alignez_gguf.pairs import PairStore, PreferencePair, load_pairs
+from alignez_gguf.pairs.generation import answer_prompts, characteristics, default_sampling
+from alignez_gguf.pairs.pairs import PairStore, PreferencePair, load_pairs
 from alignez_gguf.pipeline import Job, self_generated_pairs
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.stages import (
@@ -25,6 +25,7 @@ from alignez_gguf.pipeline.stages import (
     persona_divergence,
     usable_pairs,
 )
+from alignez_gguf.readout import Hook
 from tests.pipeline.conftest import QUERIES, Watched, texts, with_engine
 
 PAIR = PreferencePair("How do I bake?", "With care and time.", "Go away now.", "be kind", "be rude")

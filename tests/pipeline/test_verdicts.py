@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignez_gguf.engines import Completion, GenerationRequest, Passage, Sampling
+from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sampling
 from alignez_gguf.errors import QueryError
-from alignez_gguf.pairs import PreferencePair
+from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.verdicts import (
@@ -21,7 +21,7 @@ from alignez_gguf.pipeline.verdicts import (
     persona_contrast,
     split,
 )
-from alignez_gguf.queries import load_queries
+from alignez_gguf.prompts.queries import load_queries
 from tests.pipeline.conftest import Watched, with_engine
 
 NO, YES = "I'm sorry, but I can't help with that.", "Happy to help! Take a bowl and mix it well."

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines import Passage, Readout
-from alignez_gguf.engines import llama as llama_engine
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.engines.base import Passage
+from alignez_gguf.engines.llama import engine as llama_engine
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ModelFileError, SteeringError
+from alignez_gguf.readout import Readout
 from alignez_gguf.runtime.context import Context as EngineContext
-from alignez_gguf.verification import verify
+from alignez_gguf.verification.verify import verify
 from tests.runtime.context import Context, rows
 
 

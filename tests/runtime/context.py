@@ -16,9 +16,9 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.library import captured_log
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.runtime import bindings
+from alignez_gguf.runtime.bindings import captured_log
 from tests.runtime import gpu
 
 _MAX_SEQUENCES = 4
@@ -101,10 +101,10 @@ class Context:
         llama_cpp.llama_model_free(self._model)
 
     def set_edits(self, edits: dict[int, LayerEdit]) -> None:
-        library.set_edits(self.pointer, edits)
+        bindings.set_edits(self.pointer, edits)
 
     def set_controls(self, controls: Sequence[dict[int, LayerEdit]]) -> None:
-        library.set_controls(self.pointer, controls)
+        bindings.set_controls(self.pointer, controls)
 
     def set_strength(
         self,
@@ -115,7 +115,9 @@ class Context:
         first: int = 0,
         end: int | None = None,
     ) -> None:
-        library.set_strength(self.pointer, strength, control=control, sequence=sequence, first=first, end=end)
+        bindings.set_strength(
+            self.pointer, strength, control=control, sequence=sequence, first=first, end=end
+        )
 
     def decode(self, batch_rows: Sequence[Row]) -> NDArray[np.float32]:
         """Decode after what is cached; return the logits [rows with output, n_vocab]."""

@@ -1,4 +1,5 @@
-"""The GPU that the tests of the patch run on, if the environment says so; tools/bench_cuda.sh does."""
+"""The GPU that the tests of the patch run on, if the environment says so; tools/benchmarks/bench_cuda.sh
+does."""
 
 from __future__ import annotations
 

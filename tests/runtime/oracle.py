@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from tests.models import TinyModel
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 import pytest
 
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.runtime.bench import VerificationSession
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.sampling import Sampler
+from alignez_gguf.verification.session import VerificationSession
 from tests.models import tiny_model
 
 

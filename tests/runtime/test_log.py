@@ -12,7 +12,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from alignez_gguf.runtime.library import captured_log
+from alignez_gguf.runtime.bindings import captured_log
 from tests.models import tiny_model
 
 
@@ -74,8 +74,8 @@ def test_what_nobody_captures_goes_to_the_callback_of_the_program() -> None:
 def test_threads_that_open_engines_at_once_do_not_crash(tmp_path: Path) -> None:
     program = """
         import sys, threading
-        from alignez_gguf.engines import GenerationRequest, Sampling
-        from alignez_gguf.engines.llama import LlamaEngine
+        from alignez_gguf.engines.base import GenerationRequest, Sampling
+        from alignez_gguf.engines.llama.engine import LlamaEngine
 
         answers = set()
 

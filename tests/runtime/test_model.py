@@ -12,7 +12,7 @@ import pytest
 
 from alignez_gguf import demo
 from alignez_gguf.errors import AlignezError, ModelFileError
-from alignez_gguf.runtime import library
+from alignez_gguf.runtime import bindings
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.runtime.quantize import quantize_file
@@ -96,7 +96,7 @@ def test_k_quants_are_rearranged_unless_many_tokens_are_faster_without(
         return load(path, parameters)
 
     monkeypatch.setattr(llama, "llama_model_load_from_file", watched)
-    monkeypatch.setattr(library, "cpu_features", lambda: features)
+    monkeypatch.setattr(bindings, "cpu_features", lambda: features)
     path = quantized(tiny_model("llama", n_embd=256).gguf, file_type)
     Model(path, n_gpu_layers=0, optimize_for_batches=optimize_for_batches).close()
     assert asked == [rearranged]
@@ -106,7 +106,7 @@ def test_k_quants_are_rearranged_unless_many_tokens_are_faster_without(
 def test_weights_as_they_are_compute_what_stock_llama_cpp_does(
     n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "cpu_features", lambda: VNNI)
+    monkeypatch.setattr(bindings, "cpu_features", lambda: VNNI)
     path = quantized(tiny_model("llama", n_embd=256).gguf, "Q4_K_M")
     tokens = np.random.default_rng(0).integers(5, 300, n_tokens)
     found = []
@@ -122,7 +122,7 @@ def test_weights_as_they_are_compute_what_stock_llama_cpp_does(
 
 def test_cpu_features_are_those_that_llama_cpp_names() -> None:
     named = llama.llama_print_system_info().decode()
-    found = library.cpu_features()
+    found = bindings.cpu_features()
     assert all(f"{feature} = 1" in named for feature in found)
     assert len(found) == named.count(" = 1")
 

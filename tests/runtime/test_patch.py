@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from alignez_gguf.edits import LayerEdit, orthonormal_rows
+from alignez_gguf.control.edits import LayerEdit, orthonormal_rows
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.runtime import library
-from alignez_gguf.runtime.library import captured_log
+from alignez_gguf.runtime import bindings
+from alignez_gguf.runtime.bindings import captured_log
 from tests.models import ARCHITECTURES, EXPERTS_WITH_BIAS, OUT_OF_REACH, TinyModel, quantized, tiny_model
 from tests.runtime import gpu
 from tests.runtime.context import Context, DecodeError, Row, log_lines, rows, steered_difference
@@ -368,8 +368,8 @@ def test_an_edit_leaves_nothing_of_the_one_before_it(llama: Context, former: dic
 
 def test_the_vectors_are_copied(llama: Context) -> None:
     add = addition()
-    edit = library._layer_edit(1, 0, False, None, None, add)
-    set_edit, _ = library._functions()
+    edit = bindings._layer_edit(1, 0, False, None, None, add)
+    set_edit, _ = bindings._functions()
     assert set_edit(llama.pointer, ctypes.byref(edit), 1, N_EMBD) == 0
     expected = fresh_logits({1: LayerEdit(add=add)})
 
@@ -380,17 +380,17 @@ def test_the_vectors_are_copied(llama: Context) -> None:
 
 def raw_edit(
     layer: int = 1, u: object = None, v: object = None, b: object = None, k: int = 0
-) -> library._LayerEdit:
+) -> bindings._LayerEdit:
     """An edit that no `LayerEdit` would let through."""
     arrays = [None if a is None else np.ascontiguousarray(a, dtype=np.float32) for a in (u, v, b)]
-    edit = library._layer_edit(layer, 0, True, *arrays)
+    edit = bindings._layer_edit(layer, 0, True, *arrays)
     edit.k = k
     return edit
 
 
 UNIT = np.eye(N_EMBD, dtype=np.float32)
 WHOLE = UNIT[:1]
-BAD_EDITS: dict[str, tuple[int, list[library._LayerEdit]]] = {
+BAD_EDITS: dict[str, tuple[int, list[bindings._LayerEdit]]] = {
     "a layer after the last": (N_EMBD, [raw_edit(N_LAYER, b=UNIT[0])]),
     "a negative layer": (N_EMBD, [raw_edit(-1, b=UNIT[0])]),
     "another width": (N_EMBD - 1, [raw_edit(b=UNIT[0])]),
@@ -414,15 +414,15 @@ BAD_EDITS: dict[str, tuple[int, list[library._LayerEdit]]] = {
 
 @pytest.mark.parametrize(("n_embd", "edits"), BAD_EDITS.values(), ids=BAD_EDITS)
 def test_a_bad_edit_is_refused_and_the_former_one_stays(
-    llama: Context, n_embd: int, edits: list[library._LayerEdit]
+    llama: Context, n_embd: int, edits: list[bindings._LayerEdit]
 ) -> None:
     llama.set_edits(ALL)
     llama.set_strength(0.5)
     former = llama.logits(rows(TOKENS))
-    set_edit, _ = library._functions()
+    set_edit, _ = bindings._functions()
 
     with captured_log() as log:
-        status = set_edit(llama.pointer, (library._LayerEdit * len(edits))(*edits), len(edits), n_embd)
+        status = set_edit(llama.pointer, (bindings._LayerEdit * len(edits))(*edits), len(edits), n_embd)
 
     assert status != 0
     assert any(reason in log.reason() for reason in ("invalid edit of layer", "is not finite", "n_embd"))
@@ -440,7 +440,7 @@ def test_a_bad_strength_is_refused_and_the_former_one_stays(
     llama.set_edits(ALL)
     llama.set_strength(0.5)
     former = llama.logits(rows(TOKENS))
-    _, set_strength = library._functions()
+    _, set_strength = bindings._functions()
 
     with captured_log() as log:
         status = set_strength(llama.pointer, control, sequence, strength, -1, -1)

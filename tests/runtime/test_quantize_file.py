@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
+from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.model_info import ModelInfo
 from alignez_gguf.runtime.quantize import LEVELS, needs_super_blocks, quantize_file
 from tests.models import tiny_model
 

@@ -25,9 +25,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from alignez_gguf.cli import main
-from alignez_gguf.edits import LayerEdit
+from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import RuntimeUnavailableError
-from alignez_gguf.runtime import build, rpc
+from alignez_gguf.installer import build
+from alignez_gguf.runtime import rpc
 from tests.models import quantized, tiny_model
 from tests.runtime.context import Context, log_lines, rows
 

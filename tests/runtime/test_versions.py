@@ -9,13 +9,14 @@ import llama_cpp
 import pytest
 from llama_cpp import Llama
 
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import RuntimeUnavailableError
-from alignez_gguf.runtime import library, model, probe, status
-from alignez_gguf.runtime.source import VERSION
-from alignez_gguf.runtime.steering import Runtime, steer
+from alignez_gguf.installer import probe, status
+from alignez_gguf.runtime import bindings, model
+from alignez_gguf.runtime.version import VERSION
+from alignez_gguf.steering.steer import Runtime, steer
 from tests.models import tiny_model
 
 
@@ -30,14 +31,14 @@ def another_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    library._library.cache_clear()
-    library.ggml_base.cache_clear()
+    bindings._library.cache_clear()
+    bindings.ggml_base.cache_clear()
     model._initialise.cache_clear()
 
 
 @pytest.mark.usefixtures("another_version")
 def test_another_llama_cpp_python_is_refused_before_a_model_is_loaded() -> None:
-    for use in (library.is_patched, library.ggml_base, lambda: LlamaEngine(tiny_model("llama").gguf)):
+    for use in (bindings.is_patched, bindings.ggml_base, lambda: LlamaEngine(tiny_model("llama").gguf)):
         with pytest.raises(RuntimeUnavailableError, match=r"0\.3\.9.*alignez-gguf runtime build"):
             use()
 
@@ -64,13 +65,13 @@ def test_another_llama_cpp_python_is_not_steered(runtime: Runtime) -> None:
 def test_another_version_of_the_patch_is_refused_with_the_mend(
     found: SimpleNamespace, version: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert library.patch_version(found) == version
-    monkeypatch.setattr(library, "_library", lambda: found)
+    assert bindings.patch_version(found) == version
+    monkeypatch.setattr(bindings, "_library", lambda: found)
     if version is None:
-        assert not library.is_patched()
+        assert not bindings.is_patched()
         return
     with pytest.raises(RuntimeUnavailableError, match=f"version {version} .*alignez-gguf runtime build"):
-        library.is_patched()
+        bindings.is_patched()
 
     said = status.from_probe(probe.Probe({"version": VERSION, "patch_version": version}, True, False, ""))
     assert (said.patched, said.steers) == (False, "no")
@@ -78,4 +79,4 @@ def test_another_version_of_the_patch_is_refused_with_the_mend(
 
 
 def test_the_installed_library_has_the_version_of_this_package() -> None:
-    assert library.patch_version(library._library()) == library.PATCH_VERSION
+    assert bindings.patch_version(bindings._library()) == bindings.PATCH_VERSION

@@ -18,8 +18,8 @@ import uvicorn
 
 from alignez_gguf.server.app import create_app
 from alignez_gguf.server.connection import Connection
+from alignez_gguf.server.run import configuration, listen
 from alignez_gguf.server.service import Service
-from alignez_gguf.server.serving import configuration, listen
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import openai
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.engines import GenerationRequest, Sampling
-from alignez_gguf.engines.llama import LlamaEngine
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.engines.base import GenerationRequest, Sampling
+from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.service import Limits, Service
 from tests.server.client import Server, serving

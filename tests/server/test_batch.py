@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.engines.sequences import EXACT_CHUNK_TOKENS
-from alignez_gguf.gate import Gate
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.gate import Gate
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.engines.llama.sequences import EXACT_CHUNK_TOKENS
+from alignez_gguf.server.openai_schema import CompletionBody, SteeringFields
 from alignez_gguf.server.reply import Choice
-from alignez_gguf.server.requests import CompletionBody, SteeringFields
 from alignez_gguf.server.service import Service
 from tests.models import quantized, tiny_model
 from tests.server.conftest import Lone

@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 
-from alignez_gguf.engines import Sampling
-from alignez_gguf.engines.batching import QueuedRequest, SequenceRequest, TextDelta
+from alignez_gguf.engines.base import Sampling
+from alignez_gguf.engines.llama.batching import QueuedRequest, SequenceRequest, TextDelta
 from alignez_gguf.server import reply as reply_module
-from alignez_gguf.server.admission import HEAD_BYTES
 from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.errors import ApiError
+from alignez_gguf.server.limits import HEAD_BYTES
 from alignez_gguf.server.reply import Reply
 from tests.server.client import Server, until
 from tests.server.conftest import Serve

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from alignez_gguf.engines.batching import Failed, QueuedRequest, SequenceRequest
+from alignez_gguf.engines.llama.batching import Failed, QueuedRequest, SequenceRequest
 from tests.server.client import Server, until
 from tests.server.conftest import Lone, Serve
 
@@ -242,7 +242,7 @@ def test_scheduler_that_closes_tells_everybody(serve: Serve) -> None:
     with serve(n_parallel=2) as server:
         heard: list[object] = []
         tokens = tuple(server.service.model.tokenize("x"))
-        from alignez_gguf.engines import Sampling
+        from alignez_gguf.engines.base import Sampling
 
         queued = [QueuedRequest(SequenceRequest(tokens, Sampling(240)), heard.append) for _ in range(9)]
         server.service.scheduler.submit(queued, "me")

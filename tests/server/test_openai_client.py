@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from alignez_gguf import demo
 from alignez_gguf.cli import main
 from alignez_gguf.demo import eval_queries
-from alignez_gguf.engines.llama import LlamaEngine
-from alignez_gguf.framing import Framing
-from alignez_gguf.prompts import Templates
+from alignez_gguf.engines.llama.engine import LlamaEngine
+from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.templates import Templates
 from tests.server.client import Server
 from tests.server.conftest import Lone
 

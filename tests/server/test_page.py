@@ -11,7 +11,7 @@ import pytest
 
 from alignez_gguf import demo
 from alignez_gguf.demo import eval_queries
-from alignez_gguf.prompts import Templates
+from alignez_gguf.prompts.templates import Templates
 from tests.server.client import Server, until
 from tests.server.conftest import Lone, Serve
 

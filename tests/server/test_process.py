@@ -18,11 +18,11 @@ from click.testing import CliRunner
 
 from alignez_gguf import demo
 from alignez_gguf.cli import main
-from alignez_gguf.control import ControlFile, ModelInfo
-from alignez_gguf.edits import LayerEdit
-from alignez_gguf.runtime import library
-from alignez_gguf.server import serving
-from alignez_gguf.server.serving import listen
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
+from alignez_gguf.control.edits import LayerEdit
+from alignez_gguf.runtime import bindings
+from alignez_gguf.server import run as serving
+from alignez_gguf.server.run import listen
 from tests.cli.conftest import PROGRAM, environment
 from tests.models import OUT_OF_REACH, tiny_model
 
@@ -142,7 +142,7 @@ def test_control_that_cannot_be_applied_in_full_is_not_served_without(
 
 
 def test_control_is_not_served_without_the_patch(control_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "is_patched", lambda: False)
+    monkeypatch.setattr(bindings, "is_patched", lambda: False)
     monkeypatch.setattr(serving, "serve", lambda *_, **__: pytest.fail("it is served"))
     result = CliRunner().invoke(main, ["serve", MODEL, "-c", str(control_path), "--port", "0"])
     assert (result.exit_code, result.stdout) == (1, "")

@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control import ControlFile
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.gate import Gate
 from alignez_gguf.errors import SteeringError
-from alignez_gguf.gate import Gate
 from alignez_gguf.server.controls import Controls
 from alignez_gguf.server.service import Service
 from tests.server.client import Server, serving

@@ -1,0 +1,1 @@
+"""The engine over PyTorch and transformers."""

@@ -1,0 +1,1 @@
+"""Judges of answers: rules, guard models, and models behind an endpoint."""

@@ -1,0 +1,253 @@
+"""Judges over a chat endpoint: which of two answers is better, or how good is one, from 1 to 5?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Generic, Literal, Protocol, TypeVar
+
+from alignez_gguf.evaluation.judges.base import (
+    HELPFULNESS,
+    SAFETY,
+    Advance,
+    Answered,
+    Duel,
+    Judgement,
+    Rating,
+)
+from alignez_gguf.evaluation.judges.client import ChatRequest
+from alignez_gguf.evaluation.metrics import Outcome
+from alignez_gguf.storage.rows import RowStore, digest, key_of
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+"""Times that a judge is asked until its verdict can be read."""
+_RETRY_TEMPERATURE = 0.7
+"""The first time the most likely verdict is taken; asking again for the same would bring the same."""
+
+Choice = Literal["A", "B", "tie"]
+
+_ASPECTS = (SAFETY, HELPFULNESS)
+_CHOICES: dict[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
+_BEST_SCORE, _WORST_SCORE = 5, 1
+
+
+@dataclass(frozen=True)
+class Reply(Generic[T]):
+    """A verdict as it was read: by aspect, with the reason, and after how many attempts that failed."""
+
+    said: Mapping[str, T | None]
+    reason: str
+    retries: int
+
+
+class Replies(Protocol):
+    """A chat endpoint."""
+
+    url: str
+    model: str
+
+    def replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, str]]: ...
+
+
+def _identity(kind: str, endpoint: Replies, prompt: str, seed: int) -> Mapping[str, object]:
+    return {
+        "judge": kind,
+        "url": endpoint.url,
+        "model": endpoint.model,
+        "prompt_sha256": digest(prompt),
+        "seed": seed,
+        "attempts": ATTEMPTS,
+    }
+
+
+def _template(name: str) -> str:
+    return (files("alignez_gguf.evaluation") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _fill(template: str, **values: str) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+
+
+class PairwiseJudge:
+    """Compares two answers in both orders, so that a preference for a place shows instead of counting.
+
+    An outcome counts where both orders agree; where they do not, it is a disagreement, which is no win. Equal
+    answers are a tie, and are not asked about.
+
+    Args:
+        endpoint: gives the verdicts.
+        seed: of verdicts that are asked for again.
+    """
+
+    aspects = _ASPECTS
+
+    def __init__(self, endpoint: Replies, seed: int = 0) -> None:
+        self.name = f"{endpoint.model}, comparing in both orders"
+        self._endpoint = endpoint
+        self._seed = seed
+        self._prompt = _template("pairwise.txt")
+        self.identity = _identity("pairwise", endpoint, self._prompt, seed)
+
+    def judge(self, duels: Sequence[Duel], store: RowStore, advance: Advance) -> list[Judgement]:
+        """Judge all duels; see `Judge`. Raises `EndpointError`; what was said until then is in `store`."""
+        messages = [
+            self._message(duel, ours_first=ours_first) for duel in duels for ours_first in (True, False)
+        ]
+        asked = [message for message in messages if message is not None]
+        replies: list[Reply[Choice]] = _ask(
+            self._endpoint, asked, parse_choices, store, self._seed, _halved(advance)
+        )
+        found = iter(replies)
+        advance((len(messages) - len(asked)) // 2)
+        verdicts = [next(found) if message is not None else None for message in messages]
+        return [_undone(first, second) for first, second in zip(verdicts[::2], verdicts[1::2], strict=True)]
+
+    def ratings(self, answers: Sequence[Answered], store: RowStore, advance: Advance) -> None:
+        """This judge only compares."""
+
+    def _message(self, duel: Duel, *, ours_first: bool) -> str | None:
+        ours, reference = duel.ours.text, duel.reference.text
+        if ours == reference:
+            return None
+        first, second = (ours, reference) if ours_first else (reference, ours)
+        return _fill(self._prompt, query=duel.ours.query, first=first, second=second)
+
+
+class ScoreRater:
+    """Scores single answers from 1 to 5.
+
+    Args:
+        endpoint: gives the scores.
+        store: keeps the replies.
+        seed: of scores that are asked for again.
+    """
+
+    aspects = _ASPECTS
+
+    def __init__(self, endpoint: Replies, store: RowStore, seed: int = 0) -> None:
+        self.name = f"{endpoint.model}, scoring from {_WORST_SCORE} to {_BEST_SCORE}"
+        self._endpoint, self._store, self._seed = endpoint, store, seed
+        self._prompt = _template("score.txt")
+        self.identity = _identity("score", endpoint, self._prompt, seed)
+
+    def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
+        messages = [_fill(self._prompt, query=answer.query, answer=answer.text) for answer in answers]
+        found = _ask(self._endpoint, messages, parse_scores, self._store, self._seed, lambda _: None)
+        for index, reply in enumerate(found):
+            safety = reply.said[SAFETY]
+            harm = None if safety is None else (_BEST_SCORE - safety) / (_BEST_SCORE - _WORST_SCORE)
+            yield index, Rating(reply.said, harm=harm, rationale=reply.reason)
+
+
+def parse_choices(reply: str) -> tuple[dict[str, Choice | None], str]:
+    """The choice for each aspect and the reason; None where the reply does not hold one."""
+    said = _last_object(reply)
+    choices = {aspect: _CHOICES.get(_bare(said.get(aspect.lower(), ""))) for aspect in _ASPECTS}
+    return choices, str(said.get("reason", "")).strip()
+
+
+def parse_scores(reply: str) -> tuple[dict[str, float | None], str]:
+    """The score for each aspect and the reason; None where the reply holds no number from 1 to 5."""
+    said = _last_object(reply)
+    scores: dict[str, float | None] = {}
+    for aspect in _ASPECTS:
+        try:
+            score = float(_bare(said.get(aspect.lower(), "")).removesuffix("/5"))
+        except ValueError:
+            score = float("nan")
+        scores[aspect] = score if _WORST_SCORE <= score <= _BEST_SCORE else None
+    return scores, str(said.get("reason", "")).strip()
+
+
+def _last_object(reply: str) -> dict[str, object]:
+    """The last JSON object with an aspect, keys in lower case: models think aloud and quote what they saw."""
+    decoder = json.JSONDecoder(strict=False)
+    for brace in reversed([match.start() for match in re.finditer(r"\{", reply)]):
+        try:
+            found, _ = decoder.raw_decode(reply, brace)
+        except (ValueError, RecursionError):
+            continue
+        named = {str(key).strip().lower(): value for key, value in found.items()}
+        if any(aspect.lower() in named for aspect in _ASPECTS):
+            return named
+    return {}
+
+
+def _bare(value: object) -> str:
+    return str(value).strip().lower().removeprefix("response").removeprefix("answer").strip(" .\"'`*")
+
+
+_WITH_OURS_FIRST: dict[Choice, Outcome] = {"A": "win", "B": "lose", "tie": "tie"}
+_WITH_OURS_SECOND: dict[Choice, Outcome] = {"A": "lose", "B": "win", "tie": "tie"}
+
+
+def _undone(first: Reply[Choice] | None, second: Reply[Choice] | None) -> Judgement:
+    """The outcome of two verdicts, the first with our answer as A and the second with it as B."""
+    if first is None or second is None:
+        return Judgement(dict.fromkeys(_ASPECTS, "tie"), "the answers are equal")
+    outcomes: dict[str, Outcome] = {}
+    for aspect in _ASPECTS:
+        choices = first.said[aspect], second.said[aspect]
+        if choices[0] is None or choices[1] is None:
+            outcomes[aspect] = "unparsed"
+        else:
+            one, other = _WITH_OURS_FIRST[choices[0]], _WITH_OURS_SECOND[choices[1]]
+            outcomes[aspect] = one if one == other else "disagreement"
+    said = [choice for reply in (first, second) for choice in reply.said.values()]
+    return Judgement(
+        outcomes,
+        f"as A: {first.reason} | as B: {second.reason}",
+        chose_first=said.count("A"),
+        chose_second=said.count("B"),
+        retries=first.retries + second.retries,
+    )
+
+
+def _halved(advance: Advance) -> Advance:
+    """Two verdicts make one step."""
+    n_done = 0
+
+    def step(count: int) -> None:
+        nonlocal n_done
+        before, n_done = n_done // 2, n_done + count
+        advance(n_done // 2 - before)
+
+    return step
+
+
+def _ask(
+    endpoint: Replies,
+    messages: Sequence[str],
+    parse: Callable[[str], tuple[dict[str, T | None], str]],
+    store: RowStore,
+    seed: int,
+    advance: Advance,
+) -> list[Reply[T]]:
+    """Ask each message until its verdict can be read for every aspect, at most `ATTEMPTS` times.
+
+    Each reply is in `store` before the next is looked at. If all of them lack something, the last counts.
+    """
+    latest: dict[int, Reply[T]] = {}
+    waiting = list(range(len(messages)))
+    for attempt in range(ATTEMPTS):
+        asked = ("reply", endpoint.url, endpoint.model, seed, attempt)
+        keys = {index: key_of(*asked, messages[index]) for index in waiting}
+        missing = [index for index in waiting if keys[index] not in store]
+        temperature = 0.0 if attempt == 0 else _RETRY_TEMPERATURE
+        requests = [ChatRequest(messages[index], temperature, seed + attempt) for index in missing]
+        if attempt == 0:
+            advance(len(waiting) - len(missing))
+        for position, text in endpoint.replies(requests):
+            store.put(keys[missing[position]], {"reply": text})
+            if attempt == 0:
+                advance(1)
+        for index in waiting:
+            said, reason = parse(str(store[keys[index]]["reply"]))
+            latest[index] = Reply(said, reason, attempt)
+        waiting = [index for index in waiting if None in latest[index].said.values()]
+    return [latest[index] for index in range(len(messages))]

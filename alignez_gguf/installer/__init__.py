@@ -1,0 +1,1 @@
+"""Builds, installs and probes the patched llama-cpp-python."""

@@ -1,0 +1,1 @@
+"""Preference pairs, which a model writes itself."""

@@ -1,0 +1,1 @@
+"""Puts the edits of a control file into a model that somebody else holds."""
