@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -315,6 +315,14 @@ def span_edits(
         for layer in _chosen(layers, len(gap))
     }
     return _effective(edits)
+
+
+def with_additions_at_mlp(edits: Edits) -> dict[int, LayerEdit]:
+    """Return the same edits with what they add moved from the output of the block to that of its MLP.
+
+    A gap between MLP outputs is added there, where a norm lies between the two.
+    """
+    return {layer: replace(edit, add=None, bias=edit.add) for layer, edit in edits.items()}
 
 
 def _finite(name: str, values: ArrayLike) -> NDArray[np.float32]:

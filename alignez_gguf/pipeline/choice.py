@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from alignez_gguf.control.edits import Edits, span_edits
+from alignez_gguf.control.edits import Edits, span_edits, with_additions_at_mlp
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.errors import NoGainError
@@ -24,7 +24,6 @@ from alignez_gguf.pipeline.figure_cache import known_figures
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
 from alignez_gguf.pipeline.verdicts import alternating, declines
-from alignez_gguf.readout import Hook
 from alignez_gguf.selection.candidates import MOST, SVD_RANKS, Candidate, Source
 from alignez_gguf.selection.scoring import Figures
 from alignez_gguf.selection.search import Scored, Search, Selection, ranked
@@ -39,22 +38,30 @@ _KEPT_GAIN = 0.5
 
 @dataclass(frozen=True)
 class Fits:
-    """The fitted directions of every source; makes the edits of a candidate."""
+    """The fitted directions of every source; makes the edits of a candidate.
+
+    Attributes:
+        fits: by method and place.
+        has_post_norm: whether a norm follows the MLP of the model that is edited.
+    """
 
     fits: Mapping[tuple[str, Place], Fit]
+    has_post_norm: bool
 
     def of(self, source: Source) -> Fit:
         return self.fits[source.method, place_of(source)]
 
     def edits(self, candidate: Candidate) -> Edits:
         fit = self.of(candidate.source)
-        return span_edits(
+        edits = span_edits(
             fit.directions.vectors[:, : candidate.source.rank],
             fit.class_gap,
             remove=candidate.operation != "add",
             amount=candidate.amount,
             layers=candidate.layers,
         )
+        is_before_norm = self.has_post_norm and candidate.source.hook == "mlp"
+        return with_additions_at_mlp(edits) if is_before_norm else edits
 
 
 def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
@@ -66,17 +73,12 @@ def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Sou
         if key not in fits:
             rank = max(SVD_RANKS) if source.method.startswith("svd") else 1
             fits[key] = fit_directions(embeddings, *key, rank)
-    return Fits(fits)
+    return Fits(fits, job.target.info.has_post_norm)
 
 
 def place_of(source: Source) -> Place:
     """Return the place at which a source is read."""
     return Place(source.reading, source.hook)
-
-
-def can_add(job: Job, hook: Hook) -> bool:
-    """Whether a class gap between hidden states at `hook` can be added at the end of the target's blocks."""
-    return hook == "residual" or not job.target.info.has_post_norm
 
 
 def choose(
@@ -159,7 +161,6 @@ def _searched(
             fits.edits,
             scopes,
             budget=job.settings.kl_budget,
-            can_add=lambda source: can_add(job, source.hook),
             known=known,
             advance=advance,
         )

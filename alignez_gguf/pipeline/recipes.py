@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignez_gguf.control.control_file import Field
-from alignez_gguf.control.edits import Edits, paper_edits
+from alignez_gguf.control.edits import Edits, paper_edits, with_additions_at_mlp
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.layer_ranges import span
 from alignez_gguf.control.scope import GENERATION
 from alignez_gguf.directions.base import Directions
-from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError, SteeringError
+from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError
 from alignez_gguf.pairs.pairs import PreferencePair
-from alignez_gguf.pipeline.choice import can_add, choose, fit_sources, place_of
+from alignez_gguf.pipeline.choice import choose, fit_sources, place_of
 from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
 from alignez_gguf.pipeline.embeddings import Embeddings, Place
 from alignez_gguf.pipeline.gating import fitted_gate
@@ -77,13 +77,8 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     fit_pairs, confirmation_pairs = _with_some_left(job, pairs)
     fit = fit_directions(Embeddings(job, fit_pairs, places(job)), method, place, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
-    added = [layer for layer, edit in edits.items() if edit.add is not None]
-    if added and not can_add(job, place.hook):
-        raise SteeringError(
-            f"the recipe adds at layers {span(tuple(added))}, and {job.target.info.arch} models have a norm "
-            "behind the MLP, after which a gap between MLP outputs moves next to nothing; use --hook "
-            "residual, or --recipe auto"
-        )
+    if job.target.info.has_post_norm and place.hook == "mlp":
+        edits = with_additions_at_mlp(edits)
     if not edits:
         raise NoGainError(
             f"no layer's probe is sure enough (threshold {settings.threshold:g}); give more queries, "
@@ -148,12 +143,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
     settings = job.settings
     fit_pairs, choice_pairs, confirmation_pairs = split(pairs, settings.seed)
     hooks = _readable(job)
-    candidates = sources(
-        settings,
-        hooks,
-        _without_contrast(job, fit_pairs),
-        adds="mlp" if can_add(job, "mlp") else "residual",
-    )
+    candidates = sources(settings, hooks, _without_contrast(job, fit_pairs))
     for unknown in set(HOOKS).difference(hooks if settings.hook is None else HOOKS):
         job.reporter.note(f"--hook {unknown}: cannot be read in this architecture and is left out")
     fits = fit_sources(job, fit_pairs, candidates)
@@ -211,8 +201,6 @@ def sources(
     settings: Settings,
     hooks: Collection[Hook] = HOOKS,
     missing: Collection[ReadingPosition] = (),
-    *,
-    adds: Hook = "mlp",
 ) -> list[Source]:
     """Where directions are looked for under these settings.
 
@@ -223,10 +211,9 @@ def sources(
         settings: of the job.
         hooks: that can be read; of what cannot, only what is asked for is looked at, which then fails.
         missing: readings for which there are too few queries of a kind.
-        adds: where gaps are read that can be added; verdicts are read there.
     """
     wanted = (hooks or HOOKS) if settings.hook is None else (settings.hook,)
-    verdict_hook = adds if settings.hook is None else settings.hook
+    verdict_hook = settings.hook or "mlp"
     places = [
         Place("refusal", verdict_hook),
         Place("verdict", verdict_hook),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -64,21 +64,18 @@ class Candidate:
 def first_candidates(
     sources: Sequence[Source],
     layers: tuple[int, ...],
-    can_add: Callable[[Source], bool],
     scope: Scope = GENERATION,
 ) -> list[Candidate]:
     """List the candidates that are tried of every source: each operation and amount, in every span of layers.
 
     Args:
         layers: that may be edited.
-        can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         scope: the time steps that are edited.
     """
     return [
         Candidate(source, operation, amount, span, scope)
         for source in sources
         for operation in _operations(source)
-        if operation == "remove" or can_add(source)
         for amount in AMOUNTS[operation]
         for span in spans(layers)
     ]

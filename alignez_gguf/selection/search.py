@@ -97,7 +97,6 @@ class Search:
         edits_of: makes the edits of a candidate.
         scopes: the time steps that are edited, and others that are tried in their place on the best edit.
         budget: nat per token.
-        can_add: whether the class gap of a source can be added; otherwise it is only removed from.
         known: figures of candidates that an earlier search measured; new ones are added. They spare
             measurements and change nothing else.
         advance: told of each comparison, with 1.
@@ -107,7 +106,6 @@ class Search:
     edits_of: Callable[[Candidate], Edits]
     scopes: tuple[Scope, ...] = (GENERATION,)
     budget: float = DEFAULT_BUDGET
-    can_add: Callable[[Source], bool] = lambda _: True
     known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
     advance: Callable[[int], None] = lambda _: None
     _tried: dict[Candidate, Figures] = field(default_factory=dict)
@@ -120,7 +118,7 @@ class Search:
             NoGainError: nothing gains within the budget, with the figures of what came closest.
         """
         n_all = self.scorer.n_queries
-        first = first_candidates(sources, layers, self.can_add, self.scopes[0])
+        first = first_candidates(sources, layers, self.scopes[0])
         left = [candidate for candidate in first if self.edits_of(candidate)]
         for n_queries, most in ROUNDS:
             left = _of_several_sources(self._best(left, self.scorer.holding(n_queries)), most)
@@ -176,10 +174,7 @@ class Search:
     def _step(self, best: Scored, layers: tuple[int, ...]) -> Scored:
         """The best neighbour, if it is better; more and more queries are asked of fewer and fewer."""
         near = [
-            one
-            for one in neighbours(best.candidate, layers)
-            if one not in self._tried and (one.operation == "remove" or self.can_add(one.source))
-            if self.edits_of(one)
+            one for one in neighbours(best.candidate, layers) if one not in self._tried and self.edits_of(one)
         ]
         for n_queries, _ in ROUNDS:
             n_queries = self.scorer.holding(n_queries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,18 @@ from alignez_gguf.control.layer_ranges import span
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.directions.base import Directions
 from alignez_gguf.engines.llama.engine import LlamaEngine
-from alignez_gguf.errors import NoGainError, QueryError, SteeringError
+from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pipeline import Export, Job, Settings, export, recipes, self_generated_pairs
+from alignez_gguf.pipeline.choice import Fits
+from alignez_gguf.pipeline.embeddings import Place
 from alignez_gguf.pipeline.recipes import SEARCHED_METHODS, sources
 from alignez_gguf.pipeline.verdicts import alternating
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts.templates import Templates
+from alignez_gguf.readout import Hook
 from alignez_gguf.runtime import bindings
 from alignez_gguf.runtime.context import Context
-from alignez_gguf.selection.candidates import Source
+from alignez_gguf.selection.candidates import Candidate, Source
 from alignez_gguf.selection.logprobs import log_softmax
 from alignez_gguf.selection.scoring import ANSWER_TOKENS
 from alignez_gguf.storage.workdir import WorkDirectory
@@ -329,9 +333,14 @@ def test_single_method_is_the_only_source() -> None:
     assert sources(Settings(method="ccs", reading="verdict")) == [Source("ccs", "verdict", 1)]
 
 
-def test_verdicts_are_read_where_their_gap_can_be_added_and_only_if_there_are_some() -> None:
-    found = sources(Settings(), adds="residual")
-    assert {source.hook for source in found if source.reading in ("verdict", "refusal")} == {"residual"}
+@pytest.mark.parametrize("hook", [None, "mlp", "residual"])
+def test_verdicts_are_read_at_the_mlp_unless_another_hook_is_asked_for(hook: Hook | None) -> None:
+    found = sources(Settings(hook=hook))
+    verdicts = {source.hook for source in found if source.reading in ("verdict", "refusal")}
+    assert verdicts == {hook or "mlp"}
+
+
+def test_verdicts_are_read_only_if_there_are_some() -> None:
     found = sources(Settings(), missing=["refusal"])
     assert {source.reading for source in found} == {"verdict", "prompt", "response"}
 
@@ -356,15 +365,20 @@ class _Another:
         return getattr(self._engine, name)
 
 
-def test_a_gap_before_a_norm_is_not_added_after_it_and_verdicts_are_read_behind_it(job: Job) -> None:
-    behind = replace(job, target=_Another(job.target))  # type: ignore[arg-type]
-    assert [recipes.can_add(one, "mlp") for one in (job, behind)] == [True, False]
-    assert [recipes.can_add(one, "residual") for one in (job, behind)] == [True, True]
+@pytest.mark.parametrize(("hook", "has_post_norm"), [("mlp", True), ("mlp", False), ("residual", True)])
+def test_a_gap_before_a_norm_is_added_before_it(hook: Hook, has_post_norm: bool) -> None:
+    gap = np.array([[3.0, 4.0]], np.float32)
+    directions = SimpleNamespace(vectors=gap[:, None] / 5)
+    fitted = {("mean", Place("refusal", hook)): SimpleNamespace(directions=directions, class_gap=gap)}
+    edit = Fits(fitted, has_post_norm).edits(  # type: ignore[arg-type]
+        Candidate(Source("mean", "refusal", 1, hook), "add", 0.5, (0,))
+    )[0]
+    at_mlp, at_block = (edit.bias, edit.add) if hook == "mlp" and has_post_norm else (edit.add, edit.bias)
+    assert at_block is None
+    np.testing.assert_allclose(at_mlp, [1.5, 2.0], rtol=1e-6)
 
 
-def test_the_paper_recipe_refuses_to_add_before_a_norm_and_says_why(
-    run: Run, engine: LlamaEngine, paper: Export, tmp_path: Path
-) -> None:
-    assert any(edit.add is not None for edit in paper.control.edits.values())
-    with pytest.raises(SteeringError, match=r"gemma3 models have a norm behind the MLP.*--hook residual"):
-        run(PAPER, tmp_path, target=_Another(engine))
+def test_the_paper_recipe_adds_before_a_norm_too(run: Run, engine: LlamaEngine, tmp_path: Path) -> None:
+    edits = run(PAPER, tmp_path, target=_Another(engine)).control.edits.values()
+    assert any(edit.bias is not None for edit in edits)
+    assert all(edit.add is None for edit in edits)

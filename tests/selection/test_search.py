@@ -31,10 +31,6 @@ DECLINED = tuple(index % 2 == 0 for index in range(N_QUERIES))
 N_OWN = 5
 
 
-def always(_: Source) -> bool:
-    return True
-
-
 @dataclass
 class FakeModel:
     """A model on which the gain and the cost of any candidate are functions of it."""
@@ -106,7 +102,7 @@ def test_best_of_the_first_candidates_or_a_neighbour_of_it_is_chosen(seed: int) 
     model = FakeModel(table(seed))
     found = search(model)
 
-    first = first_candidates(SOURCES, LAYERS, always)
+    first = first_candidates(SOURCES, LAYERS)
     assert found.chosen.figures.gain >= max(map(model.gain_of, first))
 
 
@@ -117,7 +113,7 @@ def test_weak_candidates_are_measured_on_few_queries_and_the_best_on_all() -> No
     counts = [len(scored.figures.gains) for scored in found.tried]
     assert set(counts) == {ROUNDS[0][0], ROUNDS[1][0], N_QUERIES}
     assert counts == sorted(counts, reverse=True)
-    first = set(first_candidates(SOURCES, LAYERS, always))
+    first = set(first_candidates(SOURCES, LAYERS))
     of_first = [len(scored.figures.gains) for scored in found.tried if scored.candidate in first]
     assert of_first.count(ROUNDS[0][0]) >= len(first) - ROUNDS[0][1] - 12
     assert of_first.count(N_QUERIES) <= 2 * ROUNDS[1][1]
@@ -189,21 +185,8 @@ def test_directions_that_edit_nothing_are_an_error_too() -> None:
         empty.run(SOURCES, LAYERS)
 
 
-def test_sources_that_cannot_be_added_are_only_removed() -> None:
-    found = search(FakeModel(table(3)), can_add=lambda source: source == SOURCES[1])
-    operations = {
-        source: {one.candidate.operation for one in found.tried if one.candidate.source == source}
-        for source in SOURCES
-    }
-    assert operations[SOURCES[0]] == set()
-    assert operations[SOURCES[1]] == {"add", "remove", "remove+add"}
-    assert operations[SOURCES[2]] == operations[SOURCES[3]] == {"remove"}
-
-
 def test_verdicts_are_added_and_never_removed() -> None:
-    operations = {
-        one.operation for one in first_candidates(SOURCES, LAYERS, always) if one.source == SOURCES[0]
-    }
+    operations = {one.operation for one in first_candidates(SOURCES, LAYERS) if one.source == SOURCES[0]}
     assert operations == {"add"}
 
 
