@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.engines.base import Passage
-from alignez_gguf.engines.llama import engine as llama_engine
+from alignez_gguf.engines.llama import sequences
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.readout import Readout
@@ -50,7 +50,7 @@ def try_edits(gguf: Path, edits: dict[int, LayerEdit], tokens: Sequence[int]) ->
 
 def read_last_token(gguf: Path, text: str) -> tuple[list[str], dict[str, NDArray[np.float16]]]:
     """What an engine says that it can read, and what it reads at the last token of a text."""
-    llama_engine.Context = lambda *args, **kw: EngineContext(*args, **kw, f32_cache=True)  # type: ignore[misc]
+    sequences.Context = lambda *args, **kw: EngineContext(*args, **kw, f32_cache=True)  # type: ignore[misc]
     read: dict[str, NDArray[np.float16]] = {}
     with LlamaEngine(gguf, n_ctx=256, n_threads=1) as engine:
         for hook in ("mlp", "residual"):

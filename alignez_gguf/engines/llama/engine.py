@@ -227,6 +227,8 @@ class LlamaEngine:
         self, requests: Sequence[SequenceRequest], on_text: Callable[[int, str], None] | None
     ) -> Iterator[tuple[int, Completion]]:
         self._require_idle()
+        if not requests:
+            return
         batch = self._open_batch(requests)
         self._generating = True
         try:
@@ -237,7 +239,7 @@ class LlamaEngine:
     def _open_batch(self, requests: Sequence[SequenceRequest]) -> Batch:
         """The batch, with sequences that are long enough for these requests, and as many as they can use."""
         self._stop_reading()
-        longest = max((len(one.tokens) + one.sampling.max_tokens for one in requests), default=0)
+        longest = max(len(one.tokens) + one.sampling.max_tokens for one in requests)
         affordable = self._cache_bytes // (self._cells(longest) * self.model.cache_bytes)
         if _TILE < affordable < self.n_parallel:
             affordable -= affordable % _TILE

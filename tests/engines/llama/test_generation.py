@@ -226,3 +226,11 @@ def test_engine_of_many_texts_computes_many_tokens_at_once(
     monkeypatch.setattr(llama_engine, "Model", watched)
     LlamaEngine(tiny_model("llama").gguf, n_parallel=n_parallel).close()
     assert asked == [many]
+
+
+def test_no_requests_are_completed_at_once_also_where_a_whole_context_takes_too_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llama_engine, "_LEAST_CACHE_BYTES", 1)
+    with LlamaEngine(tiny_model("llama").gguf, n_ctx=256, n_threads=1) as engine:
+        assert list(engine.generate([], Sampling(max_tokens=4))) == []

@@ -143,8 +143,8 @@ def test_one_context_at_a_time_is_open_and_all_of_them_have_the_edits(
             super().__init__(*arguments, **options)  # type: ignore[arg-type]
             opened.append(self)
 
-    for module in ("llama", "sequences"):
-        monkeypatch.setattr(f"alignez_gguf.engines.base.{module}.Context", Watched)
+    for module in ("engine", "sequences"):
+        monkeypatch.setattr(f"alignez_gguf.engines.llama.{module}.Context", Watched)
     engine.set_edits(random_edits(), "all")
     written, predicted = completed(engine, REQUESTS), list(engine.next_token_logprobs(PROMPTS, 1.0))
     read = list(engine.activations([Passage(PROMPTS[0])], [Readout("mlp", "last")]))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
 from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sampling
-from alignez_gguf.engines.llama import engine as llama_engine
+from alignez_gguf.engines.llama import sequences
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.engines.transformers.engine import TransformersEngine
 from alignez_gguf.engines.transformers.generation import Spelling, draw
@@ -74,7 +74,7 @@ def engine(saved: Saved) -> TransformersEngine:
 @pytest.fixture
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values in F32, as PyTorch has them."""
-    monkeypatch.setattr(llama_engine, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
+    monkeypatch.setattr(sequences, "Context", lambda *args, **kw: Context(*args, **kw, f32_cache=True))
 
 
 def completed(
