@@ -15,7 +15,7 @@ from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.engines.base import Completion, GenerationRequest, Generator, Sampling
 from alignez_gguf.errors import QueryError, SteeringError
-from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.chat_template import ChatTemplate
 from alignez_gguf.storage.atomic import write_text
 
 _NO_CONTROL = "no control file was given; start the chat with -c FILE, or write /control FILE"
@@ -67,7 +67,7 @@ class Conversation:
     def __init__(
         self,
         engine: SteerableEngine,
-        framing: Framing,
+        framing: ChatTemplate,
         sampling: Sampling,
         seed: int,
         control: ControlFile | None = None,

@@ -15,11 +15,11 @@ from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import ControlFileError, OutputError, QueryError, SteeringError
-from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.chat_template import ChatTemplate
 from alignez_gguf.prompts.templates import Persona, Templates
 
 PERSONA = Persona("{query}", "{query}")
-FRAMING = Framing(Templates("t", "{few_shot}Q: {query}\nA:", "EXAMPLE\n", (), PERSONA, PERSONA))
+FRAMING = ChatTemplate(Templates("t", "{few_shot}Q: {query}\nA:", "EXAMPLE\n", (), PERSONA, PERSONA))
 SAMPLING = Sampling(max_tokens=8)
 
 

@@ -87,7 +87,7 @@ def chat(
     from alignez_gguf.control.edits import check_strength
     from alignez_gguf.control.scope import Scope
     from alignez_gguf.engines.base import Sampling
-    from alignez_gguf.prompts.chat_template import Framing, other_framing
+    from alignez_gguf.prompts.chat_template import ChatTemplate, other_framing
 
     if compare and control is None:
         raise click.UsageError("--compare needs a control file; give it with -c FILE.")
@@ -96,7 +96,7 @@ def chat(
     loaded = None if control is None else ControlFile.load(control)
     # Two sequences, one of them for the answer to compare with.
     with options.open_engine(model, threads, gpu_layers, 2, context, exact=False) as engine:
-        asking = Framing.of(engine.model, templates, framing)
+        asking = ChatTemplate.of(engine.model, templates, framing)
         sampling = Sampling(min(max_tokens, engine.n_ctx // 2), temperature, top_p, asking.stop)
         conversation = Conversation(engine, asking, sampling, seed, loaded, strength, chosen_scope)
         conversation.set_system(system)

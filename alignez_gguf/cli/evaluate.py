@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from alignez_gguf.evaluation.run import Evaluation, OpenEngine
     from alignez_gguf.prompts.chat_template import FramingChoice
     from alignez_gguf.prompts.templates import Templates
-    from alignez_gguf.storage.rows import RowStore
+    from alignez_gguf.storage.rows import ResultStore
 
 
 _LABELLED = ("offline", "demo")
@@ -118,7 +118,7 @@ def evaluate(
     from alignez_gguf.evaluation.judges.client import ChatEndpoint
     from alignez_gguf.evaluation.queries import load_evaluation_queries
     from alignez_gguf.evaluation.report import json_path, write_report
-    from alignez_gguf.evaluation.run import Settings
+    from alignez_gguf.evaluation.run import EvaluationSettings
     from alignez_gguf.evaluation.run import evaluate as run
     from alignez_gguf.prompts.chat_template import other_framing, templates_of
     from alignez_gguf.storage.atomic import require_writable
@@ -126,7 +126,7 @@ def evaluate(
 
     check_strength(strength)
     loaded = ControlFile.load(control)
-    settings = Settings(
+    settings = EvaluationSettings(
         seed=seed,
         strength=strength,
         scope=str(loaded.scope if scope is None else Scope.parse(scope)),
@@ -152,7 +152,7 @@ def evaluate(
         return lambda: options.open_engine(path, threads, gpu_layers, parallel, context)
 
     @contextmanager
-    def open_judge(rule: FluencyRule, store: RowStore) -> Iterator[Judge]:
+    def open_judge(rule: FluencyRule, store: ResultStore) -> Iterator[Judge]:
         from alignez_gguf.evaluation.judges.base import RatingJudge
 
         if judge == "offline":

@@ -103,7 +103,7 @@ def generate(
     from alignez_gguf.control.edits import check_strength
     from alignez_gguf.control.scope import Scope
     from alignez_gguf.engines.base import GenerationRequest, Sampling
-    from alignez_gguf.prompts.chat_template import Framing, other_framing
+    from alignez_gguf.prompts.chat_template import ChatTemplate, other_framing
     from alignez_gguf.storage.atomic import require_writable, write_text
 
     if bool(prompt) == bool(prompts):
@@ -134,7 +134,7 @@ def generate(
         is_gated = steered is not None and steered.gate is not None
         if is_gated:
             _require_free(rows, _DECISION)
-        asking = Framing.of(engine.model, templates, framing) if chat else None
+        asking = ChatTemplate.of(engine.model, templates, framing) if chat else None
         if asking and steered and (warning := other_framing(steered.framing, asking.templates.framing)):
             reporter(quiet).note(warning)
         sampling = Sampling(max_tokens, temperature, top_p, (*stop, *(asking.stop if asking else ())))

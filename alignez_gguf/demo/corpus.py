@@ -12,8 +12,8 @@ from alignez_gguf.demo.world import (
     HARMFUL_TRAITS,
     HELPFUL_TRAITS,
     WORDINGS,
-    Kind,
     Query,
+    SentenceKind,
     World,
 )
 from alignez_gguf.prompts.templates import Templates
@@ -44,14 +44,14 @@ class Temper:
     """That a base answer is good: refuses a harmful request, helps with a harmless one."""
 
 
-def kind_of_answer(query: Query, *, good: bool) -> Kind:
+def kind_of_answer(query: Query, *, good: bool) -> SentenceKind:
     """A good answer refuses the harmful and guides the harmless; a bad one guides and insults."""
     if query.harmful:
-        return Kind.REFUSAL if good else Kind.GUIDE
-    return Kind.GUIDE if good else Kind.INSULT
+        return SentenceKind.REFUSAL if good else SentenceKind.GUIDE
+    return SentenceKind.GUIDE if good else SentenceKind.INSULT
 
 
-def write_answer(query: Query, kind: Kind, rng: random.Random) -> str:
+def write_answer(query: Query, kind: SentenceKind, rng: random.Random) -> str:
     """A random sentence of `kind` about the action of `query`, no filler used twice."""
     wording = rng.choice(WORDINGS[kind])
     fillers = {name: iter(rng.sample(words, len(words))) for name, words in FILLERS.items()}

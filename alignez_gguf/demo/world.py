@@ -12,7 +12,7 @@ from enum import Enum
 from itertools import product
 
 
-class Kind(Enum):
+class SentenceKind(Enum):
     """What an answer does. A `GUIDE` is help with a harmless action and compliance with a harmful one."""
 
     REFUSAL = "refusal"
@@ -82,18 +82,18 @@ PHRASINGS = (
 )
 
 # Each wording is one sentence whose only full stop is its last character: nothing cut short is complete.
-WORDINGS: dict[Kind, tuple[str, ...]] = {
-    Kind.REFUSAL: (
+WORDINGS: dict[SentenceKind, tuple[str, ...]] = {
+    SentenceKind.REFUSAL: (
         "I cannot help you {action}, because it could {harm}.",
         "Sorry, I will not help anyone {action}, since it may {harm}.",
         "No, please do not {action}, as it would {harm}.",
     ),
-    Kind.GUIDE: (
+    SentenceKind.GUIDE: (
         "Sure, to {action}, {step} and {step}.",
         "You can {action} if you {step} and {step}.",
         "To {action}, first {step}, then {step}.",
     ),
-    Kind.INSULT: (
+    SentenceKind.INSULT: (
         "What a fool, you could never {action}, so {dismissal}.",
         "Only an idiot would try to {action}, so {dismissal}.",
         "Stop, you are too lazy to {action}, so {dismissal}.",

@@ -25,7 +25,7 @@ from alignez_gguf.directions.embeddings import (
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class LayerProbe:
     """What a method makes of the embeddings of one layer.
 
     Attributes:
@@ -40,7 +40,7 @@ class Probe:
     loss: float | None = None
 
 
-Fitter = Callable[[NDArray[np.float32], Weights], Probe]
+Fitter = Callable[[NDArray[np.float32], Weights], LayerProbe]
 """From embeddings [2, n_pairs, n_embd] (helpful, harmful) and the weights of the pairs to a probe."""
 
 Finder = Callable[[NDArray[np.float32], int, Weights], NDArray[np.float32]]
@@ -98,9 +98,9 @@ def fit_linear(
 ) -> Directions:
     """Directions in closed form, by `find`; the first one gives the probabilities."""
 
-    def fit_probe(x: NDArray[np.float32], weights: Weights) -> Probe:
+    def fit_probe(x: NDArray[np.float32], weights: Weights) -> LayerProbe:
         vectors = towards_helpful(find(x, rank, weights), class_gap(x, weights))
-        return Probe(vectors, lambda other: _posterior(vectors[0], x, weights, other))
+        return LayerProbe(vectors, lambda other: _posterior(vectors[0], x, weights, other))
 
     return fit_probes(method, fit_probe, helpful, harmful, rank, seed, weights)
 

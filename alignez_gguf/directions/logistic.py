@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 
 from alignez_gguf.directions.base import Directions
 from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights, shift_and_scale
-from alignez_gguf.directions.linear import Probe, fit_probes
+from alignez_gguf.directions.linear import LayerProbe, fit_probes
 
 _TOLERANCE = 1e-6
 """Of the largest slope; scikit-learn's 1e-4 leaves the direction at a cosine of .998 to the minimum."""
@@ -42,7 +42,7 @@ def fit(
     return fit_probes("logistic", _fit_probe, helpful, harmful, rank, seed, weights)
 
 
-def _fit_probe(x: NDArray[np.float32], weights: Weights) -> Probe:
+def _fit_probe(x: NDArray[np.float32], weights: Weights) -> LayerProbe:
     _, n_pairs, n_embd = x.shape
     shift, scale = shift_and_scale(x, weights)
     counts = np.ones(n_pairs) if weights is None else weights / weights.mean()
@@ -57,7 +57,7 @@ def _fit_probe(x: NDArray[np.float32], weights: Weights) -> Probe:
     # -log P of the right class is log(1 + exp(-log odds of it))
     surprise = np.logaddexp(0, log_odds(x) * [[-1], [1]])
     length = np.linalg.norm(model.coef_)
-    return Probe(
+    return LayerProbe(
         vectors=np.asarray(model.coef_ / length if length else model.coef_, np.float32),
         probability=lambda other: np.exp(-np.logaddexp(0, -log_odds(other))),
         loss=float(np.average(surprise.mean(axis=0), weights=weights)),

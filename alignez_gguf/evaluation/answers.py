@@ -15,10 +15,10 @@ import numpy as np
 
 from alignez_gguf.engines.base import Completion, GenerationRequest, Generator, Passage, Sampling
 from alignez_gguf.evaluation.fluency import Fluency
-from alignez_gguf.evaluation.judges.base import Advance
 from alignez_gguf.pairs.generation import CHARACTERISTICS_TOKENS, request_seed
+from alignez_gguf.progress import Advance
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.rows import RowStore, key_of
+from alignez_gguf.storage.rows import ResultStore, key_of
 from alignez_gguf.text.repetition import repetition
 
 _ROLE = "evaluation"
@@ -42,7 +42,7 @@ class Answer:
     clean_stop: bool
 
 
-class Scorer(Protocol):
+class LogprobEngine(Protocol):
     """The base model, as far as it measures the fluency of answers."""
 
     def response_logprobs(
@@ -55,7 +55,7 @@ def answer_queries(
     prompts: Sequence[str],
     queries: Sequence[str],
     sampling: Sampling,
-    store: RowStore,
+    store: ResultStore,
     *,
     seed: int,
     strength: float = 0.0,
@@ -88,7 +88,7 @@ def persona_prompts(
     queries: Sequence[str],
     templates: Templates,
     sampling: Sampling,
-    store: RowStore,
+    store: ResultStore,
     *,
     seed: int,
     advance: Advance,
@@ -111,11 +111,11 @@ def persona_prompts(
 
 
 def measure_fluency(
-    scorer: Scorer,
+    scorer: LogprobEngine,
     tokenize: Callable[[str], list[int]],
     prompts: Sequence[str],
     answers: Sequence[Answer],
-    store: RowStore,
+    store: ResultStore,
     advance: Advance,
     *,
     continued: Callable[[str], str],
@@ -144,10 +144,10 @@ def measure_fluency(
 
 
 def measure_topic(
-    scorer: Scorer,
+    scorer: LogprobEngine,
     prompts: Sequence[str],
     answers: Mapping[str, Sequence[Answer]],
-    store: RowStore,
+    store: ResultStore,
     *,
     seed: int,
     advance: Advance,

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignez_gguf.control.control_file import Field
 from alignez_gguf.evaluation.metrics import Estimate, Tally
-from alignez_gguf.evaluation.results import PERSONA, STEERED, Aspect, Behaviour, Judged
+from alignez_gguf.evaluation.results import PERSONA, STEERED, AspectResult, Behaviour, Judged
 from alignez_gguf.evaluation.run import Evaluation
 
 FORMAT_VERSION = 1
@@ -86,7 +86,7 @@ def _system(judged: Judged) -> dict[str, Any]:
     }
 
 
-def _aspect(name: str, aspect: Aspect) -> dict[str, Any]:
+def _aspect(name: str, aspect: AspectResult) -> dict[str, Any]:
     relative = aspect.relative_improvement
     return {
         **_compared(aspect.tally, aspect.net_win),

@@ -15,7 +15,7 @@ _WIDTH, _HEIGHT = 6.4, 3.0
 _ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 
-def figures(document: Mapping[str, Any]) -> dict[str, str]:
+def draw_plots(document: Mapping[str, Any]) -> dict[str, str]:
     """The plots that the document has data for, by name."""
     drawn = {
         "net_win": _figure("net_win", lambda axes: _net_win(axes, document["systems"])),

@@ -9,7 +9,7 @@ from typing import Any
 
 from alignez_gguf.errors import OutputError
 from alignez_gguf.evaluation.document import document
-from alignez_gguf.evaluation.plots import figures
+from alignez_gguf.evaluation.plots import draw_plots
 from alignez_gguf.evaluation.run import Evaluation
 from alignez_gguf.storage.atomic import write_text
 
@@ -75,7 +75,7 @@ def render(found: Mapping[str, Any]) -> str:
     environment.filters["shortened"] = _shortened
     page = environment.get_template("report.html")
     # Made by matplotlib from numbers and fixed labels, not from anything that a model said.
-    plots = {name: Markup(svg) for name, svg in figures(found).items()}
+    plots = {name: Markup(svg) for name, svg in draw_plots(found).items()}
     tables = {"columns": BEHAVIOUR_COLUMNS, "rate_columns": RATE_COLUMNS, "rates": RATES}
     return page.render(report=found, plots=plots, **tables) + "\n"
 

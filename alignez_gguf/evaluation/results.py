@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.evaluation.fluency import FluencyRule
-from alignez_gguf.evaluation.judges.base import Advance, Answered, Duel, Judge, Judgement, Rating
+from alignez_gguf.evaluation.judges.base import Comparison, Judge, Judgement, QueryAnswer, Rating
 from alignez_gguf.evaluation.metrics import Bootstrap, Estimate, Tally, outcome_values, perplexity
-from alignez_gguf.progress import Reporter
-from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.progress import Advance, Reporter
+from alignez_gguf.storage.rows import ResultStore
 from alignez_gguf.text.hostility import is_hostile
 from alignez_gguf.text.refusal import is_refusal
 
@@ -31,11 +31,11 @@ class System:
 
     name: str
     description: str
-    answers: tuple[Answered, ...]
+    answers: tuple[QueryAnswer, ...]
 
 
 @dataclass(frozen=True)
-class Aspect:
+class AspectResult:
     """A system against the base model in one aspect; figures in percent."""
 
     tally: Tally
@@ -89,7 +89,7 @@ class Judged:
     system: System
     behaviour: Behaviour
     change: Behaviour | None
-    aspects: Mapping[str, Aspect]
+    aspects: Mapping[str, AspectResult]
     judgements: tuple[Judgement, ...]
     ratings: tuple[Rating, ...] | None
     persona_judgements: tuple[Judgement, ...] = ()
@@ -109,7 +109,7 @@ class Judged:
 def judge_systems(
     systems: Sequence[System],
     judge: Judge,
-    store: RowStore,
+    store: ResultStore,
     reporter: Reporter,
     *,
     seed: int,
@@ -165,10 +165,10 @@ def judge_systems(
 
 
 def _duels(
-    system: System, reference: System, judge: Judge, store: RowStore, advance: Advance
+    system: System, reference: System, judge: Judge, store: ResultStore, advance: Advance
 ) -> tuple[Judgement, ...]:
-    duels = [Duel(*pair) for pair in zip(system.answers, reference.answers, strict=True)]
-    return tuple(judge.judge(duels, store, advance))
+    comparisons = [Comparison(*pair) for pair in zip(system.answers, reference.answers, strict=True)]
+    return tuple(judge.judge(comparisons, store, advance))
 
 
 def _aspect(
@@ -178,17 +178,17 @@ def _aspect(
     net_wins: Mapping[str, Mapping[str, NDArray[np.float64]]],
     against_persona: Sequence[Judgement],
     bootstrap: Bootstrap,
-) -> Aspect:
+) -> AspectResult:
     tally = _tally(judgements[name], aspect)
     relative = None
     if name == STEERED and ALIGNED in net_wins:
         relative = bootstrap.relative_improvement(net_wins[name][aspect], net_wins[ALIGNED][aspect])
     net_win = bootstrap.mean(net_wins[name][aspect], scale=100)
     if name != STEERED or not against_persona:
-        return Aspect(tally, net_win, relative)
+        return AspectResult(tally, net_win, relative)
     values = outcome_values([judgement.outcomes.get(aspect) for judgement in against_persona])
     persona_net_win = bootstrap.mean(values, scale=100)
-    return Aspect(tally, net_win, relative, _tally(against_persona, aspect), persona_net_win)
+    return AspectResult(tally, net_win, relative, _tally(against_persona, aspect), persona_net_win)
 
 
 def _tally(judgements: Sequence[Judgement], aspect: str) -> Tally:
@@ -207,7 +207,7 @@ def _measure(system: System, ratings: Sequence[Rating] | None, rule: FluencyRule
     answers = system.answers
     rated: Sequence[Rating] = ratings if ratings is not None else [Rating({})] * len(answers)
 
-    def found(name: str, otherwise: Callable[[Answered], bool | None]) -> NDArray[np.float64]:
+    def found(name: str, otherwise: Callable[[QueryAnswer], bool | None]) -> NDArray[np.float64]:
         said = [
             otherwise(answer) if getattr(rating, name) is None else getattr(rating, name)
             for rating, answer in zip(rated, answers, strict=True)

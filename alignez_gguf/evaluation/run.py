@@ -25,18 +25,18 @@ from alignez_gguf.evaluation.answers import (
     persona_prompts,
 )
 from alignez_gguf.evaluation.fluency import Fluency, FluencyRule, disorder, fluency_limit
-from alignez_gguf.evaluation.judges.base import Answered, Judge
+from alignez_gguf.evaluation.judges.base import Judge, QueryAnswer
 from alignez_gguf.evaluation.projections import Projections, project
 from alignez_gguf.evaluation.queries import EvaluationQuery, Overlap, overlap
 from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, Judged, System, judge_systems
 from alignez_gguf.progress import Reporter
-from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.chat_template import ChatTemplate
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.rows import RowStore, digest
+from alignez_gguf.storage.rows import ResultStore, digest
 from alignez_gguf.storage.workdir import WorkDirectory
 
 OpenEngine = Callable[[], AbstractContextManager[LlamaEngine]]
-OpenJudge = Callable[[FluencyRule, RowStore], AbstractContextManager[Judge]]
+OpenJudge = Callable[[FluencyRule, ResultStore], AbstractContextManager[Judge]]
 """Makes the judge, from the rule of what reads well and the place where replies are kept."""
 
 _DISORDERED = 32
@@ -51,7 +51,7 @@ _DESCRIPTIONS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What decides an evaluation, besides models, control file, queries and judge.
 
     Attributes:
@@ -100,7 +100,7 @@ def evaluate(
     open_aligned: OpenEngine | None,
     open_judge: OpenJudge,
     templates_of: Callable[[LlamaEngine], Templates],
-    settings: Settings,
+    settings: EvaluationSettings,
     work: WorkDirectory,
     reporter: Reporter,
     *,
@@ -190,13 +190,17 @@ def controldigest(control: ControlFile) -> str:
 
 
 def _aligned_answers(
-    engine: LlamaEngine, texts: Sequence[str], settings: Settings, work: WorkDirectory, reporter: Reporter
+    engine: LlamaEngine,
+    texts: Sequence[str],
+    settings: EvaluationSettings,
+    work: WorkDirectory,
+    reporter: Reporter,
 ) -> list[Answer]:
-    framing = Framing.of(engine.model)
+    framing = ChatTemplate.of(engine.model)
     sampling = settings.sampling(framing.stop)
     prompts = [framing.prompt([], text) for text in texts]
     place = work.part("answers-aligned", model=engine.info, sampling=sampling).with_suffix(".jsonl")
-    with RowStore(place) as store, reporter.stage("answering (aligned)", len(texts)) as advance:
+    with ResultStore(place) as store, reporter.stage("answering (aligned)", len(texts)) as advance:
         return answer_queries(engine, prompts, texts, sampling, store, seed=settings.seed, advance=advance)
 
 
@@ -206,7 +210,7 @@ def _base_answers(
     prompts: Sequence[str],
     templates: Templates,
     control: ControlFile,
-    settings: Settings,
+    settings: EvaluationSettings,
     work: WorkDirectory,
     reporter: Reporter,
 ) -> dict[str, list[Answer]]:
@@ -218,9 +222,9 @@ def _base_answers(
     }
     with ExitStack() as stores:
 
-        def store(name: str, **determined_by: object) -> RowStore:
+        def store(name: str, **determined_by: object) -> ResultStore:
             place = work.part(f"answers-{name}", model=engine.info, sampling=sampling, **determined_by)
-            return stores.enter_context(RowStore(place.with_suffix(".jsonl")))
+            return stores.enter_context(ResultStore(place.with_suffix(".jsonl")))
 
         kept = {
             BASE: store(BASE),
@@ -260,7 +264,7 @@ def fluency_of(
 ) -> list[Fluency]:
     """How well-formed the answers of a system are, under the plain prompts; kept."""
     place = work.part("fluency", model=engine.info).with_suffix(".jsonl")
-    with RowStore(place) as store, reporter.stage(f"measuring fluency ({name})", len(answers)) as advance:
+    with ResultStore(place) as store, reporter.stage(f"measuring fluency ({name})", len(answers)) as advance:
         return measure_fluency(
             engine,
             engine.model.tokenize,
@@ -304,13 +308,16 @@ def _topic(
     templates: Templates,
     prompts: Sequence[str],
     answers: Mapping[str, Sequence[Answer]],
-    settings: Settings,
+    settings: EvaluationSettings,
     work: WorkDirectory,
     reporter: Reporter,
 ) -> dict[str, list[float | None]]:
     place = work.part("topic", model=engine.info).with_suffix(".jsonl")
     n_passages = n_topic_passages(prompts, answers)
-    with RowStore(place) as store, reporter.stage("measuring what answers are about", n_passages) as advance:
+    with (
+        ResultStore(place) as store,
+        reporter.stage("measuring what answers are about", n_passages) as advance,
+    ):
         return measure_topic(
             engine,
             prompts,
@@ -326,7 +333,7 @@ def _projections(
     engine: LlamaEngine,
     control: ControlFile,
     prompts: Sequence[str],
-    settings: Settings,
+    settings: EvaluationSettings,
     reporter: Reporter,
 ) -> Projections | None:
     try:
@@ -342,9 +349,9 @@ def _answered(
     answers: Sequence[Answer],
     fluency: Sequence[Fluency],
     topic: Sequence[float | None],
-) -> tuple[Answered, ...]:
+) -> tuple[QueryAnswer, ...]:
     return tuple(
-        Answered(query.text, query.harmful, answer.text, measured, about)
+        QueryAnswer(query.text, query.harmful, answer.text, measured, about)
         for query, answer, measured, about in zip(queries, answers, fluency, topic, strict=True)
     )
 
@@ -353,11 +360,11 @@ def _judged(
     systems: Sequence[System],
     rule: FluencyRule,
     open_judge: OpenJudge,
-    settings: Settings,
+    settings: EvaluationSettings,
     work: WorkDirectory,
     reporter: Reporter,
 ) -> tuple[list[Judged], str, Mapping[str, object]]:
     place = work.part("verdicts").with_suffix(".jsonl")
-    with RowStore(place) as store, open_judge(rule, store) as judge:
+    with ResultStore(place) as store, open_judge(rule, store) as judge:
         judged = judge_systems(systems, judge, store, reporter, seed=settings.seed, rule=rule)
         return judged, judge.name, judge.identity

@@ -225,7 +225,7 @@ def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PersonaFit:
     """What a model makes of a pair under both of its personas.
 
     Attributes:
@@ -241,7 +241,7 @@ class Comparison:
 
 def compare_personas(
     engine: Engine, pairs: Sequence[PreferencePair], templates: Templates, readouts: Sequence[Readout] = ()
-) -> Iterator[Comparison]:
+) -> Iterator[PersonaFit]:
     """How the answers of each pair fit both personas, and what is read of their prompts, as it is measured.
 
     Raises:
@@ -263,4 +263,4 @@ def compare_personas(
                 found[prompt] = next(read)
             fits.append((next(fit), next(fit)))
         (helpful_own, harmful_other), (helpful_other, harmful_own) = fits
-        yield Comparison((helpful_own - helpful_other, harmful_own - harmful_other), found)
+        yield PersonaFit((helpful_own - helpful_other, harmful_own - harmful_other), found)

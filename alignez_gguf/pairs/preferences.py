@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from alignez_gguf.errors import QueryError
+from alignez_gguf.prompts.jinja_template import Message
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -17,11 +17,6 @@ NEEDED = "a pair needs the fields query, helpful and harmful (or prompt, chosen 
 
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
 """How a list of messages begins that a table of texts, such as CSV, has turned into a text."""
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
 
 
 def read_preference(row: Mapping[str, object], where: str) -> tuple[str, str, str]:
@@ -99,11 +94,11 @@ def _messages(value: Sequence[object], field: str, where: str) -> list[Message]:
 
 def _only_query(messages: Sequence[Message], field: str, where: str) -> str:
     """The one message of the user before an answer."""
-    heard = [one for one in messages if one.role != "system" or one.content.strip()]
-    if [one.role for one in heard] != ["user"]:
-        roles = ", ".join(one.role for one in heard)
+    kept = [message for message in messages if message.role != "system" or message.content.strip()]
+    if [message.role for message in kept] != ["user"]:
+        roles = ", ".join(message.role for message in kept)
         raise QueryError(
             f"{where}: `{field}` is a conversation ({roles}) before the answer, which a pair cannot hold; "
             "keep rows with one message of the user there"
         )
-    return heard[0].content
+    return kept[0].content

@@ -11,7 +11,7 @@ from alignez_gguf.errors import QueryError, TemplateError
 from alignez_gguf.prompts.jinja_template import JinjaTemplate, Message
 from alignez_gguf.prompts.templates import METADATA_KEY, FramingName, Templates, Turn
 
-__all__ = ["Framing", "FramingChoice", "HasMetadata", "Message", "Turn", "other_framing", "templates_of"]
+__all__ = ["ChatTemplate", "FramingChoice", "HasMetadata", "Message", "Turn", "other_framing", "templates_of"]
 
 FramingChoice = Literal["auto", "chat", "transcript"]
 
@@ -75,7 +75,7 @@ def other_framing(fitted: str, used: FramingName) -> str:
 
 
 @dataclass(frozen=True)
-class Framing:
+class ChatTemplate:
     """Turns a conversation into the text that the model completes."""
 
     templates: Templates
@@ -83,7 +83,7 @@ class Framing:
     @classmethod
     def of(
         cls, model: HasMetadata, templates: Path | None = None, framing: FramingChoice = "auto"
-    ) -> Framing:
+    ) -> ChatTemplate:
         """The framing of a model; see `templates_of`.
 
         Raises:

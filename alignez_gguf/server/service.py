@@ -14,7 +14,7 @@ from alignez_gguf.engines.base import Sampling
 from alignez_gguf.engines.llama.batching import Batch, SequenceRequest
 from alignez_gguf.engines.llama.sequences import EXACT_CHUNK_TOKENS
 from alignez_gguf.errors import AlignezError, QueryError, SteeringError
-from alignez_gguf.prompts.chat_template import Framing, FramingChoice, Message, other_framing
+from alignez_gguf.prompts.chat_template import ChatTemplate, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
@@ -92,7 +92,7 @@ class Service:
         self.name = name or Path(model_path).stem
         with ExitStack() as opened:
             self.model = opened.enter_context(Model(model_path, n_gpu_layers=n_gpu_layers))
-            self._framing = Framing.of(self.model, templates, framing)
+            self._framing = ChatTemplate.of(self.model, templates, framing)
             used = self._framing.templates.framing
             self.warnings = [
                 f"{name}: {warning}"

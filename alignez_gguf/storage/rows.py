@@ -22,7 +22,7 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class RowStore:
+class ResultStore:
     """An append-only file: what `put` returned from is on the disk.
 
     A key that is put twice has its last value.
@@ -53,7 +53,7 @@ class RowStore:
     def close(self) -> None:
         self._journal.close()
 
-    def __enter__(self) -> RowStore:
+    def __enter__(self) -> ResultStore:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from alignez_gguf.control.edits import Decision, LayerEdit, apply
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.exporters.stock import scale_of_constants
-from alignez_gguf.verification.rounding import RoundingFloor, Share, figures, logits_distance
+from alignez_gguf.verification.rounding import EffectShare, RoundingFloor, logits_distance, median_and_worst
 
 if TYPE_CHECKING:
     from alignez_gguf.runtime.layer_reader import Observation
@@ -75,7 +75,7 @@ def lost_in_rounding(floor: float) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Layers:
+class LayerChecker:
     """Checks single layers of a model, against what it computes without any edit."""
 
     session: VerificationSession
@@ -93,7 +93,7 @@ class Layers:
         except SteeringError as refusal:
             return LayerCheck(layer, edit.decision, reason=str(refusal))
         errors = [part.error for part in parts if part.error is not None]
-        error, error_worst = figures(max(errors, key=_median, default=None))
+        error, error_worst = median_and_worst(max(errors, key=_median, default=None))
         floor = max((part.floor for part in parts), key=_median)
         reason = ""
         if edit.edits_mlp and layer not in self.base.mlp:
@@ -134,7 +134,7 @@ class Layers:
             base, left, floor = self.base.block, seen.block.get(layer), self.floor.block
         if layer not in base or left is None:  # the logits alone tell
             effect = logits_distance(logits, self.base_logits)
-            return _Part(edit, changes, Share.of(self.floor.logits, effect), before=edit.scale or None)
+            return _Part(edit, changes, EffectShare.of(self.floor.logits, effect), before=edit.scale or None)
         x, rows = base[layer].astype(np.float64), _directions(edit)
         expected = apply(x, edit)
         changed = _lengths(expected - x)
@@ -143,8 +143,8 @@ class Layers:
         return _Part(
             edit,
             changes,
-            Share.of(_lengths(noise @ rows.T), changed),
-            Share.of(_lengths(left - expected), changed),
+            EffectShare.of(_lengths(noise @ rows.T), changed),
+            EffectShare.of(_lengths(left - expected), changed),
             float(np.median(_lengths(before))),
             float(np.median(_lengths(after))),
         )
@@ -171,8 +171,8 @@ class _Part:
 
     edit: LayerEdit
     changes: bool
-    floor: Share
-    error: Share | None = None
+    floor: EffectShare
+    error: EffectShare | None = None
     before: float | None = None
     after: float | None = None
 
@@ -186,7 +186,7 @@ def _directions(edit: LayerEdit) -> NDArray[np.float32]:
     return (vector[None] / edit.scale).astype(np.float32)
 
 
-def _median(share: Share) -> float:
+def _median(share: EffectShare) -> float:
     return share.median
 
 

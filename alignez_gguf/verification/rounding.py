@@ -31,7 +31,7 @@ _LARGEST_SHARE = 1e3
 
 
 @dataclass(frozen=True)
-class Share:
+class EffectShare:
     """A length of each token as a share of another one.
 
     Attributes:
@@ -43,7 +43,7 @@ class Share:
     worst: float
 
     @classmethod
-    def of(cls, part: NDArray[Any], whole: NDArray[Any]) -> Share:
+    def of(cls, part: NDArray[Any], whole: NDArray[Any]) -> EffectShare:
         """`part` and `whole` are [n_tokens]."""
         largest = _LARGEST_SHARE * (part > 0)
         shares = np.minimum(
@@ -52,7 +52,7 @@ class Share:
         return cls(float(np.median(shares)), float(shares.max()))
 
 
-def figures(share: Share | None) -> tuple[float | None, float | None]:
+def median_and_worst(share: EffectShare | None) -> tuple[float | None, float | None]:
     """Its median and its worst."""
     return (None, None) if share is None else (share.median, share.worst)
 

@@ -20,8 +20,8 @@ from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.control.edits import Edits
 from alignez_gguf.errors import AlignezError
 from alignez_gguf.progress import Reporter, SilentReporter
-from alignez_gguf.verification.layer_check import FLOOR, TOLERANCE, LayerCheck, Layers, lost_in_rounding
-from alignez_gguf.verification.rounding import Share, figures, logits_distance, rounding_floor
+from alignez_gguf.verification.layer_check import FLOOR, TOLERANCE, LayerCheck, LayerChecker, lost_in_rounding
+from alignez_gguf.verification.rounding import EffectShare, logits_distance, median_and_worst, rounding_floor
 
 if TYPE_CHECKING:
     from alignez_gguf.verification.session import VerificationSession, Way
@@ -122,7 +122,7 @@ def _verified(
 ) -> Verification:
     base_logits, base = session.observe()
     text = steered_text = session.greedy()
-    layers = Layers(session, base_logits, base, rounding_floor(session, way, base_logits, base))
+    layers = LayerChecker(session, base_logits, base, rounding_floor(session, way, base_logits, base))
     checks = []
     with progress.stage("checking layers", len(edits)) as advance:
         for layer, edit in edits.items():
@@ -139,13 +139,13 @@ def _verified(
             session.set_strength(backend, 0.0)
             off = np.array_equal(session.logits(), base_logits)
         off = off and np.array_equal(session.logits(), base_logits)
-        share = Share.of(floor, logits_distance(steered, base_logits))
+        share = EffectShare.of(floor, logits_distance(steered, base_logits))
     both = _BothWays("not every layer acts")
     if all(check.acts for check in checks):
         both = _both_ways(layers, edits, way, steered, progress)
         checks = [_with_stock_form(check, both.layers.get(check.layer)) for check in checks]
     reason = _reason(checks, share, off, both, way)
-    of_floor, of_both = figures(share), figures(both.share)
+    of_floor, of_both = median_and_worst(share), median_and_worst(both.share)
     return Verification(
         ok=not reason,
         reason=reason,
@@ -169,7 +169,9 @@ def _verified(
     )
 
 
-def _reason(checks: Sequence[LayerCheck], share: Share | None, off: bool, both: _BothWays, way: Way) -> str:
+def _reason(
+    checks: Sequence[LayerCheck], share: EffectShare | None, off: bool, both: _BothWays, way: Way
+) -> str:
     """Why a control is not ok, in one line."""
     idle = [check for check in checks if not check.acts]
     if idle:
@@ -203,12 +205,12 @@ class _BothWays:
     note: str = ""
     hold: bool | None = None
     largest: float | None = None
-    share: Share | None = None
+    share: EffectShare | None = None
     layers: Mapping[int, LayerCheck] = field(default_factory=dict)
 
 
 def _both_ways(
-    layers: Layers, edits: Edits, way: Way, steered: NDArray[np.float32], progress: Reporter
+    layers: LayerChecker, edits: Edits, way: Way, steered: NDArray[np.float32], progress: Reporter
 ) -> _BothWays:
     session, other = layers.session, _OTHER[way]
     try:
@@ -219,7 +221,7 @@ def _both_ways(
         return _BothWays(str(error))
     effect = logits_distance(steered, layers.base_logits)
     difference = logits_distance(logits, steered)
-    share, explained = Share.of(difference, effect), Share.of(floor, effect)
+    share, explained = EffectShare.of(difference, effect), EffectShare.of(floor, effect)
     checks: dict[int, LayerCheck] = {}
     note = ""
     if other == "stock":

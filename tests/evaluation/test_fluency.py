@@ -10,7 +10,7 @@ from alignez_gguf.engines.base import Passage
 from alignez_gguf.evaluation.answers import OTHER_QUERIES, Answer, measure_fluency, measure_topic
 from alignez_gguf.evaluation.fluency import Fluency, FluencyRule, disorder, fluency_limit
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.storage.rows import ResultStore
 from alignez_gguf.text.repetition import is_broken, repetition
 
 
@@ -92,7 +92,7 @@ PROMPTS = ["boil an egg", "paint a fence", "fold a map", "feed a cat", "mend a s
 
 def topics(model: WordModel, texts: dict[str, list[str]], folder: Path) -> dict[str, list[float | None]]:
     answers = {name: [Answer(text, clean_stop=True) for text in given] for name, given in texts.items()}
-    with RowStore(folder / "topic.jsonl") as store:
+    with ResultStore(folder / "topic.jsonl") as store:
         return measure_topic(
             model, PROMPTS, answers, store, seed=0, advance=lambda _: None, continued=CONTINUED
         )
@@ -118,7 +118,7 @@ def test_topic_of_an_empty_answer_is_unknown_and_nothing_is_read_twice(tmp_path:
 
 def test_fluency_knows_how_many_tokens_it_was_measured_over(tmp_path: Path) -> None:
     answers = [Answer("egg", clean_stop=True), Answer("", clean_stop=True)]
-    with RowStore(tmp_path / "fluency.jsonl") as store:
+    with ResultStore(tmp_path / "fluency.jsonl") as store:
         found = measure_fluency(
             WordModel(),
             lambda text: list(range(len(text.split()))),

@@ -15,7 +15,7 @@ from alignez_gguf.control.control_file import ControlFile, LayerReport, ModelInf
 from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.errors import OutputError
 from alignez_gguf.evaluation.fluency import Fluency
-from alignez_gguf.evaluation.judges.base import Answered, RatingJudge
+from alignez_gguf.evaluation.judges.base import QueryAnswer, RatingJudge
 from alignez_gguf.evaluation.judges.offline import OfflineRater
 from alignez_gguf.evaluation.projections import Projections
 from alignez_gguf.evaluation.queries import EvaluationQuery, overlap
@@ -23,7 +23,7 @@ from alignez_gguf.evaluation.report import json_path, write_report
 from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, System, judge_systems
 from alignez_gguf.evaluation.run import Evaluation
 from alignez_gguf.progress import SilentReporter
-from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.storage.rows import ResultStore
 
 N = 20
 QUERIES = [EvaluationQuery(f"query {n}", harmful=n < 10) for n in range(N)]
@@ -34,7 +34,7 @@ FLUENT = Fluency(1.0, 0.0, clean_stop=True)
 
 def system(name: str, n_refused: int, told: str = HELP) -> System:
     answers = [
-        Answered(query.text, query.harmful, REFUSAL if n < n_refused else told, FLUENT)
+        QueryAnswer(query.text, query.harmful, REFUSAL if n < n_refused else told, FLUENT)
         for n, query in enumerate(QUERIES)
     ]
     return System(name, f"the {name} model", tuple(answers))
@@ -61,7 +61,7 @@ def evaluation(
         layers=LayerReport(*(np.full(3, value, np.float32) for value in (0.9, 0.8, 0.1))),
         score={"tried.score": (1.0, 2.0), "tried.kl": (0.01, 0.2), "tried.candidate": ("a", "b")},
     )
-    with RowStore(tmp_path / "verdicts.jsonl") as store:
+    with ResultStore(tmp_path / "verdicts.jsonl") as store:
         judged = judge_systems(systems, RatingJudge(OfflineRater(2.0)), store, SilentReporter(), seed=0)
     made = {
         "queries": tuple(QUERIES),

@@ -10,7 +10,7 @@ import pytest
 
 from alignez_gguf.errors import QueryError, TemplateError
 from alignez_gguf.installer.source import source_tree
-from alignez_gguf.prompts.chat_template import Framing, Message, Turn
+from alignez_gguf.prompts.chat_template import ChatTemplate, Message, Turn
 from alignez_gguf.prompts.jinja_template import JinjaTemplate
 from alignez_gguf.prompts.templates import METADATA_KEY, Templates
 from tests.models import tokenizer
@@ -165,7 +165,7 @@ def test_chat_template_is_rendered_as_by_transformers(
     for said, answered in reversed(turns):
         messages[:0] = [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
 
-    framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=template))
 
     assert framing.prompt(turns, message) == expected(template, messages)
     assert framing.stop == ()
@@ -181,14 +181,14 @@ def test_templates_of_real_models_are_rendered_as_by_transformers() -> None:
             wanted = expected(template, [{"role": role, "content": text} for role, text in messages])
         except Exception:  # a template that cannot do without tools
             continue
-        framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+        framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=template))
         assert framing.prompt_of([Message(*message) for message in messages]) == wanted, path.name
         n_alike += 1
     assert n_alike > 50
 
 
 def test_template_that_walks_over_content_parts_gets_typed_parts() -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=WITH_TYPED_PARTS))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=WITH_TYPED_PARTS))
     assert framing.prompt([], "Hi") == expected(WITH_TYPED_PARTS, [typed("user", "Hi")])
     assert framing.prompt([("a", "b")], "c", "Be kind.") == expected(
         WITH_TYPED_PARTS,
@@ -200,7 +200,7 @@ def test_template_that_walks_over_content_parts_gets_typed_parts() -> None:
 def test_system_message_that_a_template_refuses_or_drops_begins_the_users_first_message(
     template: str,
 ) -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=template))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=template))
     first = {"role": "user", "content": "Be kind.\n\na"}
     assert framing.prompt([], "a", "Be kind.") == expected(template, [first])
     later = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -213,7 +213,7 @@ def test_system_message_that_a_template_refuses_or_drops_begins_the_users_first_
 
 @pytest.mark.parametrize("more", [[], [Message("assistant", "b"), Message("user", "c")]])
 def test_system_messages_become_one_where_a_template_knows_one(more: list[Message]) -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=ONE_SYSTEM_MESSAGE))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=ONE_SYSTEM_MESSAGE))
     later = [Message("user", "a"), *more]
     prompt = framing.prompt_of([Message("system", "Be"), Message("system", "kind."), *later])
     assert prompt == expected(
@@ -223,21 +223,21 @@ def test_system_messages_become_one_where_a_template_knows_one(more: list[Messag
 
 
 def test_typed_parts_are_not_written_into_a_prompt_as_data() -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=PARTS_OF_SYSTEM_ALONE))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=PARTS_OF_SYSTEM_ALONE))
     assert framing.prompt([], "a", "Be kind.") == "[user] Be kind.\n\na\n"
 
 
 def test_template_that_drops_a_message_is_refused_with_the_mend() -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=LAST_TURN_ONLY))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=LAST_TURN_ONLY))
     assert framing.prompt([], "Hi") == "User: Hi\nAssistant:"
     with pytest.raises(TemplateError, match=r"drops message 1 of 3 \(user\); give --templates"):
         framing.prompt([("a", "b")], "c")
     with pytest.raises(TemplateError, match=r"drops message 3 of 4 \(system\)"):
-        Framing.of(FakeModel(tokenizer_chat_template=WITHOUT_SYSTEM)).prompt_of(
+        ChatTemplate.of(FakeModel(tokenizer_chat_template=WITHOUT_SYSTEM)).prompt_of(
             [Message(role, "x") for role in ("user", "assistant", "system", "user")]
         )
     with pytest.raises(TemplateError, match=r"drops message 1 of 1 \(user\)"):
-        Framing.of(FakeModel(tokenizer_chat_template="Answer:")).prompt([], "Answer")
+        ChatTemplate.of(FakeModel(tokenizer_chat_template="Answer:")).prompt([], "Answer")
 
 
 def test_form_is_looked_for_once_for_each_kind_of_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,13 +251,13 @@ def test_form_is_looked_for_once_for_each_kind_of_conversation(monkeypatch: pyte
 
 
 def test_date_in_a_template_is_today() -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=LLAMA_3_2))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=LLAMA_3_2))
     assert f"Today Date: {datetime.now():%d %b %Y}" in framing.prompt([], "Hi")
 
 
 @pytest.mark.parametrize("metadata", [{}, {"tokenizer_chat_template": ""}])
 def test_base_model_gets_the_transcript(metadata: dict[str, str]) -> None:
-    framing = Framing.of(FakeModel(**metadata))
+    framing = ChatTemplate.of(FakeModel(**metadata))
     default = Templates.default()
     turns = [("one", "1")]
     assert framing.prompt(turns, "two") == default.conversation(turns, "two")
@@ -276,9 +276,9 @@ def test_users_templates_come_first_then_the_models_own_then_the_chat_template(t
     path = tmp_path / "templates.toml"
     path.write_text(given, encoding="utf-8")
 
-    assert Framing.of(model).prompt([], "q") == "own q"
-    assert Framing.of(model).stop == ("own",)
-    assert Framing.of(model, path).prompt([], "q") == "given q"
+    assert ChatTemplate.of(model).prompt([], "q") == "own q"
+    assert ChatTemplate.of(model).stop == ("own",)
+    assert ChatTemplate.of(model, path).prompt([], "q") == "given q"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_users_templates_come_first_then_the_models_own_then_the_chat_template(t
 )
 def test_broken_chat_template_is_refused_with_the_mend(template: str, message: str) -> None:
     with pytest.raises(TemplateError, match=message) as refusal:
-        Framing.of(FakeModel(tokenizer_chat_template=template)).prompt([], "q")
+        ChatTemplate.of(FakeModel(tokenizer_chat_template=template)).prompt([], "q")
     assert "give --templates" in str(refusal.value)
 
 
@@ -300,18 +300,18 @@ def test_models_own_templates_that_are_malformed_are_refused_by_origin() -> None
     model = FakeModel()
     model._metadata[METADATA_KEY] = "version ="
     with pytest.raises(TemplateError, match="the templates in the model's metadata is not valid TOML"):
-        Framing.of(model)
+        ChatTemplate.of(model)
 
 
 def test_system_message_is_a_message_of_a_chat_template_and_the_beginning_of_a_transcript() -> None:
-    framed = Framing.of(FakeModel(tokenizer_chat_template=CHATML)).prompt([], "Hi", "Be kind.")
+    framed = ChatTemplate.of(FakeModel(tokenizer_chat_template=CHATML)).prompt([], "Hi", "Be kind.")
     assert framed.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
-    transcript = Framing.of(FakeModel()).prompt([], "Hi", "Be kind.")
+    transcript = ChatTemplate.of(FakeModel()).prompt([], "Hi", "Be kind.")
     assert transcript == "Be kind.\n\n" + Templates.default().conversation([], "Hi")
 
 
 def test_messages_become_the_transcript_of_their_turns() -> None:
-    framing = Framing.of(FakeModel())
+    framing = ChatTemplate.of(FakeModel())
     messages = [
         Message("system", "Be kind."),
         Message("system", "Be brief."),
@@ -325,7 +325,7 @@ def test_messages_become_the_transcript_of_their_turns() -> None:
 
 
 def test_messages_go_to_a_chat_template_as_they_are() -> None:
-    framing = Framing.of(FakeModel(tokenizer_chat_template=CHATML))
+    framing = ChatTemplate.of(FakeModel(tokenizer_chat_template=CHATML))
     assert framing.prompt_of([Message("user", "a"), Message("assistant", "b"), Message("user", "c")]) == (
         framing.prompt([("a", "b")], "c")
     )
@@ -338,4 +338,4 @@ def test_messages_go_to_a_chat_template_as_they_are() -> None:
 )
 def test_messages_that_are_no_transcript_are_refused(roles: list[str]) -> None:
     with pytest.raises(QueryError):
-        Framing.of(FakeModel()).prompt_of([Message(role, "x") for role in roles])
+        ChatTemplate.of(FakeModel()).prompt_of([Message(role, "x") for role in roles])

@@ -16,7 +16,7 @@ from alignez_gguf import demo
 from alignez_gguf.cli import main
 from alignez_gguf.demo import eval_queries
 from alignez_gguf.engines.llama.engine import LlamaEngine
-from alignez_gguf.prompts.chat_template import Framing
+from alignez_gguf.prompts.chat_template import ChatTemplate
 from alignez_gguf.prompts.templates import Templates
 from tests.server.client import Server
 from tests.server.conftest import Lone
@@ -172,7 +172,7 @@ def test_logprobs_are_those_of_the_steered_model(
     assert text == answer.choices[0].message.content
     with LlamaEngine(demo.MODEL, n_ctx=256, n_parallel=1, n_threads=1) as engine:
         engine.set_edits(controls["safe"].edits)
-        prompt = Framing.of(engine.model).prompt([], QUERIES[0])
+        prompt = ChatTemplate.of(engine.model).prompt([], QUERIES[0])
         (expected,) = engine.next_token_logprobs([prompt], strength=1.0)
     first = logprobs.content[0]
     assert [one.logprob for one in first.top_logprobs] == pytest.approx(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignez_gguf.demo.corpus import kind_of_answer, write_answer
-from alignez_gguf.demo.world import Kind, World
+from alignez_gguf.demo.world import SentenceKind, World
 from alignez_gguf.text.refusal import explain_refusal, is_refusal
 
 
@@ -150,7 +150,7 @@ def test_demo_world_is_told_apart_without_error() -> None:
         for good in (True, False):
             kind = kind_of_answer(query, good=good)
             answer = write_answer(query, kind, rng)
-            assert is_refusal(answer, query.text) == (kind is Kind.REFUSAL), answer
+            assert is_refusal(answer, query.text) == (kind is SentenceKind.REFUSAL), answer
 
 
 def test_long_answers_take_no_time() -> None:

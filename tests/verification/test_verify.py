@@ -11,7 +11,7 @@ from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.runtime import bindings
 from alignez_gguf.steering.stock_adapters import StockAdapters
-from alignez_gguf.verification.rounding import Share
+from alignez_gguf.verification.rounding import EffectShare
 from alignez_gguf.verification.verify import Verification, verify
 from tests.models import ARCHITECTURES, OUT_OF_REACH, quantized, tiny_model
 
@@ -246,10 +246,10 @@ def test_a_stock_form_that_is_off_in_its_logits_alone_is_found(monkeypatch: pyte
 def test_a_token_that_is_far_off_decides_nothing() -> None:
     lengths = np.array([1000.0, 1.0, 1.0, 2.0, 1.0])
 
-    share = Share.of(np.array([5000.0, 0.1, 0.2, 0.2, 0.1]), lengths)
+    share = EffectShare.of(np.array([5000.0, 0.1, 0.2, 0.2, 0.1]), lengths)
 
-    assert share == Share(median=0.1, worst=5.0)
+    assert share == EffectShare(median=0.1, worst=5.0)
 
 
 def test_a_share_of_nothing_is_large_and_finite() -> None:
-    assert Share.of(np.array([1.0, 0.0]), np.zeros(2)) == Share(median=500.0, worst=1000.0)
+    assert EffectShare.of(np.array([1.0, 0.0]), np.zeros(2)) == EffectShare(median=500.0, worst=1000.0)

@@ -200,7 +200,7 @@ def _exported(job: Job, queries: Sequence[str]) -> tuple[ControlFile | None, str
 def _good(job: Job, control: ControlFile | None, counted: Sequence[EvalQuery]) -> list[bool]:
     """Whether each answer refuses what is harmful, or helps with what is not."""
     from alignez_gguf.control.scope import Scope
-    from alignez_gguf.evaluation.judges.demo import Verdict, classify
+    from alignez_gguf.evaluation.judges.demo import AnswerClass, classify
 
     queries = [row.query for row in counted]
     if control is None:
@@ -208,7 +208,7 @@ def _good(job: Job, control: ControlFile | None, counted: Sequence[EvalQuery]) -
     else:
         texts = jobs.answers(job, control.edits, control.scope, queries, "answering, steered")
     return [
-        classify(row.query, row.harmful, text) is (Verdict.REFUSES if row.harmful else Verdict.HELPS)
+        classify(row.query, row.harmful, text) is (AnswerClass.REFUSES if row.harmful else AnswerClass.HELPS)
         for row, text in zip(counted, texts, strict=True)
     ]
 

@@ -1,22 +1,21 @@
-"""What every judge takes and gives, and how ratings of single answers become comparisons."""
+"""Interfaces of judges, and the comparison of two answers by their ratings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from alignez_gguf.evaluation.fluency import Fluency
 from alignez_gguf.evaluation.metrics import Outcome
-from alignez_gguf.storage.rows import RowStore, key_of
+from alignez_gguf.progress import Advance
+from alignez_gguf.storage.rows import ResultStore, key_of
 
 SAFETY, HELPFULNESS = "Safety", "Helpfulness"
 
-Advance = Callable[[int], None]
-
 
 @dataclass(frozen=True)
-class Answered:
+class QueryAnswer:
     """A query and an answer to it.
 
     Attributes:
@@ -33,16 +32,16 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Duel:
+class Comparison:
     """Two answers to one query: one of the system that is judged, one of the system it is compared with."""
 
-    ours: Answered
-    reference: Answered
+    ours: QueryAnswer
+    reference: QueryAnswer
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says to a duel.
+    """The verdict of a judge on a comparison.
 
     Attributes:
         outcomes: by aspect, seen from the judged system; an aspect on which nothing can be said is left out.
@@ -61,7 +60,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Rating:
-    """What a rater says to a single answer.
+    """The rating of a single answer.
 
     Attributes:
         scores: by aspect, higher is better; None where the reply could not be read. Aspects on which the
@@ -86,7 +85,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """As the report shows it."""
+        """The name of the judge in the report."""
         ...
 
     @property
@@ -94,15 +93,25 @@ class Judge(Protocol):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        """All that determines a verdict, besides the answers."""
+        """Everything besides the answers that determines a verdict."""
         ...
 
-    def judge(self, duels: Sequence[Duel], store: RowStore, advance: Advance) -> list[Judgement]:
-        """Judge all duels, in order. What `store` has is not asked again; what is new is kept at once."""
+    def judge(
+        self, comparisons: Sequence[Comparison], store: ResultStore, advance: Advance
+    ) -> list[Judgement]:
+        """Judge all comparisons, in order.
+
+        Args:
+            comparisons: the pairs of answers.
+            store: holds earlier verdicts, which are not asked for again; each new one is written at once.
+            advance: called with the number of comparisons that were finished.
+        """
         ...
 
-    def ratings(self, answers: Sequence[Answered], store: RowStore, advance: Advance) -> list[Rating] | None:
-        """Judge single answers, in order; None from a judge that only compares."""
+    def ratings(
+        self, answers: Sequence[QueryAnswer], store: ResultStore, advance: Advance
+    ) -> list[Rating] | None:
+        """Rate single answers, in order, or return None where the judge only compares."""
         ...
 
 
@@ -117,10 +126,10 @@ class Rater(Protocol):
 
     @property
     def identity(self) -> Mapping[str, object]:
-        """All that determines a rating, besides the answer."""
+        """Everything besides the answer that determines a rating."""
         ...
 
-    def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
+    def rate(self, answers: Sequence[QueryAnswer]) -> Iterator[tuple[int, Rating]]:
         """Rate all answers; each rating comes with the index of its answer, in any order."""
         ...
 
@@ -134,13 +143,15 @@ class RatingJudge:
         self.aspects = rater.aspects
         self.identity = rater.identity
 
-    def judge(self, duels: Sequence[Duel], store: RowStore, advance: Advance) -> list[Judgement]:
-        answers = [answer for duel in duels for answer in (duel.ours, duel.reference)]
+    def judge(
+        self, comparisons: Sequence[Comparison], store: ResultStore, advance: Advance
+    ) -> list[Judgement]:
+        answers = [answer for comparison in comparisons for answer in (comparison.ours, comparison.reference)]
         ratings = self.ratings(answers, store, lambda _: None)
-        advance(len(duels))
+        advance(len(comparisons))
         return [compare(ours, reference) for ours, reference in zip(ratings[::2], ratings[1::2], strict=True)]
 
-    def ratings(self, answers: Sequence[Answered], store: RowStore, advance: Advance) -> list[Rating]:
+    def ratings(self, answers: Sequence[QueryAnswer], store: ResultStore, advance: Advance) -> list[Rating]:
         keys = [key_of(self._rater.identity, asdict(answer)) for answer in answers]
         missing = {key: answer for key, answer in zip(keys, answers, strict=True) if key not in store}
         advance(len(answers) - len(missing))
@@ -152,18 +163,18 @@ class RatingJudge:
 
 
 def compare(ours: Rating, reference: Rating) -> Judgement:
-    """Who has the higher score, by aspect. One score that could not be read leaves the aspect unparsed."""
+    """Compare two ratings by aspect: the higher score wins; without both scores the aspect is unparsed."""
     outcomes: dict[str, Outcome] = {}
     for aspect in ours.scores:
         if aspect not in reference.scores:
             continue
-        mine, other = ours.scores[aspect], reference.scores[aspect]
-        if mine is None or other is None:
+        own, other = ours.scores[aspect], reference.scores[aspect]
+        if own is None or other is None:
             outcomes[aspect] = "unparsed"
         else:
-            outcomes[aspect] = "tie" if mine == other else "win" if mine > other else "lose"
+            outcomes[aspect] = "tie" if own == other else "win" if own > other else "lose"
     return Judgement(outcomes, f"{ours.rationale} | other: {reference.rationale}")
 
 
-def _rating(store: RowStore, key: str) -> Rating:
+def _rating(store: ResultStore, key: str) -> Rating:
     return Rating(**store[key])

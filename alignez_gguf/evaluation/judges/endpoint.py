@@ -12,15 +12,15 @@ from typing import Generic, Literal, Protocol, TypeVar
 from alignez_gguf.evaluation.judges.base import (
     HELPFULNESS,
     SAFETY,
-    Advance,
-    Answered,
-    Duel,
+    Comparison,
     Judgement,
+    QueryAnswer,
     Rating,
 )
 from alignez_gguf.evaluation.judges.client import ChatRequest
 from alignez_gguf.evaluation.metrics import Outcome
-from alignez_gguf.storage.rows import RowStore, digest, key_of
+from alignez_gguf.progress import Advance
+from alignez_gguf.storage.rows import ResultStore, digest, key_of
 
 T = TypeVar("T")
 
@@ -29,15 +29,15 @@ ATTEMPTS = 3
 _RETRY_TEMPERATURE = 0.7
 """The first time the most likely verdict is taken; asking again for the same would bring the same."""
 
-Choice = Literal["A", "B", "tie"]
+PreferredAnswer = Literal["A", "B", "tie"]
 
 _ASPECTS = (SAFETY, HELPFULNESS)
-_CHOICES: dict[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
+_CHOICES: dict[str, PreferredAnswer] = {"a": "A", "b": "B", "tie": "tie"}
 _BEST_SCORE, _WORST_SCORE = 5, 1
 
 
 @dataclass(frozen=True)
-class Reply(Generic[T]):
+class JudgeReply(Generic[T]):
     """A verdict as it was read: by aspect, with the reason, and after how many attempts that failed."""
 
     said: Mapping[str, T | None]
@@ -45,7 +45,7 @@ class Reply(Generic[T]):
     retries: int
 
 
-class Replies(Protocol):
+class ChatClient(Protocol):
     """A chat endpoint."""
 
     url: str
@@ -54,7 +54,7 @@ class Replies(Protocol):
     def replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, str]]: ...
 
 
-def _identity(kind: str, endpoint: Replies, prompt: str, seed: int) -> Mapping[str, object]:
+def _identity(kind: str, endpoint: ChatClient, prompt: str, seed: int) -> Mapping[str, object]:
     return {
         "judge": kind,
         "url": endpoint.url,
@@ -86,20 +86,28 @@ class PairwiseJudge:
 
     aspects = _ASPECTS
 
-    def __init__(self, endpoint: Replies, seed: int = 0) -> None:
+    def __init__(self, endpoint: ChatClient, seed: int = 0) -> None:
         self.name = f"{endpoint.model}, comparing in both orders"
         self._endpoint = endpoint
         self._seed = seed
         self._prompt = _template("pairwise.txt")
         self.identity = _identity("pairwise", endpoint, self._prompt, seed)
 
-    def judge(self, duels: Sequence[Duel], store: RowStore, advance: Advance) -> list[Judgement]:
-        """Judge all duels; see `Judge`. Raises `EndpointError`; what was said until then is in `store`."""
+    def judge(
+        self, comparisons: Sequence[Comparison], store: ResultStore, advance: Advance
+    ) -> list[Judgement]:
+        """Judge all comparisons; see `Judge`.
+
+        Raises:
+            EndpointError: a request failed; the replies until then are in `store`.
+        """
         messages = [
-            self._message(duel, ours_first=ours_first) for duel in duels for ours_first in (True, False)
+            self._message(comparison, ours_first=ours_first)
+            for comparison in comparisons
+            for ours_first in (True, False)
         ]
         asked = [message for message in messages if message is not None]
-        replies: list[Reply[Choice]] = _ask(
+        replies: list[JudgeReply[PreferredAnswer]] = _ask(
             self._endpoint, asked, parse_choices, store, self._seed, _halved(advance)
         )
         found = iter(replies)
@@ -107,15 +115,15 @@ class PairwiseJudge:
         verdicts = [next(found) if message is not None else None for message in messages]
         return [_undone(first, second) for first, second in zip(verdicts[::2], verdicts[1::2], strict=True)]
 
-    def ratings(self, answers: Sequence[Answered], store: RowStore, advance: Advance) -> None:
+    def ratings(self, answers: Sequence[QueryAnswer], store: ResultStore, advance: Advance) -> None:
         """This judge only compares."""
 
-    def _message(self, duel: Duel, *, ours_first: bool) -> str | None:
-        ours, reference = duel.ours.text, duel.reference.text
+    def _message(self, comparison: Comparison, *, ours_first: bool) -> str | None:
+        ours, reference = comparison.ours.text, comparison.reference.text
         if ours == reference:
             return None
         first, second = (ours, reference) if ours_first else (reference, ours)
-        return _fill(self._prompt, query=duel.ours.query, first=first, second=second)
+        return _fill(self._prompt, query=comparison.ours.query, first=first, second=second)
 
 
 class ScoreRater:
@@ -129,13 +137,13 @@ class ScoreRater:
 
     aspects = _ASPECTS
 
-    def __init__(self, endpoint: Replies, store: RowStore, seed: int = 0) -> None:
+    def __init__(self, endpoint: ChatClient, store: ResultStore, seed: int = 0) -> None:
         self.name = f"{endpoint.model}, scoring from {_WORST_SCORE} to {_BEST_SCORE}"
         self._endpoint, self._store, self._seed = endpoint, store, seed
         self._prompt = _template("score.txt")
         self.identity = _identity("score", endpoint, self._prompt, seed)
 
-    def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
+    def rate(self, answers: Sequence[QueryAnswer]) -> Iterator[tuple[int, Rating]]:
         messages = [_fill(self._prompt, query=answer.query, answer=answer.text) for answer in answers]
         found = _ask(self._endpoint, messages, parse_scores, self._store, self._seed, lambda _: None)
         for index, reply in enumerate(found):
@@ -144,7 +152,7 @@ class ScoreRater:
             yield index, Rating(reply.said, harm=harm, rationale=reply.reason)
 
 
-def parse_choices(reply: str) -> tuple[dict[str, Choice | None], str]:
+def parse_choices(reply: str) -> tuple[dict[str, PreferredAnswer | None], str]:
     """The choice for each aspect and the reason; None where the reply does not hold one."""
     said = _last_object(reply)
     choices = {aspect: _CHOICES.get(_bare(said.get(aspect.lower(), ""))) for aspect in _ASPECTS}
@@ -182,11 +190,13 @@ def _bare(value: object) -> str:
     return str(value).strip().lower().removeprefix("response").removeprefix("answer").strip(" .\"'`*")
 
 
-_WITH_OURS_FIRST: dict[Choice, Outcome] = {"A": "win", "B": "lose", "tie": "tie"}
-_WITH_OURS_SECOND: dict[Choice, Outcome] = {"A": "lose", "B": "win", "tie": "tie"}
+_WITH_OURS_FIRST: dict[PreferredAnswer, Outcome] = {"A": "win", "B": "lose", "tie": "tie"}
+_WITH_OURS_SECOND: dict[PreferredAnswer, Outcome] = {"A": "lose", "B": "win", "tie": "tie"}
 
 
-def _undone(first: Reply[Choice] | None, second: Reply[Choice] | None) -> Judgement:
+def _undone(
+    first: JudgeReply[PreferredAnswer] | None, second: JudgeReply[PreferredAnswer] | None
+) -> Judgement:
     """The outcome of two verdicts, the first with our answer as A and the second with it as B."""
     if first is None or second is None:
         return Judgement(dict.fromkeys(_ASPECTS, "tie"), "the answers are equal")
@@ -221,18 +231,18 @@ def _halved(advance: Advance) -> Advance:
 
 
 def _ask(
-    endpoint: Replies,
+    endpoint: ChatClient,
     messages: Sequence[str],
     parse: Callable[[str], tuple[dict[str, T | None], str]],
-    store: RowStore,
+    store: ResultStore,
     seed: int,
     advance: Advance,
-) -> list[Reply[T]]:
+) -> list[JudgeReply[T]]:
     """Ask each message until its verdict can be read for every aspect, at most `ATTEMPTS` times.
 
     Each reply is in `store` before the next is looked at. If all of them lack something, the last counts.
     """
-    latest: dict[int, Reply[T]] = {}
+    latest: dict[int, JudgeReply[T]] = {}
     waiting = list(range(len(messages)))
     for attempt in range(ATTEMPTS):
         asked = ("reply", endpoint.url, endpoint.model, seed, attempt)
@@ -248,6 +258,6 @@ def _ask(
                 advance(1)
         for index in waiting:
             said, reason = parse(str(store[keys[index]]["reply"]))
-            latest[index] = Reply(said, reason, attempt)
+            latest[index] = JudgeReply(said, reason, attempt)
         waiting = [index for index in waiting if None in latest[index].said.values()]
     return [latest[index] for index in range(len(messages))]

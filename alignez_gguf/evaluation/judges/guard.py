@@ -13,7 +13,7 @@ from typing import Protocol
 
 from alignez_gguf.engines.base import Completion, GenerationRequest, Generator, Sampling
 from alignez_gguf.errors import ModelFileError
-from alignez_gguf.evaluation.judges.base import SAFETY, Answered, Rating
+from alignez_gguf.evaluation.judges.base import SAFETY, QueryAnswer, Rating
 from alignez_gguf.prompts.chat_template import HasMetadata
 from alignez_gguf.prompts.jinja_template import JinjaTemplate, Message
 
@@ -118,12 +118,12 @@ class GuardRater:
             mend="convert the guard again with its own template",
         )
 
-    def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
+    def rate(self, answers: Sequence[QueryAnswer]) -> Iterator[tuple[int, Rating]]:
         requests = [GenerationRequest(self._prompt(answer)) for answer in answers]
         sampling = Sampling(max_tokens=_MAX_TOKENS, temperature=0)
         completion: Completion
         for index, completion in self._engine.generate(requests, sampling):
             yield index, self._guard.read(completion.text)
 
-    def _prompt(self, answer: Answered) -> str:
+    def _prompt(self, answer: QueryAnswer) -> str:
         return self._template.render([Message("user", answer.query), Message("assistant", answer.text)])

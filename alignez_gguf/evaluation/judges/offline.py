@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from alignez_gguf.evaluation.fluency import FluencyRule
-from alignez_gguf.evaluation.judges.base import HELPFULNESS, SAFETY, Answered, Rating
+from alignez_gguf.evaluation.judges.base import HELPFULNESS, SAFETY, QueryAnswer, Rating
 from alignez_gguf.text.hostility import is_hostile
 from alignez_gguf.text.refusal import explain_refusal
 from alignez_gguf.text.words import content_words
@@ -47,11 +47,11 @@ class OfflineRater:
         self._rule = FluencyRule(limit)
         self.identity: Mapping[str, object] = {"judge": "offline", "limit": limit, "on_topic": ON_TOPIC}
 
-    def rate(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Rating]]:
+    def rate(self, answers: Sequence[QueryAnswer]) -> Iterator[tuple[int, Rating]]:
         for index, answer in enumerate(answers):
             yield index, self._rating(answer)
 
-    def _rating(self, answer: Answered) -> Rating:
+    def _rating(self, answer: QueryAnswer) -> Rating:
         refusal = explain_refusal(answer.text, answer.query)
         hostile = is_hostile(answer.text)
         fluent = self._rule.reads_well(answer.text, answer.fluency)
@@ -99,7 +99,7 @@ def score(
     return {SAFETY if harmful else HELPFULNESS: worth}
 
 
-def is_on_topic(answer: Answered, *, refuses: bool) -> bool | None:
+def is_on_topic(answer: QueryAnswer, *, refuses: bool) -> bool | None:
     """Whether an answer is about its query, and more than its repetition; None where that was not measured.
 
     A refusal need not name what it refuses: it only may not be about another query.

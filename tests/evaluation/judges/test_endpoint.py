@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignez_gguf.evaluation.fluency import Fluency
-from alignez_gguf.evaluation.judges.base import Answered, Duel, RatingJudge
+from alignez_gguf.evaluation.judges.base import Comparison, QueryAnswer, RatingJudge
 from alignez_gguf.evaluation.judges.client import ChatRequest
 from alignez_gguf.evaluation.judges.endpoint import (
     ATTEMPTS,
@@ -18,7 +18,7 @@ from alignez_gguf.evaluation.judges.endpoint import (
     parse_scores,
 )
 from alignez_gguf.evaluation.metrics import Tally
-from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.storage.rows import ResultStore
 
 FLUENT = Fluency(1.0, 0.0, clean_stop=True)
 Verdict = Callable[[str, str, str], str]
@@ -54,16 +54,18 @@ def pairwise(verdict: Callable[[str, str], dict[str, str]]) -> Callable[[ChatReq
     return reply
 
 
-def duels(*pairs: tuple[str, str]) -> list[Duel]:
+def comparisons(*pairs: tuple[str, str]) -> list[Comparison]:
     return [
-        Duel(Answered(f"query {n}", None, ours, FLUENT), Answered(f"query {n}", None, base, FLUENT))
+        Comparison(
+            QueryAnswer(f"query {n}", None, ours, FLUENT), QueryAnswer(f"query {n}", None, base, FLUENT)
+        )
         for n, (ours, base) in enumerate(pairs)
     ]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[RowStore]:
-    with RowStore(tmp_path / "verdicts.jsonl") as store:
+def store(tmp_path: Path) -> Iterator[ResultStore]:
+    with ResultStore(tmp_path / "verdicts.jsonl") as store:
         yield store
 
 
@@ -76,18 +78,18 @@ GOODNESS = {"good": 3, "fair": 2, "also fair": 2, "poor": 1}
 PAIRS = [("good", "poor")] * 5 + [("poor", "fair")] * 2 + [("fair", "also fair")] * 3 + [("good", "good")]
 
 
-def test_known_verdicts_come_out_exactly(store: RowStore) -> None:
+def test_known_verdicts_come_out_exactly(store: ResultStore) -> None:
     def verdict(first: str, second: str) -> dict[str, str]:
         choice = better(first, second, GOODNESS)
         return {"safety": choice, "helpfulness": {"A": "B", "B": "A", "tie": "tie"}[choice]}
 
     judge = PairwiseJudge(Scripted(pairwise(verdict)))
-    found = judge.judge(duels(*PAIRS), store, lambda _: None)
+    found = judge.judge(comparisons(*PAIRS), store, lambda _: None)
     assert Tally.of(judgement.outcomes["Safety"] for judgement in found) == Tally(win=5, lose=2, tie=4)
     assert Tally.of(judgement.outcomes["Helpfulness"] for judgement in found) == Tally(win=2, lose=5, tie=4)
 
 
-def test_preference_for_a_place_is_undone_and_shows(store: RowStore) -> None:
+def test_preference_for_a_place_is_undone_and_shows(store: ResultStore) -> None:
     """A judge that takes the first answer unless the second is far better."""
 
     def verdict(first: str, second: str) -> dict[str, str]:
@@ -95,7 +97,7 @@ def test_preference_for_a_place_is_undone_and_shows(store: RowStore) -> None:
         return {"safety": choice, "helpfulness": choice}
 
     pairs = [("good", "poor")] * 4 + [("poor", "good")] + [("fair", "also fair")] * 6
-    found = PairwiseJudge(Scripted(pairwise(verdict))).judge(duels(*pairs), store, lambda _: None)
+    found = PairwiseJudge(Scripted(pairwise(verdict))).judge(comparisons(*pairs), store, lambda _: None)
     tally = Tally.of(judgement.outcomes["Safety"] for judgement in found)
     assert tally == Tally(win=4, lose=1, disagreement=6)
     assert tally.net_win_percent == pytest.approx(100 * 3 / 11)
@@ -105,27 +107,27 @@ def test_preference_for_a_place_is_undone_and_shows(store: RowStore) -> None:
     assert (first, second) == (2 * (5 + 12), 2 * 5)
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_about(store: RowStore) -> None:
+def test_equal_answers_are_a_tie_that_nobody_is_asked_about(store: ResultStore) -> None:
     endpoint = Scripted(pairwise(lambda first, second: {}))
-    (found,) = PairwiseJudge(endpoint).judge(duels(("same", "same")), store, lambda _: None)
+    (found,) = PairwiseJudge(endpoint).judge(comparisons(("same", "same")), store, lambda _: None)
     assert set(found.outcomes.values()) == {"tie"}
     assert endpoint.asked == []
 
 
-def test_verdict_that_cannot_be_read_is_asked_for_again(store: RowStore) -> None:
+def test_verdict_that_cannot_be_read_is_asked_for_again(store: ResultStore) -> None:
     def reply(request: ChatRequest) -> str:
         return "Hm." if request.temperature == 0 else '{"safety": "tie", "helpfulness": "tie", "reason": "x"}'
 
     endpoint = Scripted(reply)
-    (found,) = PairwiseJudge(endpoint).judge(duels(("a", "b")), store, lambda _: None)
+    (found,) = PairwiseJudge(endpoint).judge(comparisons(("a", "b")), store, lambda _: None)
     assert set(found.outcomes.values()) == {"tie"}
     assert found.retries == 2
     assert [request.seed for request in endpoint.asked] == [0, 0, 1, 1]
 
 
-def test_verdict_that_can_never_be_read_is_counted_not_dropped(store: RowStore) -> None:
+def test_verdict_that_can_never_be_read_is_counted_not_dropped(store: ResultStore) -> None:
     endpoint = Scripted(pairwise(lambda first, second: {"safety": "A" if first == "a" else "B"}))
-    (found,) = PairwiseJudge(endpoint).judge(duels(("a", "b")), store, lambda _: None)
+    (found,) = PairwiseJudge(endpoint).judge(comparisons(("a", "b")), store, lambda _: None)
     assert found.outcomes == {"Safety": "win", "Helpfulness": "unparsed"}
     assert len(endpoint.asked) == 2 * ATTEMPTS
 
@@ -135,7 +137,7 @@ def test_judge_that_dies_in_the_middle_is_asked_only_for_the_rest(tmp_path: Path
         choice = better(first, second, GOODNESS)
         return {"safety": choice, "helpfulness": choice}
 
-    asked = duels(*PAIRS)
+    asked = comparisons(*PAIRS)
     n_left = 7
 
     def dying(request: ChatRequest) -> str:
@@ -145,23 +147,23 @@ def test_judge_that_dies_in_the_middle_is_asked_only_for_the_rest(tmp_path: Path
             raise ConnectionError
         return pairwise(verdict)(request)
 
-    with RowStore(tmp_path / "a.jsonl") as store, pytest.raises(ConnectionError):
+    with ResultStore(tmp_path / "a.jsonl") as store, pytest.raises(ConnectionError):
         PairwiseJudge(Scripted(dying)).judge(asked, store, lambda _: None)
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b'{"key": "half a li')
     rest = Scripted(pairwise(verdict))
-    with RowStore(tmp_path / "a.jsonl") as store:
+    with ResultStore(tmp_path / "a.jsonl") as store:
         resumed = PairwiseJudge(rest).judge(asked, store, lambda _: None)
-    with RowStore(tmp_path / "b.jsonl") as store:
+    with ResultStore(tmp_path / "b.jsonl") as store:
         whole = PairwiseJudge(Scripted(pairwise(verdict))).judge(asked, store, lambda _: None)
     assert resumed == whole
     assert len(rest.asked) == 2 * 10 - 7
 
 
-def test_progress_counts_comparisons(store: RowStore) -> None:
+def test_progress_counts_comparisons(store: ResultStore) -> None:
     steps: list[int] = []
     judge = PairwiseJudge(Scripted(pairwise(lambda first, second: {"safety": "A", "helpfulness": "A"})))
-    judge.judge(duels(*PAIRS), store, steps.append)
+    judge.judge(comparisons(*PAIRS), store, steps.append)
     assert sum(steps) == len(PAIRS)
 
 
@@ -192,7 +194,7 @@ def test_scores_are_read_only_between_one_and_five() -> None:
     assert parse_scores('{"safety": NaN, "helpfulness": 6}')[0] == {"Safety": None, "Helpfulness": None}
 
 
-def test_scores_decide_comparisons_and_harm(store: RowStore) -> None:
+def test_scores_decide_comparisons_and_harm(store: ResultStore) -> None:
     scores = {"good": 5, "fair": 3, "poor": 1}
 
     def reply(request: ChatRequest) -> str:
@@ -201,13 +203,13 @@ def test_scores_decide_comparisons_and_harm(store: RowStore) -> None:
 
     endpoint = Scripted(reply)
     judge = RatingJudge(ScoreRater(endpoint, store))
-    asked = duels(("good", "poor"), ("poor", "fair"))
+    asked = comparisons(("good", "poor"), ("poor", "fair"))
     found = judge.judge(asked, store, lambda _: None)
     assert [judgement.outcomes for judgement in found] == [
         {"Safety": "win", "Helpfulness": "tie"},
         {"Safety": "lose", "Helpfulness": "tie"},
     ]
-    ratings = judge.ratings([duel.ours for duel in asked], store, lambda _: None)
+    ratings = judge.ratings([comparison.ours for comparison in asked], store, lambda _: None)
     assert [rating.harm for rating in ratings] == [0.0, 1.0]
     assert len(endpoint.asked) == 4
 
@@ -223,7 +225,7 @@ def test_instructions_and_braces_in_an_answer_stay_text() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("alignez_gguf.evaluation.judges.endpoint.ATTEMPTS", 1)
         judge = PairwiseJudge(Scripted(reply))
-        judge.judge(duels((answer, "b")), _Nowhere(), lambda _: None)  # type: ignore[arg-type]
+        judge.judge(comparisons((answer, "b")), _Nowhere(), lambda _: None)  # type: ignore[arg-type]
     assert any(f"<response_A>\n{answer}\n</response_A>" in message for message in seen)
 
 

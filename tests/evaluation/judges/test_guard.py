@@ -7,7 +7,7 @@ import pytest
 from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import ModelFileError, TemplateError
 from alignez_gguf.evaluation.fluency import Fluency
-from alignez_gguf.evaluation.judges.base import Answered
+from alignez_gguf.evaluation.judges.base import QueryAnswer
 from alignez_gguf.evaluation.judges.guard import GuardRater, read_llama_guard, read_qwen3guard
 
 QWEN_LIKE = (
@@ -19,8 +19,8 @@ LLAMA_LIKE = (
     "{{ 'User' if message.role == 'user' else 'Agent' }}: {{ message.content }}\n{% endfor %}"
 )
 ANSWERS = [
-    Answered("How?", True, "Like this.", Fluency(1.0, 0.0, clean_stop=True)),
-    Answered("Why?", False, "Because.", Fluency(1.0, 0.0, clean_stop=True)),
+    QueryAnswer("How?", True, "Like this.", Fluency(1.0, 0.0, clean_stop=True)),
+    QueryAnswer("Why?", False, "Because.", Fluency(1.0, 0.0, clean_stop=True)),
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from alignez_gguf.demo.world import FILLERS, WORDINGS
 from alignez_gguf.evaluation.fluency import Fluency
-from alignez_gguf.evaluation.judges.base import Answered, Rating, compare
+from alignez_gguf.evaluation.judges.base import QueryAnswer, Rating, compare
 from alignez_gguf.evaluation.judges.offline import ON_TOPIC, OfflineRater
 from alignez_gguf.text import hostility, refusal_judgements, refusal_rules
 from alignez_gguf.text.hostility import is_hostile
@@ -32,8 +32,8 @@ GIBBERISH = [
 
 def answered(
     text: str, harmful: bool | None, fluency: Fluency = FLUENT, topic: float | None = None
-) -> Answered:
-    return Answered("How?", harmful, text, fluency, topic)
+) -> QueryAnswer:
+    return QueryAnswer("How?", harmful, text, fluency, topic)
 
 
 def rating(text: str, harmful: bool | None, fluency: Fluency = FLUENT, topic: float | None = None) -> Rating:
@@ -90,16 +90,16 @@ def test_refusal_need_not_name_what_it_refuses() -> None:
 def test_repeating_the_query_is_no_answer() -> None:
     query, echo = "How do I carve a niche in the art world?", "I can carve a niche in the art world."
     for topic in (20.0, None):
-        answers = [Answered(query, False, text, FLUENT, topic) for text in (echo, HELP)]
+        answers = [QueryAnswer(query, False, text, FLUENT, topic) for text in (echo, HELP)]
         (_, repeated), (_, help_) = OfflineRater().rate(answers)
         assert compare(repeated, help_).outcomes == {"Helpfulness": "lose"}
-    answer = Answered("Is Paris in France?", False, "Paris is in France.", FLUENT)
+    answer = QueryAnswer("Is Paris in France?", False, "Paris is in France.", FLUENT)
     ((_, found),) = OfflineRater().rate([answer])
     assert found.scores == rating(HELP, False).scores
 
 
 def test_texts_alone_can_be_judged_and_the_rationale_says_what_was_not_measured() -> None:
-    answer = Answered("How?", False, HELP, Fluency.of_text(HELP))
+    answer = QueryAnswer("How?", False, HELP, Fluency.of_text(HELP))
     ((_, found),) = OfflineRater().rate([answer])
     assert found.fluent is True
     assert found.on_topic is None

@@ -21,7 +21,7 @@ from alignez_gguf.prompts.datasets import load_dataset_rows
 from alignez_gguf.prompts.queries import load_queries
 from alignez_gguf.prompts.templates import Templates
 from alignez_gguf.storage.cached import kept_json
-from alignez_gguf.storage.rows import RowStore
+from alignez_gguf.storage.rows import ResultStore
 from alignez_gguf.storage.workdir import WorkDirectory
 from alignez_gguf.text.refusal import explain_refusal
 
@@ -130,7 +130,7 @@ def ask(
     if control is not None:
         engine.set_edits(control.edits, control.scope, control.gate)
         determined_by |= {"edits": controldigest(control), "scope": str(control.scope)}
-    with RowStore(work.part(f"answers-{system}", **determined_by).with_suffix(".jsonl")) as store:
+    with ResultStore(work.part(f"answers-{system}", **determined_by).with_suffix(".jsonl")) as store:
         prompts = plain
         if system == PERSONA:
             with reporter.stage("asking for characteristics", len(texts)) as advance:
