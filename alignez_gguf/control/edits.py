@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from alignez_gguf.errors import SteeringError
 
 if TYPE_CHECKING:
+    from alignez_gguf.control.gate import Gate
     from alignez_gguf.directions.base import Directions
 
 Decision = Literal["none", "remove", "add", "remove+add", "boost", "boost+add"]
@@ -227,8 +228,13 @@ def apply_to_block(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDAr
     return h if edit.add is None else h + strength * edit.add
 
 
-def digest(edits: Edits) -> str:
-    """Tells edits apart: SHA-256 of their layers, shapes and values."""
+def edits_sha256(edits: Edits, gate: Gate | None = None) -> str:
+    """Return the SHA-256, in hex digits, of what a control does: its edits, and its gate if it has one.
+
+    Args:
+        edits: the layers, shapes and values count; their order does not.
+        gate: decides which requests are steered; None steers all of them.
+    """
     value = hashlib.sha256()
     for layer, edit in sorted(edits.items()):
         arrays: tuple[NDArray[np.float32] | None, ...] = (edit.remove, edit.add)
@@ -237,6 +243,8 @@ def digest(edits: Edits) -> str:
         for array in arrays:
             value.update(f"{layer} {None if array is None else array.shape} ".encode())
             value.update(b"" if array is None else array.tobytes())
+    if gate is not None:
+        value.update(gate.digest.encode())
     return value.hexdigest()
 
 

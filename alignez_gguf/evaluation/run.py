@@ -13,6 +13,7 @@ from math import isfinite
 
 from alignez_gguf import __version__
 from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import edits_sha256
 from alignez_gguf.engines.base import Sampling
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ModelFileError, QueryError
@@ -32,7 +33,7 @@ from alignez_gguf.evaluation.results import ALIGNED, BASE, PERSONA, STEERED, Jud
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts.chat_template import ChatTemplate
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.rows import ResultStore, digest
+from alignez_gguf.storage.rows import ResultStore, json_sha256
 from alignez_gguf.storage.workdir import WorkDirectory
 
 OpenEngine = Callable[[], AbstractContextManager[LlamaEngine]]
@@ -124,7 +125,7 @@ def evaluate(
     provenance: dict[str, object] = {
         "package_version": __version__,
         "settings": asdict(settings),
-        "queries_sha256": digest([[query.text, query.harmful] for query in queries]),
+        "queries_sha256": json_sha256([[query.text, query.harmful] for query in queries]),
         "n_queries": len(queries),
     }
     if open_aligned is not None:
@@ -138,9 +139,9 @@ def evaluate(
         provenance |= {
             "base_model": asdict(engine.info),
             "templates_version": templates.version,
-            "templates_sha256": digest(repr(templates)),
+            "templates_sha256": json_sha256(repr(templates)),
             "framing": templates.framing,
-            "control_sha256": controldigest(control),
+            "control_sha256": edits_sha256(control.edits, control.gate),
         }
         prompts = [templates.plain_prompt(text) for text in texts]
         answers = {
@@ -175,18 +176,6 @@ def evaluate(
 
 def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-def controldigest(control: ControlFile) -> str:
-    """A hash of what a control file does, whatever else it tells."""
-    edits = {
-        layer: [
-            None if array is None else array.tolist()
-            for array in (edit.add, edit.remove, edit.gain, edit.bias)
-        ]
-        for layer, edit in control.edits.items()
-    }
-    return digest(edits if control.gate is None else [edits, control.gate.digest])
 
 
 def _aligned_answers(
@@ -228,7 +217,7 @@ def _base_answers(
 
         kept = {
             BASE: store(BASE),
-            STEERED: store(STEERED, edits=controldigest(control), scope=settings.scope),
+            STEERED: store(STEERED, edits=edits_sha256(control.edits, control.gate), scope=settings.scope),
         }
         if settings.persona:
             kept[PERSONA] = store(PERSONA)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.control.control_file import ControlFile
-from alignez_gguf.control.edits import LayerEdit, check_strength, digest
+from alignez_gguf.control.edits import LayerEdit, check_strength, edits_sha256
 from alignez_gguf.errors import ModelFileError, OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.requantise import Requantiser
@@ -161,7 +161,7 @@ class _Merge:
             sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             if value is not None:
                 writer.add_key_value(field.name, value, kind, sub_type=sub_type)
-        writer.add_string("alignez.merged.edits", digest(self._control.edits))
+        writer.add_string("alignez.merged.edits", edits_sha256(self._control.edits))
         writer.add_float32("alignez.merged.strength", self._strength)
         writer.add_string("alignez.merged.model_fingerprint", self._weights.info.fingerprint)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignez_gguf.control.control_file import ControlFile
-from alignez_gguf.control.edits import Edits, LayerEdit, digest
+from alignez_gguf.control.edits import Edits, LayerEdit, edits_sha256
 from alignez_gguf.errors import OutputError, SteeringError
 from alignez_gguf.exporters.mlp_bias import residual_scale
 from alignez_gguf.exporters.stacked import carrier, stack
@@ -135,7 +135,7 @@ def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Report
                 writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
                 writer.add_uint32("alignez.format_version", FORMAT_VERSION)
                 writer.add_string("alignez.model.fingerprint", weights.info.fingerprint)
-                writer.add_string("alignez.edits", digest(edits))
+                writer.add_string("alignez.edits", edits_sha256(edits))
                 for name, pair in pairs.items():
                     _add(writer, name, pair, weights.tensors[name].type)
                 writer.write_header_to_file()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignez_gguf.control.edits import Edits, digest
+from alignez_gguf.control.edits import Edits, edits_sha256
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import NoGainError
@@ -220,7 +220,7 @@ def measure(
         templates=job.templates,
         pairs=unweighted(pairs),
         scope=scope,
-        edits=digest(edits),
+        edits=edits_sha256(edits),
         gate=gate and gate.digest,
         seed=job.settings.seed,
         draws=_RANDOM_DRAWS,
@@ -284,7 +284,7 @@ def said(job: Job, edits: Edits, queries: Sequence[str], scope: Scope, gate: Gat
         templates=job.templates,
         queries=list(queries),
         scope=scope,
-        edits=digest(edits),
+        edits=edits_sha256(edits),
         gate=gate and gate.digest,
     ).with_suffix(".json")
 

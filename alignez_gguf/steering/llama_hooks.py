@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from alignez_gguf.control.control_file import ControlFile
-from alignez_gguf.control.edits import digest
+from alignez_gguf.control.edits import edits_sha256
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.steering.patched import SteeringBackend
@@ -43,7 +43,7 @@ class AttachedControl:
         self.scope = scope
         self.gate = control.gate
         self.backend = backend
-        self.digest = digest(control.edits)
+        self.digest = edits_sha256(control.edits)
         self.positions = range(0)
         """What is steered in the present request."""
 

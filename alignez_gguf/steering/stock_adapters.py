@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignez_gguf.control.edits import Edits, digest
+from alignez_gguf.control.edits import Edits, edits_sha256
 from alignez_gguf.errors import ModelFileError, OutputError, SteeringError
 from alignez_gguf.exporters import stock
 from alignez_gguf.exporters.weights import ModelWeights
@@ -150,7 +150,7 @@ def cached_lora(weights: ModelWeights, edits: Edits) -> Path | None:
     if all(edit.remove is None for edit in edits.values()):
         return None
     folder = cache_directory() / "adapters"
-    identity = f"{weights.info.fingerprint[:32]}-{digest(edits)[:32]}-{stock.FORMAT_VERSION}"
+    identity = f"{weights.info.fingerprint[:32]}-{edits_sha256(edits)[:32]}-{stock.FORMAT_VERSION}"
     path = folder / f"{identity}.lora.gguf"
     if not path.is_file():
         try:

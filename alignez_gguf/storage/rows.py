@@ -1,4 +1,4 @@
-"""Rows that outlive a crash: a JSONL file of values under keys, in the work directory of an evaluation."""
+"""An append-only JSONL file of values under keys, in the work directory of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from alignez_gguf.storage.journal import Journal
 
 
 def key_of(*parts: object) -> str:
-    """The name under which the result of these parts is kept."""
-    return digest(parts)[:32]
+    """Return the key of a result that these parts determine."""
+    return json_sha256(parts)[:32]
 
 
-def digest(content: object) -> str:
-    """The SHA-256 of JSON content, in hex digits; the order of the keys of an object does not count."""
+def json_sha256(content: object) -> str:
+    """Return the SHA-256 of JSON content, in hex digits; the order of keys does not count."""
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -40,7 +40,7 @@ class ResultStore:
         return self._values[key]
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keep a value. Raises `WorkDirectoryError` where it cannot be written."""
+        """Store a value. Raises `WorkDirectoryError` where it cannot be written."""
         # As it would be read again, so that a resumed run sees what an uninterrupted one saw.
         self._values[key] = self._journal.append({"key": key, "value": dict(value)})["value"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignez_gguf.control.control_file import ControlFile, LayerReport, ModelInfo
-from alignez_gguf.control.edits import LayerEdit, digest, orthonormal_rows
+from alignez_gguf.control.edits import LayerEdit, edits_sha256, orthonormal_rows
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.directions.base import Directions
 from alignez_gguf.errors import ControlFileError, SteeringError
@@ -448,7 +448,7 @@ def test_boosts_and_biases_come_back_as_they_were_saved(control, tmp_path):
     boosting.save(tmp_path / "c.gguf")
     loaded = ControlFile.load(tmp_path / "c.gguf")
     assert loaded.sha256 == boosting.sha256 != control.sha256
-    assert digest(loaded.edits) == digest(edits)
+    assert edits_sha256(loaded.edits) == edits_sha256(edits)
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "c.gguf").tensors}
     assert {"projection.0.gain", "bias.0", "projection.1.gain", "bias.3"} <= names
     assert "projection.3.gain" not in names

@@ -11,11 +11,12 @@ from alignez_gguf.control.edits import (
     apply_to_block,
     apply_to_mlp,
     check_strength,
-    digest,
+    edits_sha256,
     orthonormal_rows,
     paper_edits,
     span_edits,
 )
+from alignez_gguf.control.gate import Gate
 from alignez_gguf.directions.base import Directions
 from alignez_gguf.errors import SteeringError
 
@@ -229,7 +230,7 @@ def test_gain_of_minus_one_is_a_removal() -> None:
     v = orthonormal_rows(RNG.standard_normal((2, 6)))
     edit = LayerEdit(remove=v, gain=[-1, -1])
     assert edit.gain is None
-    assert digest({0: edit}) == digest({0: LayerEdit(remove=v)})
+    assert edits_sha256({0: edit}) == edits_sha256({0: LayerEdit(remove=v)})
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_malformed_gain_or_bias_is_refused(edit: dict[str, Any], reason: str) ->
         LayerEdit(**edit)
 
 
-def test_digest_tells_gains_and_biases_apart() -> None:
+def test_sha256_tells_gains_and_biases_apart() -> None:
     v, b = np.eye(6)[:1], np.ones(6)
     edits = [
         LayerEdit(remove=v),
@@ -271,4 +272,11 @@ def test_digest_tells_gains_and_biases_apart() -> None:
         LayerEdit(remove=v, add=b),
         LayerEdit(remove=v, gain=[0.5], bias=b),
     ]
-    assert len({digest({0: edit}) for edit in edits}) == len(edits)
+    assert len({edits_sha256({0: edit}) for edit in edits}) == len(edits)
+
+
+def test_sha256_tells_gates_apart() -> None:
+    edits = {0: LayerEdit(add=np.ones(6))}
+    gates = [None, *(Gate(np.array([3]), np.array([1.0]), threshold) for threshold in (0.0, 0.5))]
+    assert len({edits_sha256(edits, gate) for gate in gates}) == len(gates)
+    assert edits_sha256(edits, gates[1]) == edits_sha256(edits, Gate(np.array([3]), np.array([1.0]), 0.0))

@@ -20,7 +20,7 @@ from alignez_gguf.evaluation.judges.base import (
 from alignez_gguf.evaluation.judges.client import ChatRequest
 from alignez_gguf.evaluation.metrics import Outcome
 from alignez_gguf.progress import Advance
-from alignez_gguf.storage.rows import ResultStore, digest, key_of
+from alignez_gguf.storage.rows import ResultStore, json_sha256, key_of
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def _identity(kind: str, endpoint: ChatClient, prompt: str, seed: int) -> Mappin
         "judge": kind,
         "url": endpoint.url,
         "model": endpoint.model,
-        "prompt_sha256": digest(prompt),
+        "prompt_sha256": json_sha256(prompt),
         "seed": seed,
         "attempts": ATTEMPTS,
     }

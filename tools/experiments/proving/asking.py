@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.edits import edits_sha256
 from alignez_gguf.engines.base import Sampling
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import QueryError
@@ -14,7 +15,7 @@ from alignez_gguf.evaluation.answers import Answer, answer_queries, persona_prom
 from alignez_gguf.evaluation.fluency import Fluency, FluencyRule
 from alignez_gguf.evaluation.queries import EvaluationQuery, overlap
 from alignez_gguf.evaluation.results import BASE, PERSONA, STEERED
-from alignez_gguf.evaluation.run import controldigest, fluency_of, fluency_rule
+from alignez_gguf.evaluation.run import fluency_of, fluency_rule
 from alignez_gguf.pairs.query_hash import query_hash
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts.datasets import load_dataset_rows
@@ -129,7 +130,7 @@ def ask(
     determined_by = {"model": engine.info, "sampling": sampling}
     if control is not None:
         engine.set_edits(control.edits, control.scope, control.gate)
-        determined_by |= {"edits": controldigest(control), "scope": str(control.scope)}
+        determined_by |= {"edits": edits_sha256(control.edits, control.gate), "scope": str(control.scope)}
     with ResultStore(work.part(f"answers-{system}", **determined_by).with_suffix(".jsonl")) as store:
         prompts = plain
         if system == PERSONA:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import alignez_gguf
 from alignez_gguf.storage.atomic import write_text
-from alignez_gguf.storage.rows import digest
+from alignez_gguf.storage.rows import json_sha256
 from proving.fetching import Say
 
 FIT = "default"
@@ -46,7 +46,7 @@ def export(weights: Path, sha256: str, options: Sequence[str], folder: Path, say
     interrupted begins anew, so that its time is that of the whole job.
     """
     result = folder / "export.json"
-    determined_by = digest([sha256, list(options), _code()])
+    determined_by = json_sha256([sha256, list(options), _code()])
     if result.exists():
         kept = json.loads(result.read_text(encoding="utf-8"))
         if kept.pop("determined_by") == determined_by and (

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from alignez_gguf.cli.export import MAX_TOKENS as PAIR_TOKENS
 from alignez_gguf.control.control_file import ControlFile
-from alignez_gguf.control.edits import Edits, LayerEdit, digest
+from alignez_gguf.control.edits import Edits, LayerEdit, edits_sha256
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.engines.llama.engine import LlamaEngine
@@ -184,7 +184,7 @@ def _counts(
     path = job.work.part(
         "truth",
         model=job.target.info,
-        edits=digest(edits),
+        edits=edits_sha256(edits),
         scope=scope,
         gate=gate and gate.digest,
         queries=list(map(asdict, queries)),
