@@ -31,13 +31,13 @@ from alignez_gguf.directions.embeddings import (
     accuracy_of,
     check_shapes,
     check_weights,
-    class_gap,
     deviation,
     fold_of_pair,
     layer_embeddings,
     shift_and_scale,
     towards_helpful,
 )
+from alignez_gguf.directions.gap import class_gap
 from alignez_gguf.directions.probe_training import train
 from alignez_gguf.errors import AlignezError
 
@@ -160,10 +160,8 @@ def _fit_chunk(
         torch.from_numpy(share.astype(np.float32)),
         squared_min=options.squared_min,
     )
-    return [
-        _best(theta[i], p[i], loss[i], class_gap(x[i], options.weights), fold_of_probe, options)
-        for i in range(len(layers))
-    ]
+    gaps = class_gap(x[:, 0], x[:, 1], options.weights)
+    return [_best(theta[i], p[i], loss[i], gaps[i], fold_of_probe, options) for i in range(len(layers))]
 
 
 def _normalised(x: NDArray[np.float32], options: _Options) -> NDArray[np.float32]:

@@ -97,12 +97,6 @@ def accuracy_of(p_helpful: NDArray[Any], p_harmful: NDArray[Any], weights: Weigh
     return float(np.average((np.sign(margins) + 1) / 2, weights=for_both(weights)))
 
 
-def class_gap(x: NDArray[np.float32], weights: Weights = None) -> NDArray[Any]:
-    """mean(helpful) - mean(harmful) of `x` [2, n_pairs, n_embd], for `towards_helpful`."""
-    helpful, harmful = np.average(x, axis=1, weights=weights)
-    return np.asarray(helpful - harmful)
-
-
 def shift_and_scale(x: NDArray[np.float32], weights: Weights = None) -> tuple[NDArray[np.float32], float]:
     """The mean [n_embd] of both classes of `x` [2, n_pairs, n_embd], and one standard deviation.
 

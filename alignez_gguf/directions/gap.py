@@ -1,4 +1,4 @@
-"""The gap between the mean embeddings of both classes, layer by layer."""
+"""The gap between the mean embeddings of the two classes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights
 
-def class_gap(helpful: Any, harmful: Any, weights: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
-    """Mean helpful minus mean harmful: from [n_layer, n_pairs, n_embd] each to float32 [n_layer, n_embd].
 
-    Summed in float64, layer by layer: float16 sums overflow. `weights` [n_pairs] count the pairs.
+def class_gap(
+    helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, weights: Weights = None
+) -> NDArray[np.float32]:
+    """Return the mean helpful minus the mean harmful embedding of every layer.
+
+    The sums are taken in float64, layer by layer, since sums of float16 overflow.
+
+    Args:
+        helpful, harmful: [n_layer, n_pairs, n_embd].
+        weights: [n_pairs], how much each pair counts.
+
+    Returns:
+        float32 [n_layer, n_embd].
     """
     return np.stack(
         [
@@ -21,7 +32,7 @@ def class_gap(helpful: Any, harmful: Any, weights: NDArray[np.float64] | None = 
     )
 
 
-def _mean(rows: Any, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+def _mean(rows: NDArray[Any], weights: Weights) -> NDArray[np.float64]:
     if weights is None:
         return np.asarray(np.mean(rows, axis=0, dtype=np.float64))
     return np.asarray(np.average(np.asarray(rows, np.float64), axis=0, weights=weights))

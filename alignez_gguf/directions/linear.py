@@ -16,12 +16,12 @@ from alignez_gguf.directions.embeddings import (
     accuracy_of,
     check_shapes,
     check_weights,
-    class_gap,
     fold_of_pair,
     for_both,
     layer_embeddings,
     towards_helpful,
 )
+from alignez_gguf.directions.gap import class_gap
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def fit_probes(
     for layer in range(n_layer):
         x = layer_embeddings(helpful, harmful, layer)
         probe = fit_probe(x, weights)
-        vectors[layer] = towards_helpful(probe.vectors, class_gap(x, weights))
+        vectors[layer] = towards_helpful(probe.vectors, class_gap(x[:1], x[1:], weights)[0])
         p[:, layer] = np.average(probe.probability(x), axis=1, weights=weights)
         if probe.loss is not None:
             losses.append(probe.loss)
@@ -99,7 +99,7 @@ def fit_linear(
     """Directions in closed form, by `find`; the first one gives the probabilities."""
 
     def fit_probe(x: NDArray[np.float32], weights: Weights) -> LayerProbe:
-        vectors = towards_helpful(find(x, rank, weights), class_gap(x, weights))
+        vectors = towards_helpful(find(x, rank, weights), class_gap(x[:1], x[1:], weights)[0])
         return LayerProbe(vectors, lambda other: _posterior(vectors[0], x, weights, other))
 
     return fit_probes(method, fit_probe, helpful, harmful, rank, seed, weights)

@@ -93,7 +93,7 @@ def load_pairs(path: str | PathLike[str]) -> list[PreferencePair]:
         QueryError: the file cannot be read or holds no pairs, or a row is not a pair; the message has its
             line.
     """
-    table = tables.read_table(path)
+    table = tables.load_table(path)
     pairs = []
     for record in table.rows:
         if not table.has_columns:

@@ -217,7 +217,7 @@ def _rows(published: DatasetSource, rows: Iterable[tables.Record]) -> Iterator[t
 
 
 def _local(name: str, published: DatasetSource, path: Path) -> Iterator[tables.Record]:
-    return tables.read_table(_only_file(name, published, path) if path.is_dir() else path).rows
+    return tables.load_table(_only_file(name, published, path) if path.is_dir() else path).rows
 
 
 def _only_file(name: str, published: DatasetSource, folder: Path) -> Path:

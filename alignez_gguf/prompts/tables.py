@@ -57,7 +57,7 @@ class Table(NamedTuple):
     has_columns: bool
 
 
-def read_table(path: str | PathLike[str]) -> Table:
+def load_table(path: str | PathLike[str]) -> Table:
     """The rows of a file; see `parse`.
 
     Raises:
