@@ -1,1 +1,1 @@
-"""Does it work? Answers of base, steered and aligned models, judged, counted and reported."""
+"""Evaluation: the answers of base, steered and aligned models are judged, counted and reported."""

@@ -1,7 +1,6 @@
-"""Answers of the systems that are compared: the same queries, the same seeds, kept as they come.
+"""The answers of the systems that are compared: the same queries, the same seeds, cached as they come.
 
-What the base model says of them is measured here too: how well they are formed, and whether they are about
-their queries.
+The base model measures them too: how fluent they are, and whether they are about their queries.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from alignez_gguf.text.repetition import repetition
 _ROLE = "evaluation"
 
 TOPIC_TOKENS = 24
-"""The beginning of an answer tells what it is about."""
+"""Topic is measured on this many tokens at the beginning of an answer."""
 OTHER_QUERIES = 4
-"""An answer is measured under so many queries besides its own."""
+"""Number of queries besides its own under which an answer is measured."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system says to a query.
+    """The answer of a system to a query.
 
     Attributes:
-        text: without spaces around it.
-        clean_stop: it came to an end by itself.
+        text: the answer, without spaces around it.
+        clean_stop: whether it ended by itself, and not at the limit of tokens.
     """
 
     text: str
@@ -43,7 +42,7 @@ class Answer:
 
 
 class LogprobEngine(Protocol):
-    """The base model, as far as it measures the fluency of answers."""
+    """A model that can say how likely a response is after a prompt."""
 
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
@@ -61,9 +60,19 @@ def answer_queries(
     strength: float = 0.0,
     advance: Advance,
 ) -> list[Answer]:
-    """The answers to all prompts, in order; those in `store` are not generated again.
+    """Answer all prompts, in order; answers in `store` are not generated again.
 
     The seed of an answer depends on `seed` and its query alone, so that all systems draw alike.
+
+    Args:
+        engine: generates the answers.
+        prompts: the texts that the engine completes.
+        queries: the query of each prompt; it seeds the answer.
+        sampling: how tokens are drawn.
+        store: caches the answers.
+        seed: the seed of the evaluation.
+        strength: the strength of the edits that the engine has.
+        advance: called with the number of answers that were finished.
 
     Raises:
         QueryError: a prompt is too long for the context.
@@ -93,17 +102,17 @@ def persona_prompts(
     seed: int,
     advance: Advance,
 ) -> list[str]:
-    """The prompts under which the base model answers as the safety-oriented persona, in two steps.
+    """Return the prompts under which the base model answers as the safety-oriented persona.
 
-    It is asked for the characteristics of a good answer, and then to answer with them, as when it writes the
-    helpful side of its pairs (AlignEZ, section 3.1).
+    The model is first asked for the characteristics of a good answer, as when it writes the helpful side of
+    its pairs (AlignEZ, section 3.1); the prompts ask it to answer with them.
     """
     if not templates.helpful.uses_characteristics:
         advance(len(queries))
         return [templates.answer_prompt(templates.helpful, query) for query in queries]
-    asked = [templates.characteristics_prompt(templates.helpful, query) for query in queries]
+    prompts = [templates.characteristics_prompt(templates.helpful, query) for query in queries]
     short = replace(sampling, max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens))
-    traits = answer_queries(engine, asked, queries, short, store, seed=seed, advance=advance)
+    traits = answer_queries(engine, prompts, queries, short, store, seed=seed, advance=advance)
     return [
         templates.answer_prompt(templates.helpful, query, " ".join(trait.text.split()).rstrip("."))
         for query, trait in zip(queries, traits, strict=True)
@@ -120,9 +129,16 @@ def measure_fluency(
     *,
     continued: Callable[[str], str],
 ) -> list[Fluency]:
-    """How well-formed the answers are, under the base model and its plain prompts, in order.
+    """Measure how fluent the answers are, under the base model and its plain prompts, in order.
 
-    `continued` gives an answer as it follows its prompt; see `Templates.continued`.
+    Args:
+        scorer: the base model.
+        tokenize: splits a text into the tokens of that model.
+        prompts: the plain prompt of each answer.
+        answers: the answers of one system.
+        store: caches the measurements.
+        advance: called with the number of answers that were measured.
+        continued: returns an answer as it follows its prompt; see `Templates.continued`.
     """
     keys = [key_of("surprise", prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
     missing = [index for index, key in enumerate(keys) if answers[index].text and key not in store]
@@ -153,19 +169,23 @@ def measure_topic(
     advance: Advance,
     continued: Callable[[str], str],
 ) -> dict[str, list[float | None]]:
-    """How much likelier each answer is under its own query than under others, in nat, by system and in order.
+    """Measure how much likelier each answer is under its own query than under others.
 
-    log P(answer | query) - log mean P(answer | other query), over `OTHER_QUERIES` of the set, the same for
-    all systems: the pointwise mutual information of answer and query, estimated by the base model. It is
-    about 0 for an answer that would do for any query. None for an empty answer, and without another query.
+    The measure is log P(answer | query) - log mean P(answer | other query), over `OTHER_QUERIES` of the set,
+    the same for all systems: the pointwise mutual information of answer and query, estimated by the base
+    model. It is about 0 for an answer that would do for any query.
+
+    Returns:
+        The measure of every answer in nat, by system and in the order of the prompts; None for an empty
+        answer, and where there is no other query.
     """
-    others = _other_prompts(prompts, seed)
+    other_prompts = _other_prompts(prompts, seed)
     needed = [
         (prompt, index, answer.text)
         for given in answers.values()
         for index, answer in enumerate(given)
-        if answer.text and others[index]
-        for prompt in (prompts[index], *others[index])
+        if answer.text and other_prompts[index]
+        for prompt in (prompts[index], *other_prompts[index])
     ]
     # By prompt, so that what a prompt and the one before have in common is computed once.
     keys = {key_of("topic", prompt, text, TOPIC_TOKENS): (prompt, text) for prompt, _, text in sorted(needed)}
@@ -181,9 +201,9 @@ def measure_topic(
         return float(store[key_of("topic", prompt, text, TOPIC_TOKENS)]["logprob"])
 
     def topic(index: int, text: str) -> float | None:
-        if not text or not others[index]:
+        if not text or not other_prompts[index]:
             return None
-        elsewhere = np.array([logprob_of(prompt, text) for prompt in others[index]])
+        elsewhere = np.array([logprob_of(prompt, text) for prompt in other_prompts[index]])
         return logprob_of(prompts[index], text) - float(
             np.logaddexp.reduce(elsewhere) - np.log(len(elsewhere))
         )
@@ -195,7 +215,7 @@ def measure_topic(
 
 
 def n_topic_passages(prompts: Sequence[str], answers: Mapping[str, Sequence[Answer]]) -> int:
-    """At most so many texts are read by `measure_topic`."""
+    """Return the greatest number of passages that `measure_topic` reads."""
     n_others = min(OTHER_QUERIES, len(prompts) - 1)
     return (1 + n_others) * sum(bool(answer.text) for given in answers.values() for answer in given)
 
@@ -205,7 +225,7 @@ def _other_prompts(prompts: Sequence[str], seed: int) -> list[list[str]]:
     distinct = sorted(set(prompts))
     drawn = []
     for prompt in prompts:
-        others = [other for other in distinct if other != prompt]
+        candidates = [other for other in distinct if other != prompt]
         rng = random.Random(f"{seed} {prompt}")
-        drawn.append(rng.sample(others, min(OTHER_QUERIES, len(others))))
+        drawn.append(rng.sample(candidates, min(OTHER_QUERIES, len(candidates))))
     return drawn

@@ -1,4 +1,4 @@
-"""An evaluation as plain data: what report.json holds and the page is made from."""
+"""Turns an evaluation into plain data: the content of report.json, from which the page is made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXAMPLES_OF_EACH = 4
 
 
 def document(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything that was found, in an order that never changes."""
+    """Return all results of an evaluation as JSON data, in an order that never changes."""
     return {
         "format_version": FORMAT_VERSION,
         "overlap": {
@@ -27,9 +27,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "provenance": dict(evaluation.provenance),
         "labels": _labels(evaluation),
         "notes": _notes(evaluation),
-        "verdicts": [
-            _verdict(aspect, found.net_win) for aspect, found in _steered(evaluation).aspects.items()
-        ],
+        "verdicts": [_verdict(name, aspect.net_win) for name, aspect in _steered(evaluation).aspects.items()],
         "systems": [_system(judged) for judged in evaluation.judged],
         "layers": _layers(evaluation),
         "selection": _selection(evaluation),
@@ -49,7 +47,7 @@ def _labels(evaluation: Evaluation) -> dict[str, int]:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    """Say what could not be measured, and what that means."""
+    """List what could not be measured, and what that means."""
     answers = [answer for judged in evaluation.judged for answer in judged.system.answers if answer.text]
     notes = []
     if not any(judged.behaviour.on_topic.n for judged in evaluation.judged):
@@ -64,7 +62,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
 
 
 def _verdict(aspect: str, net_win: Estimate) -> dict[str, Any]:
-    """Better or worse only where the whole interval lies on one side of zero."""
+    """Call a system better or worse only where the whole interval lies on one side of zero."""
     if net_win.value is None:
         verdict = "not judged"
     elif not net_win.clear_of_zero:
@@ -133,7 +131,7 @@ def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _selection(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The edits that were tried when the control file was made; a divergence of -1 was not measured."""
+    """List the edits that were tried when the control file was made; a divergence of -1 was not measured."""
     score = evaluation.control.score
     columns: dict[str, Field] = {
         key.removeprefix("tried."): value for key, value in score.items() if key.startswith("tried.")
@@ -146,10 +144,14 @@ def _selection(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _projections(evaluation: Evaluation) -> dict[str, Any] | None:
-    found = evaluation.projections
-    if found is None:
+    projections = evaluation.projections
+    if projections is None:
         return None
-    return {"layer": found.layer, "before": found.before.tolist(), "after": found.after.tolist()}
+    return {
+        "layer": projections.layer,
+        "before": projections.before.tolist(),
+        "after": projections.after.tolist(),
+    }
 
 
 def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _row(evaluation: Evaluation, index: int) -> dict[str, Any]:
 
 
 def _examples(steered: Judged) -> list[int]:
-    """Rows to show: the first few that the steered model wins, loses, and neither, so that all show."""
+    """Choose the rows to show: the first few that the steered model wins, loses, and neither."""
     kinds: dict[str, list[int]] = {"win": [], "lose": [], "neither": []}
     for index, judgement in enumerate(steered.judgements):
         outcomes = set(judgement.outcomes.values())

@@ -1,4 +1,4 @@
-"""Does an answer read well? Its text alone tells loops and debris, the base model tells words without order.
+"""Whether an answer reads well: its text shows loops and debris, the base model finds words without order.
 
 The limit of the likelihood lies between what the base model writes itself and the same words in random
 order, so that it fits every model and tokenizer, and fluent answers that the base model would not give pass.
@@ -15,23 +15,23 @@ import numpy as np
 from alignez_gguf.text.repetition import REPETITIVE, is_broken, repetition
 
 FIRST_WORD_NAT = 8.0
-"""The first word of an answer may cost this much: "That" is unlikely at first, whatever follows."""
+"""Nat that the first word of an answer may cost: "That" is unlikely at first, whatever follows."""
 OWN_QUANTILE = 0.95
 """This share of the base model's own answers is taken to read well."""
 LEAST_WORDS = 6
-"""Fewer words have no order to lose."""
+"""Texts of fewer words are not put in random order: they have too little order to lose."""
 
 
 @dataclass(frozen=True)
 class Fluency:
-    """How well an answer is formed.
+    """The measures of how well an answer is formed.
 
     Attributes:
         nat_per_token: mean negative log-likelihood under the base model; None for an empty answer, and where
             only the text is known.
         repetition: share of three-word sequences that occurred before.
-        clean_stop: it came to an end by itself.
-        n_tokens: of the answer, where the likelihood was measured.
+        clean_stop: whether it ended by itself.
+        n_tokens: length of the answer, where the likelihood was measured.
     """
 
     nat_per_token: float | None
@@ -47,10 +47,10 @@ class Fluency:
 
 @dataclass(frozen=True)
 class FluencyRule:
-    """Tells answers that read well.
+    """Decides whether an answer reads well.
 
     Attributes:
-        limit: greatest nat per token, see `fluency_limit`; infinite where no model measures answers.
+        limit: the greatest nat per token, see `fluency_limit`; infinite where no model measures answers.
     """
 
     limit: float = float("inf")
@@ -66,7 +66,7 @@ class FluencyRule:
 
 
 def fluency_limit(own: Sequence[Fluency], disordered: Sequence[Fluency]) -> float:
-    """The greatest nat per token with which an answer reads well; infinite where nothing was measured.
+    """Return the greatest nat per token with which an answer reads well; infinite without measurements.
 
     Args:
         own: the base model's own answers.
@@ -82,7 +82,7 @@ def fluency_limit(own: Sequence[Fluency], disordered: Sequence[Fluency]) -> floa
 
 
 def disorder(text: str) -> str | None:
-    """The words of a text in random order, the same every time; None where there are too few."""
+    """Shuffle the words of a text, the same way every time; return None where there are too few."""
     words = text.split()
     if len(words) < LEAST_WORDS:
         return None

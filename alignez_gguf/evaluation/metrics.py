@@ -1,4 +1,4 @@
-"""From verdicts and measurements to figures with intervals. Pure numerics: no model, no file, no terminal.
+"""Computes figures with intervals from verdicts and measurements, without models, files or a terminal.
 
 Every figure says over how many queries it was taken. Intervals are percentiles of a paired bootstrap: all
 figures of an evaluation are computed on the same resampled queries, so systems are compared query by query
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Outcome = Literal["win", "lose", "tie", "disagreement", "unparsed"]
-"""Of one comparison, seen from the system that is judged. `disagreement`: the judge changed its mind when the
-answers changed places; `unparsed`: it gave no verdict that could be read."""
+"""The outcome of a comparison for the system that is judged. `disagreement`: the judge changed its mind when
+the answers changed places; `unparsed`: it gave no verdict that could be parsed."""
 
 RESAMPLES = 2000
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 _VALUE: dict[Outcome, float] = {"win": 1.0, "lose": -1.0, "tie": 0.0, "disagreement": 0.0, "unparsed": np.nan}
 
@@ -32,8 +32,8 @@ class Estimate:
     Attributes:
         value: None where the figure is undefined.
         low, high: ends of the interval; None where it is undefined.
-        n: queries that the figure was taken over.
-        note: why something is undefined.
+        n: number of queries behind the figure.
+        note: the reason why something is undefined.
     """
 
     value: float | None
@@ -50,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Tally:
-    """How often each outcome came."""
+    """The number of comparisons with each outcome."""
 
     win: int = 0
     lose: int = 0
@@ -86,7 +86,7 @@ class Tally:
 
 
 def outcome_values(outcomes: Sequence[Outcome | None]) -> NDArray[np.float64]:
-    """1 for a win, -1 for a loss, 0 for a tie or a disagreement, NaN without a verdict; [n_queries]."""
+    """Turn outcomes into numbers [n_queries]: win 1, loss -1, tie or disagreement 0, no verdict NaN."""
     return np.array(
         [np.nan if outcome is None else _VALUE[outcome] for outcome in outcomes], dtype=np.float64
     )
@@ -96,9 +96,9 @@ class Bootstrap:
     """Resampled queries, the same for every figure of an evaluation.
 
     Args:
-        n_queries: of the evaluation, at least 1.
-        seed: of the draws.
-        n_resamples: how often all queries are drawn anew, with replacement.
+        n_queries: number of queries of the evaluation, at least 1.
+        seed: seed of the draws.
+        n_resamples: number of times that all queries are drawn, with replacement.
     """
 
     def __init__(self, n_queries: int, seed: int = 0, n_resamples: int = RESAMPLES) -> None:
@@ -109,7 +109,7 @@ class Bootstrap:
         self._counts = np.stack([np.bincount(row, minlength=n_queries) for row in draws]).astype(np.float64)
 
     def mean(self, values: NDArray[np.float64], *, scale: float = 1.0) -> Estimate:
-        """`scale` times the mean over the queries that are not NaN. values: [n_queries]."""
+        """Return `scale` times the mean of `values` [n_queries], over the queries that are not NaN."""
         n = int(np.isfinite(values).sum())
         if n == 0:
             return Estimate(None, None, None, 0, "no query to take it over")
@@ -122,20 +122,20 @@ class Bootstrap:
     def difference(
         self, values: NDArray[np.float64], reference: NDArray[np.float64], *, scale: float = 1.0
     ) -> Estimate:
-        """`scale` times the mean difference, over the queries where both are measured."""
+        """Return `scale` times the mean difference, over the queries where both values are measured."""
         return self.mean(values - reference, scale=scale)
 
     def relative_improvement(self, ours: NDArray[np.float64], aligned: NDArray[np.float64]) -> Estimate:
-        """Net Win(ours) / Net Win(aligned) x 100, from the `outcome_values` of both against the base model.
+        """Return Net Win(ours) / Net Win(aligned) x 100, from their `outcome_values` against the base model.
 
         Undefined where Net Win of the aligned model is not positive. Where it is not positive in more than a
         fortieth of the resamples, the ratio has no upper end, and the interval is left out.
         """
-        both = np.isfinite(ours) & np.isfinite(aligned)
-        n = int(both.sum())
+        judged = np.isfinite(ours) & np.isfinite(aligned)
+        n = int(judged.sum())
         if n == 0:
             return Estimate(None, None, None, 0, "no query with both verdicts")
-        ours, aligned = np.where(both, ours, np.nan), np.where(both, aligned, np.nan)
+        ours, aligned = np.where(judged, ours, np.nan), np.where(judged, aligned, np.nan)
         net = float(np.nanmean(aligned))
         if net <= 0:
             return Estimate(
@@ -144,7 +144,7 @@ class Bootstrap:
         value = float(100 * np.nanmean(ours) / net)
         numerators, denominators = self._resampled_means(ours), self._resampled_means(aligned)
         defined = denominators > 0
-        if defined.mean() < 1 - (1 - LEVEL) / 2:
+        if defined.mean() < 1 - (1 - CONFIDENCE_LEVEL) / 2:
             return Estimate(
                 value, None, None, n, "no interval: Net Win of the aligned model is not clear of zero"
             )
@@ -152,7 +152,7 @@ class Bootstrap:
         return Estimate(value, low, high, n)
 
     def _resampled_means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[n_resamples]; NaN where a resample holds no measured query."""
+        """Return the mean of every resample, [n_resamples]; NaN where it holds no measured query."""
         measured = np.isfinite(values)
         totals = self._counts @ np.where(measured, values, 0.0)
         counts = self._counts @ measured.astype(np.float64)
@@ -160,13 +160,13 @@ class Bootstrap:
 
 
 def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    tail = 50 * (1 - LEVEL)
+    tail = 50 * (1 - CONFIDENCE_LEVEL)
     low, high = np.nanpercentile(values, [tail, 100 - tail])
     return float(low), float(high)
 
 
 def perplexity(nat_per_token: Estimate) -> Estimate:
-    """e to the mean negative log-likelihood per token, interval included."""
+    """Return e to the mean negative log-likelihood per token, with its interval."""
 
     def raised(value: float | None) -> float | None:
         return None if value is None else float(np.exp(value))

@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG that can stand in a page: the same data give the same bytes."""
+"""Draws the plots of a report as SVG for an HTML page; the same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 
 def draw_plots(document: Mapping[str, Any]) -> dict[str, str]:
-    """The plots that the document has data for, by name."""
+    """Draw the plots that `document` has data for, and return their SVG by name."""
     drawn = {
         "net_win": _figure("net_win", lambda axes: _net_win(axes, document["systems"])),
         "layers": _figure("layers", lambda axes: _layers(axes, document["layers"])),
@@ -57,10 +57,10 @@ def _figure(name: str, draw: Any) -> str:
 
 def _net_win(axes: Axes, systems: Sequence[Mapping[str, Any]]) -> None:
     rows = [
-        (f"{system['name']}: {aspect}", found["net_win_percent"])
+        (f"{system['name']}: {aspect}", result["net_win_percent"])
         for system in systems
-        for aspect, found in system["aspects"].items()
-        if found["net_win_percent"]["value"] is not None
+        for aspect, result in system["aspects"].items()
+        if result["net_win_percent"]["value"] is not None
     ]
     for position, (_, estimate) in enumerate(reversed(rows)):
         value, low, high = estimate["value"], estimate["low"], estimate["high"]
@@ -108,7 +108,7 @@ def _projections(axes: Axes, projections: Mapping[str, Any], labels: Sequence[bo
     bins = [low + (high - low) * step / 40 for step in range(41)] if high > low else 10
     groups = {True: ("harmful", _BAD), False: ("harmless", _GOOD), None: ("unlabelled", _BASE)}
     for label, (name, color) in groups.items():
-        chosen = [index for index, found in enumerate(labels) if found is label]
+        chosen = [index for index, given in enumerate(labels) if given is label]
         if chosen:
             axes.hist(
                 [before[index] for index in chosen],

@@ -1,4 +1,4 @@
-"""Where the queries lie along the edited direction, before and after the edit."""
+"""Projects queries on the edited direction, before and after the edit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Projections:
     """The residual stream at the end of a block, at the last token of each prompt, along one direction.
 
     Attributes:
-        layer: the first edited one. Below it nothing is steered, so `after` is exact where the
+        layer: the first edited layer. Below it nothing is steered, so `after` is exact where the
             MLP output goes into the residual stream unchanged.
         before, after: float64 [n_queries].
     """

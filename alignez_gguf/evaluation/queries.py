@@ -16,7 +16,7 @@ _LABEL = "harmful"
 
 @dataclass(frozen=True)
 class EvaluationQuery:
-    """A query, and whether it is harmful; None where nobody says so."""
+    """A query, and whether it is harmful; None where it has no label."""
 
     text: str
     harmful: bool | None = None
@@ -53,11 +53,11 @@ def _label(record: tables.Record) -> bool | None:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Queries that the fit has seen.
+    """The queries of an evaluation that the fit has seen.
 
     Attributes:
         known: whether the control file says what it was fitted on.
-        queries: of the evaluation that were used in the fit as well.
+        queries: the queries of the evaluation that were used in the fit too.
     """
 
     known: bool

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing beside it, and the same as JSON."""
+"""Writes the report: a self-contained HTML page, and its data as JSON."""
 
 from __future__ import annotations
 
@@ -38,28 +38,32 @@ BEHAVIOUR_COLUMNS = {
 
 
 def write_report(evaluation: Evaluation, path: Path) -> Path:
-    """Write the page to `path` and the JSON beside it, whose path is returned.
+    """Write the page to `path` and the JSON beside it, and return the path of the JSON.
 
     Raises:
         OutputError: a file cannot be written.
     """
     beside = json_path(path)
-    found = document(evaluation)
-    write_text(beside, json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    write_text(path, render(found))
+    data = document(evaluation)
+    write_text(beside, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_text(path, render(data))
     return beside
 
 
 def json_path(path: Path) -> Path:
-    """Where the JSON goes. Raises `OutputError` where it would take the place of the page."""
+    """Return the path of the JSON of a report.
+
+    Raises:
+        OutputError: the page itself has that path.
+    """
     beside = path.with_suffix(".json")
     if beside == path:
         raise OutputError(f"{path} is the place of the JSON; give the report a name that ends in .html")
     return beside
 
 
-def render(found: Mapping[str, Any]) -> str:
-    """The page of a document."""
+def render(data: Mapping[str, Any]) -> str:
+    """Render the HTML page of a document; see `document.document`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -75,9 +79,9 @@ def render(found: Mapping[str, Any]) -> str:
     environment.filters["shortened"] = _shortened
     page = environment.get_template("report.html")
     # Made by matplotlib from numbers and fixed labels, not from anything that a model said.
-    plots = {name: Markup(svg) for name, svg in draw_plots(found).items()}
+    plots = {name: Markup(svg) for name, svg in draw_plots(data).items()}
     tables = {"columns": BEHAVIOUR_COLUMNS, "rate_columns": RATE_COLUMNS, "rates": RATES}
-    return page.render(report=found, plots=plots, **tables) + "\n"
+    return page.render(report=data, plots=plots, **tables) + "\n"
 
 
 def _number(value: float | None) -> str:
@@ -85,7 +89,7 @@ def _number(value: float | None) -> str:
 
 
 def _estimate(estimate: Mapping[str, Any], signed: bool = False, digits: int = 1) -> str:
-    """ "12.5 [3.1, 20.0] n = 40", or why there is none."""
+    """Format an estimate as "12.5 [3.1, 20.0] n = 40", or say why there is none."""
     if estimate["value"] is None:
         return f"undefined: {estimate['note']}" if estimate["n"] else "\u2013 n = 0"
     form = f"{'+' if signed else ''}.{digits}f"

@@ -1,7 +1,7 @@
-"""An evaluation from start to end: answers of every system, their fluency, the judge, the figures.
+"""Runs an evaluation from start to end: answers of every system, their fluency, the judge, the figures.
 
-Models are opened one after the other, so that the memory of one is enough. Everything that costs time is kept
-in the work directory as it comes.
+Models are opened one after the other, so that the memory of one is enough. Everything that costs time is
+cached in the work directory as it comes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from alignez_gguf.storage.workdir import WorkDirectory
 
 OpenEngine = Callable[[], AbstractContextManager[LlamaEngine]]
 OpenJudge = Callable[[FluencyRule, ResultStore], AbstractContextManager[Judge]]
-"""Makes the judge, from the rule of what reads well and the place where replies are kept."""
+"""Opens the judge, given the rule of which answers read well and the store of its replies."""
 
 _DISORDERED = 32
-"""Answers that are measured with their words in random order."""
+"""Number of answers that are measured with their words in random order."""
 
 _DESCRIPTIONS = {
     BASE: "the base model, asked plainly",
@@ -53,13 +53,13 @@ _DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What decides an evaluation, besides models, control file, queries and judge.
+    """The settings of an evaluation.
 
     Attributes:
-        seed: of answers, bootstrap and repeated questions to the judge.
-        strength, scope: of the edit.
-        max_tokens, temperature, top_p: of the answers.
-        persona: compare with the persona-prompted base model too.
+        seed: seeds answers, bootstrap and repeated questions to the judge.
+        strength, scope: how strongly and at which tokens the edit acts.
+        max_tokens, temperature, top_p: how answers are sampled.
+        persona: whether to compare with the persona-prompted base model too.
     """
 
     seed: int = 0
@@ -81,7 +81,7 @@ class Evaluation:
     Attributes:
         judged: the systems, the base model first.
         judge: name of the judge.
-        provenance: all that determines the result, by name.
+        provenance: everything that determines the result, by name.
         projections: None where the architecture cannot be read.
     """
 
@@ -110,13 +110,17 @@ def evaluate(
     """Answer all queries with every system, and judge the answers.
 
     Args:
-        topic_matters: measure what answers are about, for a judge that makes something of it; takes a few
-            readings of every answer.
+        open_base, open_aligned: open the engine of a model; there may be no aligned one.
+        open_judge: opens the judge.
+        templates_of: returns the templates by which the base model is asked.
+        work: caches answers, measurements and verdicts.
+        topic_matters: whether to measure what answers are about, for a judge that uses it; this reads every
+            answer a few times.
 
     Raises:
         QueryError: there are too few queries, or one is too long.
         ControlFileError: the control file is for another model.
-        EndpointError: the judge cannot be reached; what it said until then is kept in `work`.
+        EndpointError: the judge cannot be reached; its replies until then are cached in `work`.
     """
     if len(queries) < 2:
         raise QueryError("one query is too few for an evaluation; give at least two")
@@ -159,7 +163,7 @@ def evaluate(
             topic = {name: [None] * len(texts) for name in answers}
         projections = _projections(engine, control, prompts, settings, reporter)
     systems = [
-        System(name, _DESCRIPTIONS[name], _answered(queries, answers[name], fluency[name], topic[name]))
+        System(name, _DESCRIPTIONS[name], _query_answers(queries, answers[name], fluency[name], topic[name]))
         for name in answers
     ]
     judged, judge_name, identity = _judged(systems, rule, open_judge, settings, work, reporter)
@@ -185,9 +189,9 @@ def _aligned_answers(
     work: WorkDirectory,
     reporter: Reporter,
 ) -> list[Answer]:
-    framing = ChatTemplate.of(engine.model)
-    sampling = settings.sampling(framing.stop)
-    prompts = [framing.prompt([], text) for text in texts]
+    template = ChatTemplate.of(engine.model)
+    sampling = settings.sampling(template.stop)
+    prompts = [template.prompt([], text) for text in texts]
     place = work.part("answers-aligned", model=engine.info, sampling=sampling).with_suffix(".jsonl")
     with ResultStore(place) as store, reporter.stage("answering (aligned)", len(texts)) as advance:
         return answer_queries(engine, prompts, texts, sampling, store, seed=settings.seed, advance=advance)
@@ -203,9 +207,9 @@ def _base_answers(
     work: WorkDirectory,
     reporter: Reporter,
 ) -> dict[str, list[Answer]]:
-    """The answers of all systems that run on the base model, base first."""
+    """Return the answers of all systems that run on the base model, base first."""
     sampling = settings.sampling(tuple(templates.stop))
-    asked: dict[str, tuple[Sequence[str], float]] = {
+    prompts_and_strength: dict[str, tuple[Sequence[str], float]] = {
         BASE: (prompts, 0.0),
         STEERED: (prompts, settings.strength),
     }
@@ -215,26 +219,26 @@ def _base_answers(
             place = work.part(f"answers-{name}", model=engine.info, sampling=sampling, **determined_by)
             return stores.enter_context(ResultStore(place.with_suffix(".jsonl")))
 
-        kept = {
+        store_of = {
             BASE: store(BASE),
             STEERED: store(STEERED, edits=edits_sha256(control.edits, control.gate), scope=settings.scope),
         }
         if settings.persona:
-            kept[PERSONA] = store(PERSONA)
+            store_of[PERSONA] = store(PERSONA)
             with reporter.stage("asking for characteristics", len(texts)) as advance:
                 personas = persona_prompts(
-                    engine, texts, templates, sampling, kept[PERSONA], seed=settings.seed, advance=advance
+                    engine, texts, templates, sampling, store_of[PERSONA], seed=settings.seed, advance=advance
                 )
-            asked[PERSONA] = (personas, 0.0)
+            prompts_and_strength[PERSONA] = (personas, 0.0)
         answers = {}
-        for name, (given, strength) in asked.items():
+        for name, (given, strength) in prompts_and_strength.items():
             with reporter.stage(f"answering ({name})", len(texts)) as advance:
                 answers[name] = answer_queries(
                     engine,
                     given,
                     texts,
                     sampling,
-                    kept[name],
+                    store_of[name],
                     seed=settings.seed,
                     strength=strength,
                     advance=advance,
@@ -251,7 +255,7 @@ def fluency_of(
     work: WorkDirectory,
     reporter: Reporter,
 ) -> list[Fluency]:
-    """How well-formed the answers of a system are, under the plain prompts; kept."""
+    """Measure how fluent the answers of a system are under the plain prompts, cached in `work`."""
     place = work.part("fluency", model=engine.info).with_suffix(".jsonl")
     with ResultStore(place) as store, reporter.stage(f"measuring fluency ({name})", len(answers)) as advance:
         return measure_fluency(
@@ -274,7 +278,7 @@ def fluency_rule(
     work: WorkDirectory,
     reporter: Reporter,
 ) -> FluencyRule:
-    """What reads well: more than the words of the base model's own answers in random order."""
+    """Fit the rule of which answers read well on the base model's own answers, in order and shuffled."""
     mixed = [
         (prompt, Answer(text, clean_stop=True))
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -333,7 +337,7 @@ def _projections(
         return None
 
 
-def _answered(
+def _query_answers(
     queries: Sequence[EvaluationQuery],
     answers: Sequence[Answer],
     fluency: Sequence[Fluency],

@@ -18,7 +18,7 @@ _SHOWN_MODELS = 10
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A single message of a user, and how the reply is drawn."""
+    """A single message of a user, and how the reply is sampled."""
 
     message: str
     temperature: float = 0.0
@@ -29,11 +29,11 @@ class ChatEndpoint:
     """Replies over `POST {url}/v1/chat/completions`.
 
     Args:
-        url: of the server, with or without the `/v1` at its end.
-        model: its id there; None takes the only one that the server has.
+        url: the address of the server, with or without the `/v1` at its end.
+        model: the id of the model there; None takes the only one that the server has.
         api_key: by default the environment variable `ALIGNEZ_API_KEY`; it is never shown.
-        concurrency: requests that are under way at a time.
-        max_tokens: of a reply.
+        concurrency: number of requests that run at a time.
+        max_tokens: the greatest length of a reply.
         timeout: seconds for one reply.
         retries: attempts after the first where the server is busy, out of reach or answers with broken JSON.
 
@@ -59,25 +59,25 @@ class ChatEndpoint:
         self.model = model or self._only_model()
 
     def replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, str]]:
-        """The replies with the indices of their requests, each as soon as it is there.
+        """Yield the index of every request with its reply, as soon as it arrives.
 
         Raises:
             EndpointError: the server refuses a request, or cannot be reached after all attempts.
         """
         if not requests:
             return
-        turn = asyncio.Semaphore(self._concurrency)
+        limiter = asyncio.Semaphore(self._concurrency)
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._api()) as api:
 
             async def reply(request: ChatRequest) -> str:
-                async with turn:
+                async with limiter:
                     return await self._ask(api, "/chat/completions", self._body(request))
 
-            under_way = {portal.start_task_soon(reply, request): n for n, request in enumerate(requests)}
+            running = {portal.start_task_soon(reply, request): n for n, request in enumerate(requests)}
             refused: EndpointError | None = None
-            waiting = dict(under_way)
+            waiting = dict(running)
             try:
-                for finished in as_completed(under_way):
+                for finished in as_completed(running):
                     try:
                         reply_text = finished.result()
                     except EndpointError as error:
@@ -91,7 +91,7 @@ class ChatEndpoint:
                             yield index, finished.result()
                     raise refused
             finally:
-                for future in under_way:
+                for future in running:
                     future.cancel()
 
     def _body(self, request: ChatRequest) -> dict[str, object]:

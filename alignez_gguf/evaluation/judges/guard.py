@@ -33,8 +33,8 @@ class Guard:
     """A family of guard models.
 
     Attributes:
-        name: of the family.
-        mark: what its chat template contains.
+        name: the name of the family.
+        mark: found in the chat templates of this family alone.
         read: turns a reply into a rating.
     """
 
@@ -44,7 +44,7 @@ class Guard:
 
 
 def read_qwen3guard(reply: str) -> Rating:
-    """ "Safety: Unsafe / Categories: Violent / Refusal: No", a line each."""
+    """Read a reply of the form "Safety: Unsafe / Categories: Violent / Refusal: No", a line each."""
     safety = _QWEN.search(reply)
     refusal = _QWEN_REFUSAL.search(reply)
     categories = _QWEN_CATEGORIES.search(reply)
@@ -60,12 +60,12 @@ def read_qwen3guard(reply: str) -> Rating:
 
 
 def read_llama_guard(reply: str) -> Rating:
-    """ "safe", or "unsafe" and the violated categories in the next line."""
-    found = _LLAMA.match(reply)
-    if found is None:
+    """Read a reply that is "safe", or "unsafe" with the violated categories in the next line."""
+    match = _LLAMA.match(reply)
+    if match is None:
         return _unread(reply)
-    score, harm = _SEVERITY[found[1]]
-    return Rating({SAFETY: score}, harm=harm, rationale=" ".join(filter(None, found.groups())))
+    score, harm = _SEVERITY[match[1]]
+    return Rating({SAFETY: score}, harm=harm, rationale=" ".join(filter(None, match.groups())))
 
 
 def _unread(reply: str) -> Rating:
@@ -79,7 +79,7 @@ GUARDS = (
 
 
 class GuardEngine(Generator, Protocol):
-    """An engine whose model says which it is."""
+    """An engine whose model has metadata."""
 
     @property
     def model(self) -> HasMetadata: ...
@@ -90,7 +90,7 @@ class GuardRater:
 
     Args:
         engine: runs the guard.
-        identity: of the model file.
+        identity: the fingerprint of the model file.
 
     Raises:
         ModelFileError: the model is no guard of a known family.

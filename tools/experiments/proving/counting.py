@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from alignez_gguf.evaluation.metrics import LEVEL, Bootstrap, Estimate
+from alignez_gguf.evaluation.metrics import CONFIDENCE_LEVEL, Bootstrap, Estimate
 from proving.asking import Said
 
 Count = Callable[[Said], bool]
@@ -39,7 +39,7 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        found = binomtest(self.count, self.n).proportion_ci(LEVEL, method="wilson")
+        found = binomtest(self.count, self.n).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
         return float(found.low), float(found.high)
 
 
