@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt: the model's chat template, or a transcript for base models."""
+"""Turns a conversation into a prompt: by the model's chat template, or as a transcript for base models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from alignez_gguf.prompts.templates import METADATA_KEY, FramingName, Templates,
 __all__ = ["ChatTemplate", "FramingChoice", "HasMetadata", "Message", "Turn", "other_framing", "templates_of"]
 
 FramingChoice = Literal["auto", "chat", "transcript"]
+"""How to ask a model; "auto" uses its chat template where it has one and nobody gives templates."""
 
 _CHAT_TEMPLATE = "tokenizer.chat_template"
 
@@ -36,14 +37,14 @@ def templates_of(
     *,
     default: Callable[[], Templates] = Templates.default,
 ) -> Templates:
-    """How a model is asked: by the user's templates, the model's own, or the default ones.
+    """Choose the templates by which a model is asked: the user's, the model's own, or the default ones.
 
     Args:
-        model: None where nothing but a transcript can be asked of it.
-        path: the user's templates.
+        model: the model, or None for one without metadata, which is asked in a transcript.
+        path: the file with the user's templates.
         framing: "chat" asks through the model's chat template, "transcript" does not, and "auto" does where
             there is one and neither the user nor the model brings templates.
-        default: the ones that ship with the package.
+        default: returns the templates that ship with the package.
 
     Raises:
         TemplateError: the templates or the chat template cannot be used, or there is none to ask through.
@@ -65,7 +66,7 @@ def templates_of(
 
 
 def other_framing(fitted: str, used: FramingName) -> str:
-    """A warning where a control file is used in another framing than it was fitted in; else empty."""
+    """Return a warning where a control file is used in another framing than it was fitted in, else ""."""
     if fitted in ("", used):
         return ""
     return (
@@ -84,7 +85,7 @@ class ChatTemplate:
     def of(
         cls, model: HasMetadata, templates: Path | None = None, framing: FramingChoice = "auto"
     ) -> ChatTemplate:
-        """The framing of a model; see `templates_of`.
+        """Choose the templates of a model as `templates_of` does.
 
         Raises:
             TemplateError: the templates or the chat template cannot be used.
@@ -97,10 +98,12 @@ class ChatTemplate:
         return self.templates.stop
 
     def prompt(self, turns: Sequence[Turn], message: str, system: str = "") -> str:
-        """The prompt whose completion answers `message` after the earlier `turns`.
+        """Return the prompt whose completion answers `message` after the earlier `turns`.
 
         Args:
-            system: what the model is told before the conversation; a transcript begins with it.
+            turns: the earlier messages of the user, each with its answer.
+            message: the new message of the user.
+            system: the system message; a transcript begins with it.
 
         Raises:
             TemplateError: the chat template fails, or drops a message.
@@ -108,7 +111,7 @@ class ChatTemplate:
         return self.templates.conversation(turns, message, system)
 
     def prompt_of(self, messages: Sequence[Message]) -> str:
-        """The same for a list of messages as OpenAI's API has them.
+        """Return the prompt for a list of messages as in OpenAI's API.
 
         A chat template decides itself what it accepts, but may drop nothing of that. A transcript takes
         system messages at the beginning, joins neighbouring messages of one role, and has to end with the
@@ -120,8 +123,10 @@ class ChatTemplate:
         """
         if self.templates.chat is not None:
             return self.templates.chat.render(messages)
-        n_system = next((i for i, one in enumerate(messages) if one.role != "system"), len(messages))
-        system = "\n\n".join(one.content for one in messages[:n_system])
+        n_system = next(
+            (index for index, message in enumerate(messages) if message.role != "system"), len(messages)
+        )
+        system = "\n\n".join(message.content for message in messages[:n_system])
         joined: list[Message] = []
         for message in messages[n_system:]:
             if message.role == "system":
@@ -132,7 +137,7 @@ class ChatTemplate:
         if not joined or (joined[0].role, joined[-1].role) != ("user", "user"):
             raise QueryError("the conversation has to begin and to end with a message of the user")
         turns = [
-            (said.content, answered.content)
-            for said, answered in zip(joined[:-1:2], joined[1::2], strict=True)
+            (question.content, answer.content)
+            for question, answer in zip(joined[:-1:2], joined[1::2], strict=True)
         ]
         return self.prompt(turns, joined[-1].content, system)

@@ -18,7 +18,7 @@ from alignez_gguf.prompts import tables
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A request, and whether the data set calls it harmful; None where it does not say."""
+    """A request, and its label in the data set; None where it has none."""
 
     query: str
     harmful: bool | None
@@ -26,18 +26,18 @@ class DatasetRow:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Where a data set is published, and how its rows are read.
+    """The place where a data set is published, and the way to read its rows.
 
     Attributes:
-        hub_id: of the data set on the Hugging Face Hub.
-        split: of that data set.
-        config: of that data set, where it has several.
-        data_dir: the directory of that data set that is meant, where it is not the whole.
+        hub_id: the id of the data set on the Hugging Face Hub.
+        split: the split of it that is read.
+        config: the configuration of it, where it has several.
+        data_dir: the directory of it that is read, where that is not all.
         file: the name under which the file is published elsewhere.
-        url: where that file is.
-        columns: that may hold the request; the first there is does.
-        harmful: what a row says about itself.
-        keep: the rows that belong to the data set.
+        url: the address of that file.
+        columns: names of the column of the request; the first that exists is read.
+        harmful: returns the label of a row.
+        keep: decides whether a row belongs to the data set.
         request: takes the request out of its column.
     """
 
@@ -79,7 +79,7 @@ def _is_red_team(row: Mapping[str, object]) -> bool:
 
 
 def _first_human_turn(transcript: str) -> str:
-    """What the human says first in a transcript of hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    """Return what the human says first in a transcript of hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     human = re.search(r"\s*Human:(.*?)(?:\n\nAssistant:|\n\nHuman:|\Z)", transcript, re.DOTALL)
     return (human[1] if human else transcript).strip()
 
@@ -141,7 +141,7 @@ SOURCES: Mapping[str, DatasetSource] = {
 NAMES = tuple(SOURCES)
 
 _HUB_SECONDS = 10.0
-"""To answer whether it has a data set."""
+"""Seconds that the Hub has to answer whether it has a data set."""
 
 
 def is_named(source: str) -> bool:
@@ -150,7 +150,7 @@ def is_named(source: str) -> bool:
 
 
 def load_dataset_rows(source: str) -> list[DatasetRow]:
-    """The rows of a published data set, in its order, without repetitions of a request.
+    """Load the rows of a published data set, in its order, without repetitions of a request.
 
     Args:
         source: `NAME`, one of `NAMES`, which comes from the Hugging Face Hub or from what `datasets` has kept
@@ -168,32 +168,33 @@ def load_dataset_rows(source: str) -> list[DatasetRow]:
         raise QueryError(f"{source} names no file; give {name}=FILE, or {name} alone for the Hub")
     published = SOURCES[name]
     rows = _local(name, published, Path(path)) if "=" in source else _hub(name, published)
-    found = unanimous(_rows(published, rows))
-    if not found:
+    requests = unanimous(_rows(published, rows))
+    if not requests:
         raise QueryError(f"{source} holds no requests; give {published.file} from {published.url}")
-    return found
+    return requests
 
 
 def unanimous(rows: Iterable[tuple[str, DatasetRow]]) -> list[DatasetRow]:
-    """The rows, each with the place where it stands, without repetitions of a request.
+    """Drop repetitions of a request; a label that any of them has is the label of the request.
 
-    A label that one repetition has and another lacks is that of the request.
+    Args:
+        rows: each with the file and line where it stands.
 
     Raises:
         QueryError: a request is called harmful in one place and harmless in another.
     """
-    found: dict[str, tuple[str, DatasetRow]] = {}
+    by_query: dict[str, tuple[str, DatasetRow]] = {}
     for where, row in rows:
-        known_where, known = found.setdefault(row.query, (where, row))
+        known_where, known = by_query.setdefault(row.query, (where, row))
         if known.harmful is None:
-            found[row.query] = (where, row)
+            by_query[row.query] = (where, row)
         elif row.harmful not in (None, known.harmful):
             kind, other = ("harmful", "harmless") if row.harmful else ("harmless", "harmful")
             raise QueryError(
                 f"{where} calls {shorten(repr(row.query), 80)} {kind}, but {known_where} calls it {other}; "
                 "leave out the wrong row"
             )
-    return [row for _, row in found.values()]
+    return [row for _, row in by_query.values()]
 
 
 def _rows(published: DatasetSource, rows: Iterable[tables.Record]) -> Iterator[tuple[str, DatasetRow]]:
@@ -221,7 +222,7 @@ def _local(name: str, published: DatasetSource, path: Path) -> Iterator[tables.R
 
 
 def _only_file(name: str, published: DatasetSource, folder: Path) -> Path:
-    """The file in a directory with the published name, else with the name of the set, else the only one."""
+    """Find the file with the published name in a folder, else with the name of the set, else the only one."""
     files = sorted(file for file in folder.rglob("*") if file.name.lower().endswith(tables.ENDINGS))
     for candidates in (
         [file for file in files if file.name.lower() == published.file.lower()],

@@ -43,33 +43,34 @@ class Message:
 
 
 _System = Literal["kept", "joined", "in the user's message"]
-"""What becomes of the system messages at the beginning; joined, they are one."""
+"""The place of the system messages at the beginning; joined, they are one."""
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How messages are written down for a template.
+    """The form in which messages are given to a template.
 
     Attributes:
-        typed: contents are lists of typed parts, as vision models want them, and not strings.
-        system: where the system messages at the beginning are.
+        typed: whether contents are lists of typed parts, as vision models want them, and not strings.
+        system: the place of the system messages at the beginning.
     """
 
     typed: bool
     system: _System
 
     def written(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return the messages in this form, as dictionaries."""
         if self.system != "kept":
             is_joined = self.system == "joined"
-            n_merged = _n_system([one.role for one in messages]) + (not is_joined)
-            merged = "\n\n".join(one.content for one in messages[:n_merged])
+            n_merged = _n_system([message.role for message in messages]) + (not is_joined)
+            merged = "\n\n".join(message.content for message in messages[:n_merged])
             messages = [Message("system" if is_joined else "user", merged), *messages[n_merged:]]
         return [
             {
-                "role": one.role,
-                "content": [{"type": "text", "text": one.content}] if self.typed else one.content,
+                "role": message.role,
+                "content": [{"type": "text", "text": message.content}] if self.typed else message.content,
             }
-            for one in messages
+            for message in messages
         ]
 
 
@@ -77,12 +78,13 @@ class JinjaTemplate:
     """A compiled chat template.
 
     Args:
-        text: the program.
+        text: the source of the template.
         bos, eos: the texts of the special tokens.
-        owner, mend: whose template it is and what to do where it cannot be used, for errors.
+        owner: the owner of the template, for errors.
+        mend: the advice where it cannot be used, for errors.
 
     Raises:
-        TemplateError: it is no jinja program.
+        TemplateError: `text` is not a jinja template.
     """
 
     def __init__(
@@ -98,11 +100,11 @@ class JinjaTemplate:
         self._form = lru_cache(maxsize=_KINDS_KEPT)(self._find_form)
 
     def __repr__(self) -> str:
-        """Whatever decides a rendering, since results are kept under a hash of it."""
+        """Return everything that decides a rendering, since results are cached under a hash of it."""
         return f"JinjaTemplate({self._text!r}, {self._bos!r}, {self._eos!r})"
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt whose completion answers the messages.
+        """Return the prompt whose completion answers the messages.
 
         Contents are strings, or typed parts where the template keeps them only so. Where the template refuses
         or drops system messages at the beginning, they become one, or else part of the user's first message,
@@ -111,14 +113,18 @@ class JinjaTemplate:
         Raises:
             TemplateError: the template fails, or drops a message whatever its form.
         """
-        form = self._form(tuple(one.role for one in messages))
+        form = self._form(tuple(message.role for message in messages))
         try:
             return self._rendered(form.written(messages))
         except Exception as error:  # a template is a program of its own
             raise self._error(f"fails: {error}") from error
 
     def _find_form(self, roles: tuple[str, ...]) -> _Form:
-        """The first form in which probe texts of these roles all come through. Raises `TemplateError`."""
+        """Find the first form in which probe texts of these roles all appear in the prompt.
+
+        Raises:
+            TemplateError: there is none.
+        """
         probes = [Message(role, f"probe-{index}-text") for index, role in enumerate(roles)]
         n_system = _n_system(roles)
         ways: list[_System] = ["kept"]
@@ -170,7 +176,7 @@ class _GenerationBlocks(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The dialect that transformers gives chat templates (utils/chat_template_utils.py)."""
+    """Return the dialect of jinja in which transformers renders (utils/chat_template_utils.py)."""
 
     def raise_exception(message: str) -> None:
         raise JinjaError(message)
@@ -196,5 +202,5 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _n_system(roles: Sequence[str]) -> int:
-    """How many system messages a conversation begins with."""
+    """Return the number of system messages at the beginning of a conversation."""
     return next((index for index, role in enumerate(roles) if role != "system"), len(roles))

@@ -1,4 +1,4 @@
-"""Where queries come from: files, standard input, sets in the package, and published data sets by name."""
+"""Loads queries from files, standard input, sets in the package, and published data sets by name."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def load_queries(source: str | PathLike[str], column: str | None = None) -> list
             line, or JSONL), the name of a set that ships with the package (`default` or `demo`), or a
             published data set: one of `datasets.NAMES`, from the Hugging Face Hub, or `NAME=PATH`, from a
             local file or directory. A file whose name is that of a set is given as `./NAME`.
-        column: the column or field that holds the query; by default the first there is of query, prompt,
+        column: the column or field that holds the query; by default the first that exists of query, prompt,
             instruction, goal, question and text.
 
     Raises:
         QueryError: the file is missing, empty, not UTF-8 or not what its ending says, or has no such column;
-            or the data set cannot be had.
+            or the data set is out of reach.
     """
     name = str(source)
     queries = list(dict.fromkeys(query for query, _ in read_queries(name, column)))
@@ -37,12 +37,12 @@ def load_queries(source: str | PathLike[str], column: str | None = None) -> list
 
 
 def no_queries(name: str) -> QueryError:
-    """The error that a source of queries is empty."""
+    """Return the error that a source of queries is empty."""
     return QueryError(f"{name} holds no queries; write at least one, or use the set named default")
 
 
 def read_queries(name: str, column: str | None = None) -> Iterator[tuple[str, tables.Record]]:
-    """Each query with the row that it stands in, in their order, without blank ones.
+    """Yield each query with its row, in their order, without blank ones.
 
     Raises:
         QueryError: as `load_queries`, but for a file without queries.
@@ -63,7 +63,11 @@ def read_queries(name: str, column: str | None = None) -> Iterator[tuple[str, ta
 
 
 def read_table(name: str) -> tables.Table:
-    """The rows of a file, of standard input (`-`), or of a shipped set. Raises `QueryError`."""
+    """Read the rows of a file, of standard input (`-`), or of a shipped set.
+
+    Raises:
+        QueryError: it cannot be read.
+    """
     return tables.parse(_read(name), "standard input" if name == "-" else name)
 
 

@@ -28,15 +28,15 @@ LINE = "text"
 """The name of the one field that a line of plain text has."""
 
 TEXT_COLUMNS = ("query", "prompt", "instruction", "goal", "question", LINE)
-"""Columns that are looked for, in this order, where none is named."""
+"""Names of the column that is read where none is given, in this order."""
 
 
 class Record(NamedTuple):
-    """A row, and where it stands, as an error names it.
+    """A row with its place, as an error names it.
 
     Attributes:
         where: the file and the line or row.
-        fields: by their names.
+        fields: the values by the names of their columns.
         header: the file, where all its rows have the same fields; empty where each row has its own.
     """
 
@@ -49,7 +49,7 @@ class Table(NamedTuple):
     """The rows of a file.
 
     Attributes:
-        rows: can be iterated over once; raises `QueryError` at a row that cannot be read.
+        rows: an iterator, which raises `QueryError` at a row that cannot be read.
         has_columns: whether the fields have names; False for lines of text.
     """
 
@@ -58,7 +58,7 @@ class Table(NamedTuple):
 
 
 def load_table(path: str | PathLike[str]) -> Table:
-    """The rows of a file; see `parse`.
+    """Read the rows of a file; see `parse`.
 
     Raises:
         QueryError: the file cannot be read, or what `parse` raises.
@@ -71,7 +71,7 @@ def load_table(path: str | PathLike[str]) -> Table:
 
 
 def parse(data: bytes, name: str) -> Table:
-    """The rows of a file's content, in the form that the ending of `name` says.
+    """Parse the content of a file into rows, in the form that the ending of `name` says.
 
     The endings are .csv, .tsv, .json (a list of objects, or objects one after the other), .jsonl, .ndjson and
     .parquet, in any case and also with .gz or .txt behind them. Anything else is plain text, a row per line
@@ -98,17 +98,17 @@ def parse(data: bytes, name: str) -> Table:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text, which end at \\n, \\r\\n or \\r. `str.splitlines` would also cut at U+2028."""
+    """Split a text into lines, which end at \\n, \\r\\n or \\r. `str.splitlines` also cuts at U+2028."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: it holds only spaces, control and zero-width characters."""
-    return all(one.isspace() or unicodedata.category(one) in _INVISIBLE for one in text)
+    return all(character.isspace() or unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def truth(value: object) -> bool | None:
-    """What a field says that is true, false, 1 or 0, as JSON or as a text; `None` where it is neither.
+    """Read a field that is true, false, 1 or 0, as JSON or as a text; return None where it is neither.
 
     Tables in which a label is missing have 1.0 and 0.0: pandas makes such a column one of floats.
     """
@@ -137,7 +137,7 @@ def _uncompressed(data: bytes, name: str) -> bytes:
 
 
 def _decoded(data: bytes, name: str) -> str:
-    """The text of UTF-8, or of UTF-16 with a byte order mark, which spreadsheets and PowerShell write."""
+    """Decode UTF-8, or UTF-16 with a byte order mark, which spreadsheets and PowerShell write."""
     if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         raise QueryError(f"{name} is a spreadsheet or an archive and no text; save it as .csv or .jsonl")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -220,7 +220,7 @@ def _check_columns(titles: Sequence[str], where: str) -> None:
 
 
 def _repeated(names: Sequence[str]) -> str | None:
-    """The first of the names that is there more than once."""
+    """Return the first name that occurs more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
@@ -231,7 +231,11 @@ class _NotCsvError(Exception):
 
 
 def _rows_of_cells(text: str, delimiter: str, first_line: int = 1) -> list[_Cells]:
-    """All rows but those in which nothing is. Raises `_NotCsvError`."""
+    """Return all rows that are not empty.
+
+    Raises:
+        _NotCsvError: the text is not CSV.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, line = [], first_line
     try:
@@ -245,13 +249,16 @@ def _rows_of_cells(text: str, delimiter: str, first_line: int = 1) -> list[_Cell
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """What separates the cells of the header; where it could be several, the one on which the rows agree."""
+    """Find what separates the cells of the header; among several, the one on which the rows agree."""
     header = next((line for line in io.StringIO(text, newline="") if not is_blank(line)), "")
-    n_cells = {one: len(next(csv.reader([header], delimiter=one), [])) for one in (usual, ",", ";", "\t")}
-    possible = [one for one, count in n_cells.items() if count > 1]
+    n_cells = {
+        delimiter: len(next(csv.reader([header], delimiter=delimiter), []))
+        for delimiter in (usual, ",", ";", "\t")
+    }
+    possible = [delimiter for delimiter, count in n_cells.items() if count > 1]
     if len(possible) > 1:
-        agreed = [one for one in possible if _rows_agree(text, one)]
-        return max(agreed or possible, key=n_cells.__getitem__)
+        fitting = [delimiter for delimiter in possible if _rows_agree(text, delimiter)]
+        return max(fitting or possible, key=n_cells.__getitem__)
     return possible[0] if possible else usual
 
 
@@ -281,7 +288,7 @@ def _cells_of_any_length(longest: int) -> Iterator[None]:
 def _is_json(text: str) -> bool:
     """Whether a text is to be read as JSON.
 
-    So it is where it is one object or a list of objects, where it is JSON whose values go over several lines,
+    It is where it is one object or a list of objects, where it is JSON whose values go over several lines,
     and where at least half of its lines are objects.
     """
     values = _values(text)
@@ -300,7 +307,7 @@ class _Value(NamedTuple):
 
 
 def _values(text: str) -> list[_Value]:
-    """The objects and lists of which a text consists from end to end; none where there is anything else."""
+    """Return the objects and lists of a text; none where it holds anything else."""
     text = "\n".join(lines(text))
     values, position, line = [], 0, 1
     try:
@@ -320,12 +327,12 @@ _NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 def _go_over_lines(values: Sequence[_Value]) -> bool:
-    return any("\n" in one.source for one in values)
+    return any("\n" in value.source for value in values)
 
 
 def _holds_objects(value: object) -> bool:
     return isinstance(value, dict) or (
-        isinstance(value, list) and any(isinstance(one, dict) for one in value)
+        isinstance(value, list) and any(isinstance(item, dict) for item in value)
     )
 
 
@@ -345,7 +352,7 @@ def _from_json(text: str, name: str, mend: str = "write one object per line") ->
         return
     # jq and editors write an object over several lines.
     if _go_over_lines(values := _values(text)):
-        numbered = [(one.line, one.source) for one in values]
+        numbered = [(value.line, value.source) for value in values]
     else:
         numbered = list(enumerate(lines(text), start=1))
     for number, source in numbered:
@@ -403,4 +410,4 @@ _READERS: Mapping[str, Callable[[str, str], Iterator[Record]]] = {
 _PARQUET = ".parquet"
 
 ENDINGS = tuple(ending + zipped for ending in (*_READERS, _PARQUET, ".txt") for zipped in ("", ".gz"))
-"""Those that say what a file is, in lower case."""
+"""The endings that decide how a file is read, in lower case."""

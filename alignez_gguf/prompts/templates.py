@@ -1,4 +1,4 @@
-"""How a model is asked: the plain framing and the two personas, as data.
+"""Prompt templates: the plain framing and the two personas, as data.
 
 A set of templates is a TOML document (`data/templates.toml` is the default and the documentation of the
 format). A model may bring its own in its metadata, as it may bring a chat template. This module turns
@@ -29,16 +29,16 @@ METADATA_KEY = "alignez.templates"
 """GGUF metadata key under which a model may carry its own templates, as TOML text."""
 
 FramingName = Literal["chat", "transcript"]
-"""How a conversation is written down: by the model's chat template, or as a transcript."""
+"""The framing of a conversation: by the model's chat template, or as a transcript."""
 
 Turn = tuple[str, str]
-"""What the user said and what the model answered."""
+"""A message of the user and the answer of the model."""
 
 SAFETY = "safety"
 """The aspect in which the personas `helpful` and `harmful` differ."""
 
 _MAX_DOTS = 100
-"""In a line: tomllib takes seconds for a key of thousands of parts, and a model may bring its templates."""
+"""Limit of a line: tomllib takes seconds for a key of thousands of parts, and models bring templates."""
 
 _CHARACTERISTICS = "{characteristics}"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -58,14 +58,14 @@ class Persona:
     """One of the two characters that the model is asked to play.
 
     Attributes:
-        characteristics: asks for the traits of this persona's answer; empty where no prompt uses them.
+        characteristics: the prompt for the traits of this persona's answer; empty where no prompt uses them.
             Placeholder: `{query}`.
-        answer: asks for the answer in a transcript. Placeholders: `{few_shot}`, `{characteristics}` and
+        answer: the prompt for the answer in a transcript. Placeholders: `{few_shot}`, `{characteristics}` and
             `{query}`.
-        system: describes the persona in a chat, and before the demonstrations. Placeholder:
+        system: the description of the persona in a chat, and before the demonstrations. Placeholder:
             `{characteristics}`.
         demonstrations: exchanges in character, which come before the query.
-        traits: stand for characteristics with which the model does not describe an answer.
+        traits: the characteristics where those that the model writes do not describe an answer.
     """
 
     characteristics: str
@@ -82,7 +82,7 @@ class Persona:
 
 @dataclass(frozen=True)
 class Templates:
-    """Everything that decides how a model is asked.
+    """A set of prompt templates: everything that decides how a model is asked.
 
     The text of `plain` up to and including the answer is what the paper embeds ("response"); the
     persona's `answer` prompt alone is the "prompt" reading position.
@@ -106,17 +106,21 @@ class Templates:
 
     @classmethod
     def default(cls) -> Templates:
-        """Personas by demonstration: a model imitates what it is shown better than what it is told."""
+        """Return the default templates, whose personas demonstrate: models imitate better than they obey."""
         return _shipped("templates.toml")
 
     @classmethod
     def paper(cls) -> Templates:
-        """The personas of the paper, word for word."""
+        """Return the personas of the paper, word for word."""
         return _shipped("paper.toml")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Templates:
-        """Read templates from a TOML file. Raises `TemplateError`."""
+        """Read templates from a TOML file.
+
+        Raises:
+            TemplateError: the file cannot be read, or is not a set of templates.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -125,7 +129,11 @@ class Templates:
 
     @classmethod
     def from_toml(cls, text: str, source: str = "templates") -> Templates:
-        """Read templates from TOML text. Raises `TemplateError` naming the field that is wrong."""
+        """Read templates from TOML text.
+
+        Raises:
+            TemplateError: the text is not a set of templates; the message names the field.
+        """
         if any(line.count(".") > _MAX_DOTS for line in lines(text)):
             raise TemplateError(f"{source} is not valid TOML: a line has more than {_MAX_DOTS} dots")
         try:
@@ -154,11 +162,12 @@ class Templates:
         return templates if stop is not None else replace(templates, stop=templates.line_starts())
 
     def line_starts(self) -> tuple[str, ...]:
-        """How the lines of the templates begin, behind a line break: what a base model writes when it goes on
-        after its answer, with the next turn or with another persona.
+        """Return how the lines of the templates begin, behind a line break, as stop strings.
+
+        A base model writes them when it goes on after its answer, with the next turn or another persona.
         """
         texts = [self.plain, self.few_shot]
-        for persona in (self.helpful, self.harmful, *(p for both in self.aspects.values() for p in both)):
+        for persona in self._personas():
             texts += [persona.answer, persona.system]
         starts = []
         for line in (line for text in texts for line in _PLACEHOLDER.sub("\n", text).split("\n")):
@@ -171,13 +180,12 @@ class Templates:
         return tuple(dict.fromkeys(starts))
 
     def through(self, chat: JinjaTemplate) -> Templates:
-        """The same personas and queries as messages of a chat, which ends its answers by itself.
+        """Return the same templates as messages of a chat, whose answers end by themselves.
 
         Raises:
             TemplateError: a persona is written for a transcript alone.
         """
-        personas = [self.helpful, self.harmful, *(p for both in self.aspects.values() for p in both)]
-        if not all(persona.system or persona.demonstrations for persona in personas):
+        if not all(persona.system or persona.demonstrations for persona in self._personas()):
             raise TemplateError(
                 "the templates describe their personas for a transcript alone; give each a `system`, or use "
                 "--framing transcript"
@@ -189,7 +197,7 @@ class Templates:
         return "transcript" if self.chat is None else "chat"
 
     def for_aspect(self, name: str) -> Templates:
-        """The same with the personas of one aspect; `safety` is the one of `helpful` and `harmful`.
+        """Return the templates with the personas of one aspect; `helpful` and `harmful` have `safety`.
 
         Raises:
             TemplateError: there is no such aspect.
@@ -203,14 +211,16 @@ class Templates:
         return replace(self, helpful=helpful, harmful=harmful, aspects={})
 
     def plain_prompt(self, query: str) -> str:
-        """The prompt that a user's query becomes."""
+        """Return the prompt for a query of a user."""
         return self.conversation((), query)
 
     def conversation(self, turns: Sequence[Turn], query: str, system: str = "") -> str:
-        """The prompt that a query becomes after earlier queries and their answers.
+        """Return the prompt for a query after earlier queries and their answers.
 
         Args:
-            system: what the model is told before the conversation; a transcript begins with it.
+            turns: the earlier queries, each with its answer.
+            query: the new query.
+            system: the system message; a transcript begins with it.
 
         Raises:
             TemplateError: the chat template fails, or drops a message.
@@ -219,27 +229,31 @@ class Templates:
             transcript = self._transcript(turns, query)
             return f"{system}\n\n{transcript}" if system else transcript
         messages = [Message("system", system)] if system else []
-        for said, answered in turns:
-            messages += [Message("user", said), Message("assistant", answered)]
+        for earlier, answer in turns:
+            messages += [Message("user", earlier), Message("assistant", answer)]
         return self.chat.render([*messages, Message("user", query)])
 
     def continued(self, answer: str) -> str:
-        """An answer as it follows its prompt: a transcript ends at the speaker's name, without a space."""
+        """Return an answer as it follows its prompt: a transcript ends at the speaker's name, without space."""
         return answer if self.chat is not None else f" {answer}"
 
     def characteristics_prompt(self, persona: Persona, query: str) -> str:
-        """The prompt that asks for the traits of a persona's answer to `query`."""
+        """Return the prompt that asks for the traits of a persona's answer to `query`."""
         if "{query}." in persona.characteristics:
             query = query.rstrip(_SENTENCE_MARKS)
-        asked = _fill(persona.characteristics, query=query)
-        return asked if self.chat is None else self.chat.render([Message("user", asked)])
+        prompt = _fill(persona.characteristics, query=query)
+        return prompt if self.chat is None else self.chat.render([Message("user", prompt)])
 
     def answer_prompt(self, persona: Persona, query: str, characteristics: str = "") -> str:
-        """The prompt under which a persona with these traits answers `query`."""
+        """Return the prompt under which a persona with these traits answers `query`."""
         if self.chat is None:
             return _fill(persona.answer, few_shot=self.few_shot, query=query, characteristics=characteristics)
         system = _fill(persona.system, characteristics=characteristics)
         return self.conversation(persona.demonstrations, query, system)
+
+    def _personas(self) -> list[Persona]:
+        pairs = [(self.helpful, self.harmful), *self.aspects.values()]
+        return [persona for pair in pairs for persona in pair]
 
     def _transcript(self, turns: Sequence[Turn], query: str) -> str:
         if not turns:
@@ -284,18 +298,18 @@ def _persona(document: Mapping[str, object], key: str, source: str, plain: str) 
 
 
 def _demonstrated(system: str, demonstrations: Sequence[Turn], plain: str) -> str:
-    """The prompt for an answer in a transcript: the description, the demonstrations and the query."""
+    """Return the prompt for an answer in a transcript: description, demonstrations and query."""
     header = f"{system}\n\n" if system else ""
     return header + _written(plain, demonstrations) + _fill(plain, few_shot="")
 
 
 def _written(plain: str, turns: Sequence[Turn], few_shot: str = "") -> str:
-    """Turns of a transcript, each behind a few-shot conversation."""
-    return "".join(f"{_fill(plain, few_shot=few_shot, query=said)} {answer}\n\n" for said, answer in turns)
+    """Write turns as a transcript, each behind a few-shot conversation."""
+    return "".join(f"{_fill(plain, few_shot=few_shot, query=query)} {answer}\n\n" for query, answer in turns)
 
 
 def _pairs_of_texts(
-    table: Mapping[str, object], key: str, source: str, each: str
+    table: Mapping[str, object], key: str, source: str, content: str
 ) -> tuple[tuple[str, str], ...]:
     value = table.get(key, [])
     pairs = value if isinstance(value, list) else [None]
@@ -303,7 +317,7 @@ def _pairs_of_texts(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
         for pair in pairs
     ):
-        raise TemplateError(f"{source}: `{key}` must be a list of pairs of texts, {each}")
+        raise TemplateError(f"{source}: `{key}` must be a list of pairs of texts, {content}")
     return tuple((first, second) for first, second in pairs)
 
 

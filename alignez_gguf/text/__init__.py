@@ -1,1 +1,1 @@
-"""What the text of an answer says by itself: whether it declines, insults, or repeats itself."""
+"""Rules on the text of an answer alone: whether it declines, insults, or repeats itself."""

@@ -1,4 +1,4 @@
-"""Does an answer insult the user? A list of phrases: coarse, but it can be read."""
+"""Recognises answers that insult the user by a list of phrases: coarse, but readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer judges or forbids the deed instead of doing it, as data; see `refusal_rules`."""
+"""Rules for answers that judge or forbid the deed instead of doing it, as data; see `refusal_rules`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words that carry a text."""
+"""Finds the words that carry the meaning of a text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ _EMPTY_WORD = re.compile(
 
 
 def content_words(text: str) -> set[str]:
-    """The words that carry an English text, in lower case and without their endings."""
+    """Return the words that carry an English text, in lower case and without their endings."""
     words = _WORD.findall(text.casefold())
     return {_ENDING.sub("", word) for word in words if not _EMPTY_WORD.fullmatch(word)}
