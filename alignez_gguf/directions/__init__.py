@@ -18,7 +18,7 @@ METHODS = ("ccs", "svd", "svd-diff", "mean", "logistic")
 
 
 class Method(Protocol):
-    """What each file of this package offers; options of its own follow as keywords with a default."""
+    """The interface of each method's module; options of its own follow as keywords with a default."""
 
     def fit(
         self,
@@ -45,12 +45,12 @@ def fit(
     """Find the directions of every layer.
 
     Args:
-        method: a name of `METHODS`.
+        method: a name in `METHODS`.
         helpful, harmful: [n_layer, n_pairs, n_embd]; row i of both belongs to pair i.
         rank: directions per layer; methods other than `svd` and `svd-diff` have one.
         seed: decides initial values and which pairs are held out.
         weights: [n_pairs], positive: how much each pair counts, relative to the others; `None` for all alike.
-        **options: of the method, as its own `fit` describes them.
+        **options: options of the method; its own `fit` describes them.
 
     Raises:
         ValueError: an unknown method or option, shapes that differ, a value that is not finite, a weight that

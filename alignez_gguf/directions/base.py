@@ -1,4 +1,4 @@
-"""What a method of finding directions returns."""
+"""The result of a method that finds directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What a method found in each layer.
+    """The directions that a method found in each layer, and the figures of its fit.
 
     Which class a probe calls 1 is arbitrary for an unsupervised method: the two mean probabilities tell
     (theta_harm has the greater `p_harmful`, theta_help the greater `p_helpful`). The signs of the vectors
@@ -25,7 +25,7 @@ class Directions:
             harmful embeddings that the vectors were fitted on.
         accuracy: float32 [n_layer], share of embeddings of held-out pairs that fall on their side, by
             cross-validation (the vectors themselves are fitted on all pairs).
-        loss: float32 [n_layer], of the probe; `None` for a method without one.
+        loss: float32 [n_layer], the loss of the probe; `None` for a method without one.
         spread: float32 [n_layer], how far the restarts of a probe lie from the kept one: 1 less their mean
             |cosine| to it, 0 where all found the same direction and towards 1 where each found its own;
             `None` for a method without restarts.

@@ -43,7 +43,7 @@ from alignez_gguf.errors import AlignezError
 
 RESTARTS = 10
 FOLD_RESTARTS = 2
-"""For held-out accuracy: 10 + 3 x 2 probes fill the 16 columns that a matrix product computes anyway."""
+"""Restarts of each fold: 10 + 3 x 2 probes fill the 16 columns that a matrix product computes anyway."""
 
 CcsCentring = Literal["pooled", "none", "per-class"]
 
@@ -51,12 +51,12 @@ _INITIAL_LOGIT = 0.01
 """Standard deviation of the logits of a fresh probe, so that no restart is born with an opinion."""
 
 _CHUNK_BYTES = 1 << 20
-"""Layers are trained together up to this size: small ones share the cost of a step, large ones the cache."""
+"""Bytes of layers that are trained together: small ones share the cost of a step, large ones the cache."""
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What is the same for every layer."""
+    """The options of a fit, the same for every layer."""
 
     fold: NDArray[np.int64]
     weights: Weights
@@ -67,7 +67,7 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is kept of one layer."""
+    """The result of the fit of one layer."""
 
     vector: NDArray[np.float32]
     p_helpful: float
@@ -88,7 +88,7 @@ def fit(
     squared_min: bool = False,
     centring: CcsCentring = "pooled",
 ) -> Directions:
-    """The probe of lowest loss among 10 restarts, for every layer; see `alignez_gguf.directions.fit`.
+    """Fit the probe of lowest loss among 10 restarts in every layer; see `alignez_gguf.directions.fit`.
 
     Chunks of layers run in parallel threads, each with one torch thread, so that the result does not
     depend on how many there are; torch's number of threads is set to 1 for the time of the fit.
@@ -165,7 +165,7 @@ def _fit_chunk(
 
 
 def _normalised(x: NDArray[np.float32], options: _Options) -> NDArray[np.float32]:
-    """A layer `x` [2, n_pairs, n_embd], in place: centred as asked for, and scaled by one number."""
+    """Centre a layer `x` [2, n_pairs, n_embd] by the options and scale it by one number, in place."""
     if options.centring == "none":
         x /= deviation(x, options.weights)
     else:
@@ -195,7 +195,7 @@ def _best(
     best = int(loss[:RESTARTS].argmin())
     p_helpful, p_harmful = np.average(p[best], axis=1, weights=weights)
     directions = theta[:RESTARTS] / np.linalg.norm(theta[:RESTARTS], axis=1, keepdims=True)
-    others = np.delete(directions, best, axis=0)
+    rejected = np.delete(directions, best, axis=0)
     helpful_is_1, harmful_is_1 = np.average(p[:RESTARTS], axis=2, weights=weights).T
     calls_harmful_1 = harmful_is_1 > helpful_is_1
     return _Layer(
@@ -204,6 +204,6 @@ def _best(
         p_harmful=float(p_harmful),
         accuracy=accuracy_of(held_out[0], held_out[1], weights),
         loss=float(loss[best]),
-        spread=float(1 - np.abs(others @ directions[best]).mean()),
+        spread=float(1 - np.abs(rejected @ directions[best]).mean()),
         flipped=float((calls_harmful_1 != calls_harmful_1[best]).mean()),
     )

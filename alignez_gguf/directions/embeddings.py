@@ -1,7 +1,7 @@
-"""What every method does with embeddings before and after its own part: checks, folds, sides, signs.
+"""Checks, folds, normalisation and signs of embeddings, which all methods share.
 
-The weight of a pair is how often it counts: twice the weight is the same pair twice. Only the ratios of
-weights matter, and `None` is one of every pair.
+A pair of twice the weight counts like the same pair twice. Only the ratios of weights matter; `None` stands
+for equal ones.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Weights = NDArray[Any] | None
 """[n_pairs], positive."""
 
 FOLDS = 3
-"""Held-out accuracy is that of a cross-validation with so many folds of pairs."""
+"""Number of folds of pairs in the cross-validation that gives the held-out accuracy."""
 
 MIN_PAIRS = 2 * FOLDS
 
 
 def check_shapes(helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, rank: int) -> tuple[int, int, int]:
-    """The shape (n_layer, n_pairs, n_embd) that both classes share.
+    """Return the shape (n_layer, n_pairs, n_embd) that the two classes share.
 
     Raises:
         ValueError: the shapes differ, or `rank` is not between 1 and n_embd.
@@ -50,7 +50,7 @@ def check_shapes(helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, rank:
 
 
 def check_weights(weights: Weights, n_pairs: int) -> Weights:
-    """The weights of the pairs in float64 with mean 1, or `None`.
+    """Return the weights of the pairs in float64 with mean 1, or None.
 
     Raises:
         ValueError: they are not [n_pairs], or one is not positive and finite.
@@ -70,49 +70,54 @@ def check_weights(weights: Weights, n_pairs: int) -> Weights:
 def layer_embeddings(
     helpful: EmbeddingsPerLayer, harmful: EmbeddingsPerLayer, layer: int
 ) -> NDArray[np.float32]:
-    """One layer in float32, [2, n_pairs, n_embd]: helpful, then harmful.
+    """Return one layer in float32, [2, n_pairs, n_embd]: helpful, then harmful.
 
     Raises:
         ValueError: a value is not finite.
     """
-    both = np.stack([np.asarray(helpful[layer]), np.asarray(harmful[layer])]).astype(np.float32)
-    if not np.isfinite(both).all():
+    x = np.stack([np.asarray(helpful[layer]), np.asarray(harmful[layer])]).astype(np.float32)
+    if not np.isfinite(x).all():
         raise ValueError(f"the embeddings of layer {layer} have values that are NaN or infinite")
-    return both
+    return x
 
 
 def fold_of_pair(n_pairs: int, seed: int) -> NDArray[np.int64]:
-    """The fold in which each pair is held out, [n_pairs]: equal sizes, drawn by `seed`."""
+    """Draw the fold in which each pair is held out, [n_pairs]; the folds have equal sizes."""
     return np.random.default_rng(seed).permutation(n_pairs) % FOLDS
 
 
 def towards_helpful(vectors: NDArray[np.float32], class_gap: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`vectors` [..., n_embd], each with the sign under which it does not oppose `class_gap` [n_embd]."""
+    """Flip `vectors` [..., n_embd] that oppose `class_gap` [n_embd]."""
     return np.where((vectors @ class_gap < 0)[..., None], -vectors, vectors)
 
 
 def accuracy_of(p_helpful: NDArray[Any], p_harmful: NDArray[Any], weights: Weights = None) -> float:
-    """Share of embeddings [n_pairs] on their side of 1/2, where class 1 is helpful; ties count half."""
+    """Return the share of embeddings on their side of 1/2, where class 1 is helpful; ties count half.
+
+    Args:
+        p_helpful, p_harmful: [n_pairs], probabilities of class 1.
+        weights: [n_pairs].
+    """
     margins = np.stack([p_helpful - 0.5, 0.5 - p_harmful])
     return float(np.average((np.sign(margins) + 1) / 2, weights=for_both(weights)))
 
 
 def shift_and_scale(x: NDArray[np.float32], weights: Weights = None) -> tuple[NDArray[np.float32], float]:
-    """The mean [n_embd] of both classes of `x` [2, n_pairs, n_embd], and one standard deviation.
+    """Return the mean [n_embd] of `x` [2, n_pairs, n_embd] over both classes, and the standard deviation.
 
-    One mean for both classes, since the gap between theirs is what is looked for; one deviation for all
-    dimensions, since another for each would turn the directions. It is 1 where nothing varies.
+    The classes share a mean, since the gap between theirs is what a probe looks for; the dimensions share a
+    deviation, since different ones would turn the directions. It is 1 where nothing varies.
     """
     shift = np.average(x.mean(axis=0), axis=0, weights=weights).astype(np.float32)
     return shift, deviation(x - shift, weights)
 
 
 def deviation(centred: NDArray[np.float32], weights: Weights = None) -> float:
-    """Root of the mean square of `centred` [2, n_pairs, n_embd], or 1 where all of it is zero."""
+    """Return the root mean square of `centred` [2, n_pairs, n_embd], or 1 where all of it is zero."""
     squares = np.square(centred).mean(axis=2)
     return float(np.sqrt(np.average(squares, weights=for_both(weights)))) or 1.0
 
 
 def for_both(weights: Weights) -> Weights:
-    """The weights of embeddings [2, n_pairs]."""
+    """Return the weights of embeddings [2, n_pairs] from those of pairs [n_pairs]."""
     return None if weights is None else np.stack([weights, weights])

@@ -1,4 +1,4 @@
-"""What the methods other than CCS share: a probe per layer, and its accuracy by cross-validation."""
+"""Fits a probe per layer and its accuracy by cross-validation, for the methods other than CCS."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from alignez_gguf.directions.gap import class_gap
 
 @dataclass(frozen=True, eq=False)
 class LayerProbe:
-    """What a method makes of the embeddings of one layer.
+    """The probe that a method fitted to the embeddings of one layer.
 
     Attributes:
         vectors: float32 [k, n_embd], orthonormal rows of any sign; rows of zeros stand for directions that
             the data does not have.
-        probability: from embeddings [2, n, n_embd] to P(helpful) [2, n].
-        loss: what the method minimised, where it minimised something.
+        probability: maps embeddings [2, n, n_embd] to P(helpful) [2, n].
+        loss: the minimum that the method found; None for a method that minimises nothing.
     """
 
     vectors: NDArray[np.float32]
@@ -41,10 +41,10 @@ class LayerProbe:
 
 
 Fitter = Callable[[NDArray[np.float32], Weights], LayerProbe]
-"""From embeddings [2, n_pairs, n_embd] (helpful, harmful) and the weights of the pairs to a probe."""
+"""Fits a probe to embeddings [2, n_pairs, n_embd] (helpful, harmful) and the weights of the pairs."""
 
 Finder = Callable[[NDArray[np.float32], int, Weights], NDArray[np.float32]]
-"""From embeddings, k and weights to the vectors [k, n_embd] of a probe."""
+"""Finds the vectors [k, n_embd] of a probe from embeddings, k and the weights of the pairs."""
 
 
 def fit_probes(
@@ -56,7 +56,16 @@ def fit_probes(
     seed: int,
     weights: Weights,
 ) -> Directions:
-    """`fit_probe` in every layer, on all pairs; its accuracy on held-out pairs by cross-validation."""
+    """Fit a probe in every layer on all pairs, and measure its accuracy by cross-validation.
+
+    Args:
+        method: the name of the method in `METHODS`.
+        fit_probe: fits one layer.
+        helpful, harmful: [n_layer, n_pairs, n_embd].
+        rank: number of vectors per layer.
+        seed: draws the folds.
+        weights: [n_pairs].
+    """
     n_layer, n_pairs, n_embd = check_shapes(helpful, harmful, rank)
     weights = check_weights(weights, n_pairs)
     fold = fold_of_pair(n_pairs, seed)
@@ -96,7 +105,7 @@ def fit_linear(
     seed: int,
     weights: Weights,
 ) -> Directions:
-    """Directions in closed form, by `find`; the first one gives the probabilities."""
+    """Fit directions in closed form, by `find`; the first one gives the probabilities."""
 
     def fit_probe(x: NDArray[np.float32], weights: Weights) -> LayerProbe:
         vectors = towards_helpful(find(x, rank, weights), class_gap(x[:1], x[1:], weights)[0])
@@ -108,7 +117,7 @@ def fit_linear(
 def _posterior(
     vector: NDArray[np.float32], train: NDArray[np.float32], weights: Weights, x: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """P(helpful | projection) of `x` [2, n, n_embd], for two normal classes of equal size and variance.
+    """Return P(helpful | projection) of `x` [2, n, n_embd], for normal classes of equal size and variance.
 
     With means m +- gap/2 and variance v of the training projections, the odds are exp(gap (t - m) / v).
     """

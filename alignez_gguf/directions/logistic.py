@@ -20,7 +20,7 @@ from alignez_gguf.directions.embeddings import EmbeddingsPerLayer, Weights, shif
 from alignez_gguf.directions.linear import LayerProbe, fit_probes
 
 _TOLERANCE = 1e-6
-"""Of the largest slope; scikit-learn's 1e-4 leaves the direction at a cosine of .998 to the minimum."""
+"""Limit of the largest slope; scikit-learn's 1e-4 leaves the direction at cosine .998 to the minimum."""
 
 _MOST_ITERATIONS = 1000
 
@@ -33,7 +33,7 @@ def fit(
     seed: int = 0,
     weights: Weights = None,
 ) -> Directions:
-    """The unit normal of the separating plane, for every layer; see `alignez_gguf.directions.fit`.
+    """Fit the unit normal of the separating plane in every layer; see `alignez_gguf.directions.fit`.
 
     `loss` is the mean cross-entropy of the fitted embeddings, in nats, without the penalty.
     """

@@ -1,4 +1,4 @@
-"""The difference of the class means."""
+"""The method `mean`: the difference of the class means."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fit(
     seed: int = 0,
     weights: Weights = None,
 ) -> Directions:
-    """The unit vector along mean(helpful) - mean(harmful); see `alignez_gguf.directions.fit`."""
+    """Fit the unit vector along mean(helpful) - mean(harmful); see `alignez_gguf.directions.fit`."""
     if rank != 1:
         raise ValueError(f"the difference of means is one direction, not {rank}")
     return fit_linear("mean", _mean_difference, helpful, harmful, rank, seed, weights)

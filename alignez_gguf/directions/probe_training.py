@@ -30,7 +30,7 @@ def train(
     Args:
         x: float32 [n_layer, 2, n_pairs, n_embd], normalised: helpful, harmful.
         initial: float32 [n_layer, n_probes, n_embd], the first theta; the first b is 0.
-        share: float32 [n_probes, n_pairs], of each pair in the loss of a probe; a row sums to 1.
+        share: float32 [n_probes, n_pairs], the share of each pair in the loss of a probe; a row sums to 1.
         squared_min: whether the minimum in the loss is squared.
 
     Returns:
@@ -54,14 +54,14 @@ def train(
 
 
 def _loss(p: Tensor, squared_min: bool) -> Tensor:
-    """Of every pair, from P [..., 2, n_pairs]."""
+    """Return the loss of every pair from P [..., 2, n_pairs]."""
     helpful, harmful = p.unbind(-2)
     lower = torch.minimum(helpful, harmful)
     return (helpful + harmful - 1).square() + (lower.square() if squared_min else lower)
 
 
 def _logit_slopes(p: Tensor, squared_min: bool) -> Tensor:
-    """The derivative of `_loss` by the logits, [..., 2, n_pairs], as autograd has it.
+    """Return the derivative of `_loss` by the logits, [..., 2, n_pairs], as autograd has it.
 
     Where both probabilities are equal, each has half of the slope of the minimum.
     """
@@ -75,14 +75,19 @@ def _logit_slopes(p: Tensor, squared_min: bool) -> Tensor:
 
 
 def _products(rows: Tensor, n_probes: int) -> tuple[Product, Product]:
-    """a -> a X^T and a -> a X for X = `rows` [n_layer, n_rows, n_embd] and a [n_layer, n_probes, ...]."""
+    """Return the products a -> a X^T and a -> a X.
+
+    X is `rows` [n_layer, n_rows, n_embd], and a is [n_layer, n_probes, ...].
+    """
     if len(rows) == 1 and _can_pack():
         return _packed(rows[0], n_probes), _packed(rows[0].T, n_probes)
     return lambda a: a @ rows.mT, lambda a: a @ rows
 
 
 def _packed(matrix: Tensor, n_rows: int) -> Product:
-    """a -> a M^T for a [1, n_rows, n], with M = `matrix` [m, n] kept in the order that oneDNN reads it in.
+    """Return the product a -> a M^T for a [1, n_rows, n].
+
+    M is `matrix` [m, n], packed in the order in which oneDNN reads it.
 
     These are the operators that torch.compile puts in place of a Linear layer with constant weights; with 16
     rows they take half the time of `matmul`.

@@ -1,4 +1,4 @@
-"""Right singular vectors of embeddings, for the methods that take a subspace."""
+"""Computes right singular vectors of embeddings, for the methods that fit a subspace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEGLIGIBLE = 1e-5
 
 
 def top_right_singular_vectors(rows: NDArray[Any], rank: int, weights: Weights = None) -> NDArray[np.float32]:
-    """The leading right singular vectors [rank, n_embd] of `rows` [n, n_embd], by falling singular value.
+    """Return the leading right singular vectors [rank, n_embd] of `rows` [n, n_embd], largest value first.
 
     A row of weight w is scaled by sqrt(w), which is to stack it w times. Where the matrix has no further
     direction, rows of zeros.

@@ -40,7 +40,7 @@ def fit(
     of: Class = "harmful",
     centring: SvdCentring = "none",
 ) -> Directions:
-    """The top `rank` right singular vectors of a class; see `alignez_gguf.directions.fit`.
+    """Fit the top `rank` right singular vectors of a class; see `alignez_gguf.directions.fit`.
 
     Each has the sign under which it points towards the helpful mean, as everywhere; a removal does not care.
 

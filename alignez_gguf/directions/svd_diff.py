@@ -23,7 +23,7 @@ def fit(
     seed: int = 0,
     weights: Weights = None,
 ) -> Directions:
-    """The top `rank` right singular vectors of helpful - harmful; see `alignez_gguf.directions.fit`."""
+    """Fit the top `rank` right singular vectors of helpful - harmful; see `alignez_gguf.directions.fit`."""
     return fit_linear("svd-diff", _span_of_differences, helpful, harmful, rank, seed, weights)
 
 

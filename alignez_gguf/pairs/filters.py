@@ -1,4 +1,4 @@
-"""Which pairs are of use: those that say something about the difference between the personas."""
+"""Drops pairs that say nothing about the difference between the personas."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ NEAR_IDENTICAL = 0.9
 
 @dataclass(frozen=True)
 class PairFilterReport:
-    """How many pairs there were, and why some were left out.
+    """The number of pairs before and after filtering, and of those left out by reason.
 
     Attributes:
-        empty, identical, near_identical: left out for their texts.
-        persona_ignored: left out since, by the model's own likelihoods, an answer fits the other persona at
-            least as well as its own.
-        truncated: kept, cut at a sentence.
+        total, kept: pairs before and after filtering.
+        empty, identical, near_identical: pairs left out for their texts.
+        persona_ignored: pairs left out since, by the model's own likelihoods, an answer fits the other
+            persona at least as well as its own.
+        truncated: kept pairs with an answer that was cut at a sentence.
     """
 
     total: int
@@ -52,8 +53,11 @@ def filter_pairs(
     count as a difference), or if a margin of it is not above 0.
 
     Args:
-        pairs: in any order, which is kept.
-        margins: [n_pairs, 2], from `generation.compare_personas`; NaN where they were not measured.
+        pairs: the pairs; the kept ones stay in their order.
+        margins: [n_pairs, 2] in nat, from `generation.compare_personas`; NaN where not measured.
+
+    Returns:
+        The kept pairs, and the report.
     """
     kept: list[PreferencePair] = []
     counts = {"empty": 0, "identical": 0, "near_identical": 0, "persona_ignored": 0}
@@ -70,7 +74,7 @@ def filter_pairs(
 
 
 def text_fault(pair: PreferencePair) -> str | None:
-    """What is wrong with the texts of a pair, if anything: the field of the report that counts it."""
+    """Return the reason to drop a pair for its texts, as a field of `PairFilterReport`, or None."""
     helpful, harmful = pair.helpful.casefold().split(), pair.harmful.casefold().split()
     if not helpful or not harmful:
         return "empty"

@@ -1,7 +1,7 @@
-"""Self-generated preference pairs: the model answers each query as a helpful and as a harmful persona.
+"""Generates preference pairs: the model answers each query as a helpful and as a harmful persona.
 
-First it is asked for the characteristics of such an answer, then for an answer with them (AlignEZ, section
-3.1). Works with any engine that can generate.
+It is first asked for the characteristics of such an answer, then for an answer with them (AlignEZ, section
+3.1). Any engine that can generate will do.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 CHARACTERISTICS_TOKENS = 50
 _CHARACTERISTICS_TEMPERATURE = 0.3
 """Characteristics are an instruction of the model to itself: its likeliest wording is of more use."""
-ANSWER_TOKENS = 48
+PAIR_ANSWER_TOKENS = 48
 """Maximum tokens per answer: its first sentences tell what it is; the paper has 200."""
 _TEMPERATURE, _TOP_P = 0.8, 0.95
 
 MARGIN_TOKENS = 12
-"""Tokens of an answer by which its persona is told."""
+"""Number of tokens at the beginning of an answer by which its persona is measured."""
 
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s|$)|[\u3002\uff01\uff1f]")
 """With the quotation marks and brackets that close behind it; Chinese and Japanese need no space."""
@@ -39,18 +39,18 @@ _LIST_NUMBER = re.compile(r"(?:^|[\n:;.!?])\s*\d{1,3}\.$")
 """The number of the next item of a list, at the end of a text: its full stop ends no sentence."""
 
 _CHUNK = 64
-"""Queries whose characteristics are asked for before their answers: enough to keep a batch full."""
+"""Number of queries whose characteristics are generated before their answers: enough to fill a batch."""
 
 
 def default_sampling(templates: Templates) -> Sampling:
-    """How answers are sampled."""
+    """Return the default sampling of answers."""
     return Sampling(
-        max_tokens=ANSWER_TOKENS, temperature=_TEMPERATURE, top_p=_TOP_P, stop=tuple(templates.stop)
+        max_tokens=PAIR_ANSWER_TOKENS, temperature=_TEMPERATURE, top_p=_TOP_P, stop=tuple(templates.stop)
     )
 
 
 def request_seed(seed: int, query: str, *role: str) -> int:
-    """A seed of 32 bits for one request, which depends on nothing but what is asked."""
+    """Derive the seed of a request, 32 bits, from `seed`, its query and its role alone."""
     text = "\x1f".join((str(seed), query, *role))
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "little")
 
@@ -72,13 +72,13 @@ def generate_pairs(
 
     Args:
         engine: answers the prompts.
-        queries: without repetitions.
-        templates: how the personas are asked.
+        queries: the queries, without repetitions.
+        templates: the prompts of the personas.
         store: gets each pair as soon as it is complete.
-        sampling: of the answers; the characteristics use the same with at most 50 tokens.
-        seed: with the query it decides every answer, whatever the batch.
-        samples: pairs for each query.
-        advance: told how many more pairs are complete.
+        sampling: how answers are sampled; characteristics have at most 50 tokens.
+        seed: decides every answer together with its query, whatever the batch.
+        samples: number of pairs for each query.
+        advance: called with the number of pairs that were completed.
 
     Raises:
         QueryError: a query is too long for the context.
@@ -102,17 +102,18 @@ def _pairs(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[PreferencePair]:
-    """The pairs as they are completed, in any order."""
+    """Yield the pairs as they are completed, in any order."""
     traits = characteristics(engine, keys, templates, sampling, seed)
     prompts = [
         prompt
-        for (query, _), both in zip(keys, traits, strict=True)
-        for prompt in _answer_prompts(templates, query, *both)
+        for (query, _), (helpful, harmful) in zip(keys, traits, strict=True)
+        for prompt in _answer_prompts(templates, query, helpful, harmful)
     ]
     seeds = _seeds(keys, seed, "answer")
     answers: dict[int, tuple[str, bool]] = {}
     requests = [
-        GenerationRequest(prompt, one, keep_prompt=True) for prompt, one in zip(prompts, seeds, strict=True)
+        GenerationRequest(prompt, prompt_seed, keep_prompt=True)
+        for prompt, prompt_seed in zip(prompts, seeds, strict=True)
     ]
     for index, answer in _answers(engine, requests, sampling):
         answers[index] = answer
@@ -141,11 +142,15 @@ def characteristics(
 ) -> list[tuple[str, str]]:
     """Ask the model what a helpful and a harmful answer should be like, for each (query, sample).
 
-    Empty for a persona whose prompts do not use it. A persona's own traits stand in where the model names
-    none: where it answers the query in a list, refuses, or says nothing.
+    A persona's own traits stand in where the model names none: where it answers the query in a list, refuses,
+    or says nothing.
+
+    Returns:
+        The characteristics of the helpful and of the harmful answer for every key; empty for a persona whose
+        prompts do not use them.
     """
     personas = (templates.helpful, templates.harmful)
-    asked = [
+    prompts = [
         (index, templates.characteristics_prompt(persona, query))
         for index, (query, persona) in enumerate(
             (query, persona) for query, _ in keys for persona in personas
@@ -153,7 +158,7 @@ def characteristics(
         if persona.uses_characteristics
     ]
     seeds = _seeds(keys, seed, "characteristics")
-    requests = [GenerationRequest(prompt, seeds[index]) for index, prompt in asked]
+    requests = [GenerationRequest(prompt, seeds[index]) for index, prompt in prompts]
     limited = replace(
         sampling,
         max_tokens=min(CHARACTERISTICS_TOKENS, sampling.max_tokens),
@@ -161,7 +166,7 @@ def characteristics(
     )
     traits = [""] * (2 * len(keys))
     for number, (text, _) in _answers(engine, requests, limited):
-        index = asked[number][0]
+        index = prompts[number][0]
         own = personas[index % 2].traits
         traits[index] = own if own and not _describes_an_answer(text) else _one_line(text)
     return list(zip(traits[0::2], traits[1::2], strict=True))
@@ -173,7 +178,7 @@ def _describes_an_answer(text: str) -> bool:
 
 
 def _seeds(keys: Sequence[tuple[str, int]], seed: int, role: str) -> list[int]:
-    """A seed for the helpful and one for the harmful persona of each (query, sample)."""
+    """Derive a seed for the helpful and one for the harmful persona of each (query, sample)."""
     return [
         request_seed(seed, query, persona, role, *([str(sample)] if sample else []))
         for query, sample in keys
@@ -184,7 +189,7 @@ def _seeds(keys: Sequence[tuple[str, int]], seed: int, role: str) -> list[int]:
 def _answers(
     engine: Generator, requests: Sequence[GenerationRequest], sampling: Sampling
 ) -> Iterator[tuple[int, tuple[str, bool]]]:
-    """The number of each request with its text, and whether that was cut at the limit of tokens."""
+    """Yield the number of each request with its text, and whether it was cut at the limit of tokens."""
     for index, completion in engine.generate(requests, sampling):
         cut = completion.finish_reason == "length"
         yield index, (whole_sentences(completion.text) if cut else completion.text, cut)
@@ -194,7 +199,7 @@ _LIST_ITEM = re.compile(r"^\s*(?:\d{1,3}[.)]|[-*\u2022])\s", re.MULTILINE)
 
 
 def whole_sentences(text: str) -> str:
-    """`text` up to the end of its last whole sentence, or all of it where it has none."""
+    """Cut `text` after its last whole sentence; return all of it where it has none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     while ends and _LIST_NUMBER.search(text[: ends[-1]]):
         ends.pop()
@@ -202,12 +207,12 @@ def whole_sentences(text: str) -> str:
 
 
 def _one_line(characteristics: str) -> str:
-    """The characteristics as they fit into a sentence that goes on after them."""
+    """Put characteristics on one line without a full stop, so that a sentence can go on after them."""
     return " ".join(characteristics.split()).rstrip(".")
 
 
 def answer_prompts(templates: Templates, pair: PreferencePair) -> tuple[str, str]:
-    """The prompts under which the helpful and the harmful answer were given."""
+    """Return the prompts under which the helpful and the harmful answer were generated."""
     return _answer_prompts(templates, pair.query, pair.helpful_characteristics, pair.harmful_characteristics)
 
 
@@ -219,20 +224,20 @@ def _answer_prompts(templates: Templates, query: str, helpful: str, harmful: str
 
 
 def answered(templates: Templates, pair: PreferencePair) -> tuple[Passage, ...]:
-    """The plain query with the helpful and with the harmful answer."""
+    """Return the plain prompt of a pair with the helpful and with the harmful answer."""
     plain = templates.plain_prompt(pair.query)
     return tuple(Passage(plain, templates.continued(text)) for text in (pair.helpful, pair.harmful))
 
 
 @dataclass(frozen=True, eq=False)
 class PersonaFit:
-    """What a model makes of a pair under both of its personas.
+    """The measurements of a pair under its two personas.
 
     Attributes:
-        margins: how much better the helpful and the harmful answer fit their own persona than the other:
+        margins: by how much better the helpful and the harmful answer fit their own persona than the other:
             log P(answer | its persona) - log P(answer | the other persona), in nat over the first 12 tokens
             of the answer, by the model's own likelihoods.
-        prompts: what was read at the end of the prompts of both, [n_readouts, n_layer, n_embd] each.
+        prompts: the hidden states at the end of each prompt, float16 [n_readouts, n_layer, n_embd].
     """
 
     margins: tuple[float, float]
@@ -242,7 +247,13 @@ class PersonaFit:
 def compare_personas(
     engine: Engine, pairs: Sequence[PreferencePair], templates: Templates, readouts: Sequence[Readout] = ()
 ) -> Iterator[PersonaFit]:
-    """How the answers of each pair fit both personas, and what is read of their prompts, as it is measured.
+    """Measure how the answers of each pair fit the two personas, and read hidden states of their prompts.
+
+    Args:
+        engine: the model that wrote the pairs.
+        pairs: the pairs to measure.
+        templates: the prompts of the personas.
+        readouts: the hidden states to read at the end of each prompt.
 
     Raises:
         QueryError: an answer is empty.
@@ -250,17 +261,18 @@ def compare_personas(
     prompts = [tuple(map(Passage, answer_prompts(templates, pair))) for pair in pairs]
     answers = [
         Passage(prompt.text, templates.continued(answer))
-        for pair, both in zip(pairs, prompts, strict=True)
-        for prompt in both
+        for pair, persona_prompts in zip(pairs, prompts, strict=True)
+        for prompt in persona_prompts
         for answer in (pair.helpful, pair.harmful)
     ]
-    fit = engine.response_logprobs(answers, max_tokens=MARGIN_TOKENS)
-    read = engine.activations([prompt for both in prompts for prompt in both], readouts) if readouts else None
-    for both in prompts:
-        found, fits = {}, []
-        for prompt in both:
-            if read is not None:  # before the answers, which an engine can then go on with from there
-                found[prompt] = next(read)
-            fits.append((next(fit), next(fit)))
+    logprobs = engine.response_logprobs(answers, max_tokens=MARGIN_TOKENS)
+    flat_prompts = [prompt for persona_prompts in prompts for prompt in persona_prompts]
+    activations = engine.activations(flat_prompts, readouts) if readouts else None
+    for persona_prompts in prompts:
+        states, fits = {}, []
+        for prompt in persona_prompts:
+            if activations is not None:  # before the answers, which an engine can then go on with from there
+                states[prompt] = next(activations)
+            fits.append((next(logprobs), next(logprobs)))
         (helpful_own, harmful_other), (helpful_other, harmful_own) = fits
-        yield PersonaFit((helpful_own - helpful_other, harmful_own - harmful_other), found)
+        yield PersonaFit((helpful_own - helpful_other, harmful_own - harmful_other), states)

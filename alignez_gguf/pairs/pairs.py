@@ -1,7 +1,4 @@
-"""Preference pairs: what they are and where they are kept.
-
-This module knows nothing of how pairs are generated.
-"""
+"""Preference pairs, and the files that hold them; this module knows nothing of how they are generated."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ class PreferencePair:
     """Two answers to one query, each given under a persona with the characteristics beside it.
 
     Attributes:
-        truncated: an answer was cut at the limit of tokens.
-        sample: counts the pairs of one query from 0.
-        weight: how much the pair counts in a fit, next to others.
+        truncated: whether an answer was cut at the limit of tokens.
+        sample: the number of the pair among those of its query, from 0.
+        weight: how much the pair counts in a fit, relative to the others.
     """
 
     query: str
@@ -43,7 +40,7 @@ _TEXTS = ("query", "helpful", "harmful")
 
 
 def unweighted(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """The pairs as a model sees them: how much each counts decides nothing but a fit."""
+    """Return the pairs with weight 1, as a model sees them: weights matter in a fit alone."""
     return [replace(pair, weight=1.0) for pair in pairs]
 
 
@@ -62,7 +59,11 @@ class PairStore:
         self.pairs = [_pair_of(row, str(self.path)) for row in self._journal.rows]
 
     def append(self, pair: PreferencePair) -> None:
-        """Store a pair. Raises `WorkDirectoryError` where it cannot be written."""
+        """Store a pair.
+
+        Raises:
+            WorkDirectoryError: it cannot be written.
+        """
         self._journal.append(asdict(pair))
         self.pairs.append(pair)
 
@@ -137,7 +138,7 @@ _FURTHER = [field for field in fields(PreferencePair) if field.default is not MI
 
 
 def _value(field: Field[Any], row: Mapping[str, Any], where: str) -> Any:
-    """The value of a field that a row may leave out. A CSV file has it as a text."""
+    """Read a field that a row may leave out; a CSV file has it as a text."""
     value, kind = row.get(field.name), type(field.default)
     if value is None or (value == "" and kind is not str):
         return field.default

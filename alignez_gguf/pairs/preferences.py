@@ -1,6 +1,7 @@
-"""A row of a data set for preference optimisation: the fields `prompt`, `chosen` and `rejected`.
+"""Reads rows of data sets for preference optimisation: the fields `prompt`, `chosen` and `rejected`.
 
-Each may be a text or a list of messages with `role` and `content`. This module does not know our own pairs.
+Each field may be a text or a list of messages with `role` and `content`. This module does not know
+our own pairs.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ FIELDS = ("prompt", "chosen", "rejected")
 NEEDED = "a pair needs the fields query, helpful and harmful (or prompt, chosen and rejected)"
 
 _MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]""")
-"""How a list of messages begins that a table of texts, such as CSV, has turned into a text."""
+"""The beginning of a list of messages that a table of texts, such as CSV, has turned into a text."""
 
 
 def read_preference(row: Mapping[str, object], where: str) -> tuple[str, str, str]:
-    """The prompt, the chosen and the rejected answer of a row, whatever else it holds.
+    """Return the prompt, the chosen and the rejected answer of a row, whatever else it holds.
 
     Where an answer is a list of messages, its last one is the answer, and what comes before it is the prompt.
 
     Args:
-        row: the fields.
-        where: the row stands, for errors.
+        row: the fields of the row.
+        where: the file and line of the row, for errors.
 
     Raises:
         QueryError: a field is missing or of another form, the fields ask different things, or there is more
             than one message of the user before the answer.
     """
-    asked: dict[str, str] = {}
+    queries: dict[str, str] = {}
     prompt = row.get("prompt")
     if isinstance(prompt, list):
-        asked["prompt"] = _only_query(_messages(prompt, "prompt", where), "prompt", where)
+        queries["prompt"] = _only_query(_messages(prompt, "prompt", where), "prompt", where)
     elif prompt is not None:
-        asked["prompt"] = _text(prompt, "prompt", where)
+        queries["prompt"] = _text(prompt, "prompt", where)
     answers = []
     for field in ("chosen", "rejected"):
         value = row.get(field)
@@ -50,21 +51,21 @@ def read_preference(row: Mapping[str, object], where: str) -> tuple[str, str, st
                 f"{where}: the last message of `{field}` is not the assistant's; end with the answer"
             )
         if before:
-            asked[field] = _only_query(before, field, where)
+            queries[field] = _only_query(before, field, where)
         answers.append(answer.content)
-    if not asked:
+    if not queries:
         raise missing("prompt", where)
-    first, *others = asked
-    for field in others:
-        if asked[field].strip() != asked[first].strip():
+    first, *further = queries
+    for field in further:
+        if queries[field].strip() != queries[first].strip():
             raise QueryError(
                 f"{where}: `{first}` and `{field}` ask different things; give both the same query"
             )
-    return asked[first], answers[0], answers[1]
+    return queries[first], answers[0], answers[1]
 
 
 def missing(field: str, where: str) -> QueryError:
-    """The error that a row has no text in a field."""
+    """Return the error that a row has no text in a field."""
     return QueryError(f"{where} has no str `{field}`; {NEEDED}")
 
 
@@ -93,7 +94,7 @@ def _messages(value: Sequence[object], field: str, where: str) -> list[Message]:
 
 
 def _only_query(messages: Sequence[Message], field: str, where: str) -> str:
-    """The one message of the user before an answer."""
+    """Return the only message of the user before an answer."""
     kept = [message for message in messages if message.role != "system" or message.content.strip()]
     if [message.role for message in kept] != ["user"]:
         roles = ", ".join(message.role for message in kept)
