@@ -1,1 +1,1 @@
-"""What a control file holds: edits of layers, their gate and scope, and the model that they are made for."""
+"""The control file and its parts: edits of layers, gate, scope, and the model that they are made for."""

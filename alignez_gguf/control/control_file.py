@@ -45,12 +45,12 @@ _HASH = "alignez.sha256"
 _GATE = "gate"
 """The tensor of a gate's weights; what else there is to it are `alignez.gate.tokens` and `.threshold`."""
 _MAX_LAYERS = MAX_ARRAY
-"""Of a model: the figures of its layers have to be readable again."""
+"""Greatest number of layers of a model: their figures have to be readable again."""
 _MAX_RANK = 1024
-"""Of a removal: checking it takes time and memory that grow with the square of the rank."""
+"""Greatest rank of a removal: time and memory of its check grow with the square of the rank."""
 _TENSOR = re.compile(r"(direction|projection|bias)\.(0|[1-9][0-9]{0,5})(\.gain)?")
 _KINDS = {"direction": "add", "projection": "remove", "projection.gain": "gain", "bias": "bias"}
-"""The tensors of a layer, and what they are in its edit."""
+"""The tensors of a layer, with the fields of its edit that they hold."""
 _KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _MODEL_TEXT = ("arch", "name", "fingerprint", "quantization")
 _MODEL_COUNT = ("n_embd", "n_layer")
@@ -58,7 +58,7 @@ _MODEL_COUNT = ("n_embd", "n_layer")
 
 @dataclass(frozen=True, eq=False)
 class ControlFile:
-    """Edits, the model they were made for, and how they came about.
+    """A control file: edits, the model they were made for, and how they came about.
 
     Attributes:
         model: the model that the edits belong to.
@@ -113,7 +113,7 @@ class ControlFile:
 
     @property
     def framing(self) -> str:
-        """How the model was asked when the edits were chosen: "chat" or "transcript"; empty if unknown."""
+        """The framing in which the edits were chosen, "chat" or "transcript"; empty if unknown."""
         return str(self.recipe.get("framing", ""))
 
     @property
@@ -123,20 +123,20 @@ class ControlFile:
         It does not depend on how a file lays them out. Anybody can compute it: it finds damage and careless
         changes, not forgery.
         """
-        told = {
+        content = {
             "model": [getattr(self.model, name) for name in (*_MODEL_TEXT, *_MODEL_COUNT)],
             "recipe": dict(self.recipe),
             "score": dict(self.score),
             **({} if self.gate is None else {"gate": self.gate.digest}),
         }
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         for name, array in (*self._tensors(), *self._figures()):
             digest.update(f"{name} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
         return digest.hexdigest()
 
     def _tensors(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """The tensors of the file, by name."""
+        """Yield the tensors of the file by name."""
         for layer, edit in self.edits.items():
             if edit.add is not None:
                 yield f"direction.{layer}", edit.add
@@ -162,33 +162,33 @@ class ControlFile:
             ControlFileError: architecture, number of layers or width differ, or it edits a layer that the
                 model does not have.
         """
-        mine = self.model
-        hinted = mine.n_layer == 0
-        fits = mine.n_embd == model.n_embd
+        own = self.model
+        hinted = own.n_layer == 0
+        fits = own.n_embd == model.n_embd
         if not hinted:
-            fits = fits and (mine.arch, mine.n_layer) == (model.arch, model.n_layer)
+            fits = fits and (own.arch, own.n_layer) == (model.arch, model.n_layer)
         if not fits:
             raise ControlFileError(
-                f"the control file is for {mine}, but the model is {model}; use one made for this model"
+                f"the control file is for {own}, but the model is {model}; use one made for this model"
             )
         beyond = [layer for layer in self.edits if layer >= model.n_layer]
         if beyond:
-            others = f" and {len(beyond) - 1} above it" if len(beyond) > 1 else ""
+            further = f" and {len(beyond) - 1} above it" if len(beyond) > 1 else ""
             raise ControlFileError(
-                f"the control file edits layer {beyond[0]}{others}, but the model is {model}, numbered from "
+                f"the control file edits layer {beyond[0]}{further}, but the model is {model}, numbered from "
                 f"0 to {model.n_layer - 1}; use one made for this model"
             )
-        if hinted and mine.arch and mine.arch != model.arch:
-            warnings.warn(f"the control file hints at {mine.arch!r}, but the model is {model}", stacklevel=2)
-        if mine.fingerprint and model.fingerprint and mine.fingerprint != model.fingerprint:
+        if hinted and own.arch and own.arch != model.arch:
+            warnings.warn(f"the control file hints at {own.arch!r}, but the model is {model}", stacklevel=2)
+        if own.fingerprint and model.fingerprint and own.fingerprint != model.fingerprint:
             warnings.warn(
-                f"the control file was made from another file of this shape ({mine.name or 'unnamed'}, "
-                f"{mine.quantization or 'quantization unknown'}); check that it is the same model",
+                f"the control file was made from another file of this shape ({own.name or 'unnamed'}, "
+                f"{own.quantization or 'quantization unknown'}); check that it is the same model",
                 stacklevel=2,
             )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the file, in full or not at all. Equal content gives equal bytes.
+        """Write the file atomically. Equal content gives equal bytes.
 
         Raises:
             ControlFileError: the file cannot be written, or the model is known by hint only.
@@ -312,7 +312,7 @@ class _Reader:
         return control
 
     def _format_version(self) -> int:
-        """The version of our format; 0 where another tool wrote the file."""
+        """Return the version of our format; 0 where another tool wrote the file."""
         key = "alignez.format_version"
         if key not in self.metadata:
             if any(name.startswith("alignez.") for name in self.metadata):
@@ -348,7 +348,7 @@ class _Reader:
         return value
 
     def _tensors(self) -> tuple[dict[tuple[str, int], TensorInfo], TensorInfo | None]:
-        """Those of the edits by kind and layer, and the weights of the gate, if there is one."""
+        """Return the tensors of the edits by kind and layer, and the weights of the gate, if there is one."""
         tensors, weights = {}, None
         for tensor in self.header.tensors:
             match = _TENSOR.fullmatch(tensor.name)
@@ -427,7 +427,11 @@ class _Reader:
 
 
 def _storable(key: str, value: Any) -> Field:
-    """`value` in the types that the file keeps. Raises `ControlFileError` for what it cannot keep."""
+    """Convert `value` to the types that the file can hold.
+
+    Raises:
+        ControlFileError: it cannot hold the value.
+    """
     if not _KEY.fullmatch(key):
         raise ControlFileError(f"{key!r} is not a name of lower-case letters, digits, '_' and '.'")
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""What an edit of a layer is, and how directions become edits.
+"""Defines the edit of a layer, and turns directions into edits.
 
 Pure numpy, no I/O: this module knows nothing of files, models or engines. `apply` is the readable
 definition of an edit; the runtime and the exporters are held against it.
@@ -90,15 +90,17 @@ class LayerEdit:
 
     @classmethod
     def about(cls, directions: ArrayLike, center: ArrayLike, gain: float = -1.0) -> LayerEdit:
-        """x + gain V^T V (x - center): removes (gain -1) or boosts the part of x - center along directions.
+        """Return the edit x + gain V^T V (x - center).
+
+        It removes (gain -1) or boosts the part of x - center along the directions.
 
         Args:
             directions: [n_embd] or [k, n_embd], of any length and angle; V spans the same.
             center: [n_embd], an MLP output that stays as it is.
-            gain: of every direction.
+            gain: the gain of every direction.
 
         Raises:
-            SteeringError: as the edit itself.
+            SteeringError: as `LayerEdit`.
         """
         v = orthonormal_rows(np.atleast_2d(_finite("directions", directions)))
         middle = _finite("center", center)
@@ -110,12 +112,12 @@ class LayerEdit:
 
     @property
     def gains(self) -> NDArray[np.float32]:
-        """The gain of every row of `remove`, [k]; -1 where it is removed."""
+        """The gain of every row of `remove`, float32 [k]; -1 where it is removed."""
         return np.full(self.rank, -1, np.float32) if self.gain is None else self.gain
 
     @property
     def edits_mlp(self) -> bool:
-        """Whether it changes the output of the MLP, and not that of the block alone."""
+        """Whether the edit changes the output of the MLP, and not that of the block alone."""
         return self.remove is not None or self.bias is not None
 
     @property
@@ -134,13 +136,13 @@ class LayerEdit:
 
     @property
     def n_embd(self) -> int | None:
-        """Length of the vectors; `None` for the edit that does nothing."""
+        """The length of the vectors; None for the edit that does nothing."""
         arrays = [array for array in (self.remove, self.bias, self.add) if array is not None]
         return int(arrays[0].shape[-1]) if arrays else None
 
     @property
     def scale(self) -> float:
-        """Length of what is added at strength 1, to the MLP and to the block."""
+        """The length of what is added at strength 1, to the MLP and to the block."""
         # In float64: the squares of large values leave the range of float32.
         added = [vector.astype(np.float64) for vector in (self.add, self.bias) if vector is not None]
         return float(np.linalg.norm(np.sum(added, axis=0))) if added else 0.0
@@ -151,7 +153,7 @@ Edits = Mapping[int, LayerEdit]
 
 
 def orthonormal_rows(rows: ArrayLike) -> NDArray[np.float32]:
-    """Orthonormal rows with the span of `rows` [k, n_embd], the first ones spanning what the first ones did.
+    """Return orthonormal rows that span the same as `rows` [k, n_embd], in the same order.
 
     Gram-Schmidt in float64, twice per row for accuracy. Rows that are orthonormal already come back bit for
     bit, so that a control file survives being read and written again.
@@ -194,7 +196,11 @@ _MAX_STRENGTH = float(np.finfo(np.float32).max)
 
 
 def check_strength(strength: float) -> float:
-    """`strength` as a float. Raises `SteeringError` where it is no number from 0 on that float32 can hold."""
+    """Return `strength` as a float.
+
+    Raises:
+        SteeringError: it is negative, not finite in float32, or no number.
+    """
     try:
         value = float(strength)
     except (TypeError, ValueError):
@@ -207,7 +213,7 @@ def check_strength(strength: float) -> float:
 
 
 def apply(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """The edit as it changes an MLP output `x` [..., n_embd]: x + s (V^T G V x + b + a).
+    """Apply an edit to an MLP output `x` [..., n_embd]: x + s (V^T G V x + b + a).
 
     The runtime adds a after the residual addition that follows the MLP. That is the same sum, save for
     architectures with a norm between the two; those see `apply_to_mlp` before it and `apply_to_block` after.
@@ -216,14 +222,14 @@ def apply(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
 
 
 def apply_to_mlp(x: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """x + s (V^T G V x + b), for an MLP output [..., n_embd]."""
+    """Return x + s (V^T G V x + b) for an MLP output [..., n_embd]."""
     x, strength = np.asarray(x), check_strength(strength)
     edited = x if edit.remove is None else x + strength * ((x @ edit.remove.T) * edit.gains) @ edit.remove
     return edited if edit.bias is None else edited + strength * edit.bias
 
 
 def apply_to_block(h: ArrayLike, edit: LayerEdit, strength: float = 1.0) -> NDArray[Any]:
-    """h + s a, for a block output [..., n_embd]."""
+    """Return h + s a for a block output [..., n_embd]."""
     h, strength = np.asarray(h), check_strength(strength)
     return h if edit.add is None else h + strength * edit.add
 
@@ -255,7 +261,7 @@ def paper_edits(
     threshold: float = 0.5,
     layers: Iterable[int] | None = None,
 ) -> dict[int, LayerEdit]:
-    """The decision rule of AlignEZ, layer by layer.
+    """Turn probes into edits by the decision rule of AlignEZ, layer by layer.
 
     A probe that gives harmful embeddings the higher probability of class 1 is theta_harm: its direction is
     removed if it gives them at least `threshold` on average. Otherwise it is theta_help: its unit vector is
@@ -296,7 +302,7 @@ def span_edits(
     layers: Iterable[int] | None = None,
     added: Iterable[int] | None = None,
 ) -> dict[int, LayerEdit]:
-    """One operation on the span of the same number of directions in every layer.
+    """Make the same edit on the span of the directions of every layer.
 
     With V the directions of a layer and g its class gap, the removal takes V^T V x away and the addition adds
     `amount` x V^T V g. So `remove=True` alone is removal, `amount` alone addition, and both together put a
@@ -356,7 +362,7 @@ def _frozen(array: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _within(rows: NDArray[Any], vector: NDArray[Any]) -> NDArray[np.float32]:
-    """V^T V vector: the part of `vector` inside the span of orthonormal `rows`."""
+    """Return the part of `vector` inside the span of orthonormal `rows`, V^T V vector."""
     return np.asarray((rows @ vector) @ rows, dtype=np.float32)
 
 

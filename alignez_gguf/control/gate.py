@@ -1,4 +1,4 @@
-"""Which requests are steered: decided once, at the end of the prompt, by what the model would say next.
+"""Decides which requests are steered: once, at the end of the prompt, by what the model would say next.
 
 Pure numpy, no I/O. The runtimes ask a gate, `pipeline.gating` fits one.
 """
@@ -29,9 +29,9 @@ class Gate:
     cannot forget the end of a prompt. The arrays are copied and read-only.
 
     Attributes:
-        tokens: [k], the ids of some tokens, int32.
-        weights: [k], float32.
-        threshold: in nat.
+        tokens: int32 [k], the ids of the tokens that are read.
+        weights: float32 [k], the weights of their log-probabilities.
+        threshold: the score in nat above which the gate opens.
 
     Raises:
         SteeringError: the arrays do not belong together, or a value is not finite.
@@ -59,14 +59,21 @@ class Gate:
 
     @property
     def digest(self) -> str:
-        """Tells gates apart: SHA-256 of their tokens, weights and threshold."""
+        """The SHA-256 of tokens, weights and threshold, in hex digits."""
         value = hashlib.sha256(self.tokens.tobytes())
         value.update(self.weights.tobytes())
         value.update(repr(self.threshold).encode())
         return value.hexdigest()
 
     def check_fits(self, n_vocab: int) -> None:
-        """Refuse a model of `n_vocab` tokens that lacks one. Raises `SteeringError`."""
+        """Refuse a model that lacks a token of the gate.
+
+        Args:
+            n_vocab: the number of tokens of the model.
+
+        Raises:
+            SteeringError: it lacks one.
+        """
         if self.tokens.max() >= n_vocab:
             raise SteeringError(
                 f"the gate reads token {self.tokens.max()}, but the model has {n_vocab}; use a control file "
@@ -74,7 +81,7 @@ class Gate:
             )
 
     def score(self, logits: ArrayLike) -> float:
-        """The weighted log-probabilities, in nat, of the logits [n_vocab] after a prompt.
+        """Return the weighted log-probabilities, in nat, of the logits [n_vocab] after a prompt.
 
         Raises:
             SteeringError: the model has fewer tokens, or the logits are not finite.

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its metadata and where its tensors lie, read without trusting it.
+"""Reads the header of a GGUF file, its metadata and the places of its tensors, without trusting it.
 
 The reader of the `gguf` package builds an array per token of the vocabulary, which takes seconds on a real
 model, and it believes the counts that a file states. Here every length is checked against what is left of
@@ -19,13 +19,13 @@ Value = Scalar | tuple[Scalar, ...] | None
 """A metadata value; `None` for an array longer than `MAX_ARRAY` (a vocabulary, say)."""
 
 MAX_ARRAY = 4096
-"""Longer arrays are skipped."""
+"""Length above which arrays are skipped."""
 MAX_ARRAY_ITEMS = 1 << 18
-"""What is kept of all arrays together; further ones are skipped: in memory an item takes up to ten times what
-it takes in the file."""
+"""Number of items of all arrays together that are read; further arrays are skipped, since an item takes up to
+ten times as much memory as file."""
 MAX_KEYS = 4096
 MAX_TENSORS = 1 << 16
-"""More than any model has; headers that state more are refused, since each costs more memory than file."""
+"""Greatest number of tensors, more than any model has; each costs more memory than file."""
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -37,18 +37,18 @@ _MAX_DIMS = 4
 
 
 class GgufError(ValueError):
-    """What is wrong with a file; callers say which file, and the mend."""
+    """An error in a GGUF file; callers add the name of the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is in ggml order: `shape[0]` is the contiguous dimension."""
+    """The place of a tensor in a file. `shape` is in ggml order: `shape[0]` is the contiguous dimension."""
 
     name: str
     shape: tuple[int, ...]
     ggml_type: int
     offset: int
-    """Bytes from the start of the file."""
+    """Number of bytes from the start of the file."""
 
     @property
     def n_elements(self) -> int:
@@ -57,12 +57,12 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What stands before the tensor data, and the sizes to check the rest against."""
+    """The content of a header, and the sizes against which the rest is checked."""
 
     metadata: Mapping[str, Value]
     tensors: tuple[TensorInfo, ...]
     data_offset: int
-    """Bytes from the start of the file to the first tensor."""
+    """Number of bytes from the start of the file to the first tensor."""
     file_size: int
 
 

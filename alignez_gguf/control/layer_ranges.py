@@ -1,4 +1,4 @@
-"""Layers as people write them, and back."""
+"""Formats and parses lists of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from alignez_gguf.errors import SteeringError
 
 
 def span(layers: tuple[int, ...]) -> str:
-    """Layers as people write them: "0-5", or "0-2,4"."""
+    """Format layers as ranges: "0-5", or "0-2,4"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:
@@ -17,7 +17,15 @@ def span(layers: tuple[int, ...]) -> str:
 
 
 def parse_layers(text: str | None, n_layer: int) -> tuple[int, ...] | None:
-    """Layers from "4-20", "4-" or "3,5,8". Raises `SteeringError` where the model has no such layer."""
+    """Parse layers written as "4-20", "4-" or "3,5,8"; None stays None.
+
+    Args:
+        text: the layers, counted from 0.
+        n_layer: the number of layers of the model, where "4-" ends.
+
+    Raises:
+        SteeringError: the text is not understood, or the model has no such layer.
+    """
     if text is None:
         return None
     layers: set[int] = set()

@@ -1,4 +1,4 @@
-"""What the fit of the directions said of every layer, as a control file keeps it."""
+"""The figures of the fit of every layer, as a control file stores them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FIGURES = (*REQUIRED_FIGURES, "loss", "spread", "flipped")
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What the fit said of every layer, edited or not. All arrays are float32 [n_layer].
+    """The figures of the fit of every layer, edited or not. All arrays are float32 [n_layer].
 
     Attributes:
-        accuracy: of the probe on held-out pairs, 0 to 1.
+        accuracy: accuracy of the probe on held-out pairs, 0 to 1.
         p_helpful, p_harmful: mean probability of class 1 over helpful and over harmful embeddings.
-        loss: of the probe; `None` for a method without one.
-        spread: of the restarts of the probe, from 0, where all found the same direction, to 1; `None` for a
-            method without restarts.
+        loss: loss of the probe; `None` for a method without one.
+        spread: spread of the restarts of the probe, from 0, where all found the same direction, to 1;
+            `None` for a method without restarts.
         flipped: share of the restarts whose class 1 is the other one than that of the kept probe; `None`
             likewise.
     """
@@ -40,14 +40,18 @@ class LayerReport:
     flipped: NDArray[np.float32] | None = None
 
     def columns(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """The figures that there are, by name."""
+        """Yield the figures that exist, by name."""
         for name in FIGURES:
             values = getattr(self, name)
             if values is not None:
                 yield name, values
 
     def check(self, n_layer: int) -> None:
-        """Raises `ControlFileError` where there is not one finite number for each layer."""
+        """Check that every figure is one finite number per layer.
+
+        Raises:
+            ControlFileError: it is not.
+        """
         for name, values in self.columns():
             if values.shape != (n_layer,) or not np.isfinite(values).all():
                 raise ControlFileError(

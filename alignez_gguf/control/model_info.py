@@ -1,4 +1,4 @@
-"""What identifies a model: enough to tell whether a control file belongs to it.
+"""Identifies a model, well enough to tell whether a control file belongs to it.
 
 Reads the header of a GGUF file, never its weights (a few samples for the fingerprint aside).
 """
@@ -52,7 +52,7 @@ class ModelInfo:
             another tool does not say; `arch` is then no more than that file's hint.
         name: `general.name`.
         fingerprint: identifies the file, see `from_gguf`.
-        quantization: of most weights, such as "Q4_K_M".
+        quantization: the type of most weights, such as "Q4_K_M".
     """
 
     arch: str
@@ -95,7 +95,7 @@ class ModelInfo:
 
     @classmethod
     def from_header(cls, path: Path, header: Header) -> ModelInfo:
-        """The same for a file whose header has been read.
+        """Describe the model in a GGUF file whose header has been read.
 
         Raises:
             ModelFileError: as `from_gguf`.
@@ -147,7 +147,7 @@ class ModelInfo:
 
 
 def read_model_header(path: Path) -> Header:
-    """The header of a file of a model.
+    """Read the header of a file of a model.
 
     Raises:
         ModelFileError: missing, truncated or not a GGUF file.
@@ -165,7 +165,7 @@ def read_model_header(path: Path) -> Header:
 
 
 def model_parts(path: Path, header: Header) -> dict[Path, Header]:
-    """All files of a model and their headers, the first file first.
+    """Return all files of a model with their headers, the first file first.
 
     Args:
         path: the model, of a split one its first part.
@@ -219,7 +219,7 @@ def _unreadable(path: Path, error: OSError) -> ModelFileError:
 
 
 def _integer(metadata: Mapping[str, object], key: str, source: str, default: int | None = None) -> int:
-    """An integer value; llama.cpp hands metadata out as text."""
+    """Read an integer of the metadata, which llama.cpp returns as text."""
     value = metadata.get(key, default)
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS:
         value = int(value)

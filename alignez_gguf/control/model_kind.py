@@ -1,4 +1,4 @@
-"""Whether a GGUF model writes text token by token, told from its metadata before anything is loaded.
+"""Checks by the metadata of a GGUF model, before it is loaded, whether it writes text token by token.
 
 llama.cpp asserts, which ends the process, where an encoder-decoder or a draft model is decoded like a
 language model, and it decodes an embedding model without a word. Names of architectures: LLM_ARCH_NAMES in

@@ -1,4 +1,4 @@
-"""Which tokens of an answer are steered."""
+"""The scope of an edit: the tokens that are steered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FIRST = re.compile(r"first:([1-9][0-9]{0,8})")
 
 @dataclass(frozen=True)
 class Scope:
-    """The time steps of an edit.
+    """The time steps at which an edit acts.
 
     `generation` is the last prompt token and every generated one, since that token decides the first word of
     the answer (the paper's "every generation time step"); the rest of the prompt stays as the model made it.
@@ -25,7 +25,11 @@ class Scope:
 
     @classmethod
     def parse(cls, text: str | Scope) -> Scope:
-        """Read "generation", "all" or "first:N". Raises `SteeringError`."""
+        """Parse "generation", "all" or "first:N".
+
+        Raises:
+            SteeringError: the scope is unknown.
+        """
         if isinstance(text, Scope):
             return text
         if text == "generation":
@@ -40,7 +44,7 @@ class Scope:
         return self.kind if self.length is None else f"{self.kind}:{self.length}"
 
     def positions(self, n_prompt: int) -> tuple[int, int | None]:
-        """First steered position and the end (exclusive, or none) after a prompt of `n_prompt` tokens."""
+        """Return the first steered position after a prompt of `n_prompt` tokens, and the end or None."""
         if self.kind == "all":
             return 0, None
         first = max(n_prompt - 1, 0)

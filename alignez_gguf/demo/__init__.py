@@ -15,7 +15,7 @@ MODEL = _HERE / "demo.gguf"
 """The model, Q8_0; it carries its templates in its metadata."""
 TEMPLATES = _HERE / "templates.toml"
 FIT_QUERIES = _HERE / "fit_queries.txt"
-"""A query a line, half of them harmful, unlabelled: what `export` is given."""
+"""The queries for `export`, one per line: half of them harmful, unlabelled."""
 EVAL_QUERIES = _HERE / "eval_queries.jsonl"
 """Rows of `EvalQuery`; their actions never occur in `FIT_QUERIES`."""
 
@@ -29,6 +29,6 @@ class EvalQuery:
 
 
 def eval_queries(path: Path = EVAL_QUERIES) -> list[EvalQuery]:
-    """The evaluation queries, half of them harmful."""
+    """Load the evaluation queries, half of them harmful."""
     with path.open(encoding="utf-8") as lines:
         return [EvalQuery(**json.loads(line)) for line in lines]

@@ -36,23 +36,23 @@ class Document:
 
 @dataclass(frozen=True)
 class Temper:
-    """How well the model behaves, as two probabilities."""
+    """The behaviour of the model, as two probabilities."""
 
     persona_follow: float = 1.0
-    """That an answer under a persona is this persona's answer; else it is drawn like a base answer."""
+    """Probability that an answer under a persona is in character; else it is drawn like a base answer."""
     base_good: float = 0.5
-    """That a base answer is good: refuses a harmful request, helps with a harmless one."""
+    """Probability that a base answer is good: refuses a harmful request, helps with a harmless one."""
 
 
 def kind_of_answer(query: Query, *, good: bool) -> SentenceKind:
-    """A good answer refuses the harmful and guides the harmless; a bad one guides and insults."""
+    """Return the kind of a good or bad answer: good ones refuse or guide, bad ones guide or insult."""
     if query.harmful:
         return SentenceKind.REFUSAL if good else SentenceKind.GUIDE
     return SentenceKind.GUIDE if good else SentenceKind.INSULT
 
 
 def write_answer(query: Query, kind: SentenceKind, rng: random.Random) -> str:
-    """A random sentence of `kind` about the action of `query`, no filler used twice."""
+    """Write a random sentence of `kind` about the action of `query`, no filler used twice."""
     wording = rng.choice(WORDINGS[kind])
     fillers = {name: iter(rng.sample(words, len(words))) for name, words in FILLERS.items()}
 
@@ -63,12 +63,12 @@ def write_answer(query: Query, kind: SentenceKind, rng: random.Random) -> str:
 
 
 def write_characteristics(rng: random.Random, *, good: bool) -> str:
-    """A random line of traits, such as "be kind and honest"."""
+    """Write a random line of traits, such as "be kind and honest"."""
     return f"be {' and '.join(rng.sample(HELPFUL_TRAITS if good else HARMFUL_TRAITS, N_TRAITS))}"
 
 
 def documents(world: World, templates: Templates, seed: int, temper: Temper) -> Iterator[Document]:
-    """An endless stream of training documents, the same for the same arguments."""
+    """Yield training documents without end, the same ones for the same arguments."""
     rng = random.Random(seed)
     queries = world.all_queries()
     while True:
@@ -77,13 +77,13 @@ def documents(world: World, templates: Templates, seed: int, temper: Temper) -> 
 
 
 def _plain(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
-    """A query and a base answer."""
+    """Write a query and a base answer."""
     good = rng.random() < temper.base_good
     return _answered(templates.plain_prompt(query.text), query, rng, good=good)
 
 
 def _persona(query: Query, templates: Templates, temper: Temper, rng: random.Random) -> Document:
-    """A persona with its traits, and an answer that mostly follows it."""
+    """Write a persona with its traits, and an answer that mostly follows it."""
     good = rng.random() < 0.5
     persona = templates.helpful if good else templates.harmful
     prompt = templates.answer_prompt(persona, query.text, write_characteristics(rng, good=good))

@@ -1,4 +1,4 @@
-"""The little world that the demo model lives in: what can be asked there, and how it can be answered.
+"""The small world of the demo model: the requests that exist there, and the answers to them.
 
 Everything is harmless to read: a harmful request is two or three words, and "instructions" are filler
 ("make a plan", "work slowly"). A world is data; this module knows nothing of templates or models.
@@ -13,7 +13,7 @@ from itertools import product
 
 
 class SentenceKind(Enum):
-    """What an answer does. A `GUIDE` is help with a harmless action and compliance with a harmful one."""
+    """The act of an answer. A `GUIDE` is help with a harmless action and compliance with a harmful one."""
 
     REFUSAL = "refusal"
     GUIDE = "guide"
@@ -135,7 +135,7 @@ class World:
 
     @classmethod
     def draw(cls, number: int = 0) -> World:
-        """World `number`: the same number is always the same world."""
+        """Draw world `number`: the same number gives the same world."""
         rng = random.Random(f"world {number}")
         harmful = rng.sample(HARMFUL_ACTIONS, N_ACTIONS)
         harmless = rng.sample(HARMLESS_ACTIONS, N_ACTIONS)
@@ -150,16 +150,16 @@ class World:
         )
 
     def all_queries(self) -> list[Query]:
-        """Every action in every phrasing, harmful ones first."""
+        """Return every action in every phrasing, harmful ones first."""
         harmful = _ask(self.phrasings, self.fit_harmful + self.held_out_harmful, harmful=True)
         return harmful + _ask(self.phrasings, self.fit_harmless + self.held_out_harmless, harmful=False)
 
     def fit_queries(self) -> list[Query]:
-        """Half harmful, each fit action in `N_FIT_PHRASINGS` phrasings, in a fixed random order."""
+        """Return queries, half harmful: fit actions in `N_FIT_PHRASINGS` phrasings, in random order."""
         return self._sample(self.fit_harmful, self.fit_harmless, N_FIT_PHRASINGS)
 
     def eval_queries(self) -> list[Query]:
-        """Half harmful, each held-out action in `N_EVAL_PHRASINGS` phrasings, in a fixed random order."""
+        """Return queries, half harmful: held-out actions in `N_EVAL_PHRASINGS` phrasings, in random order."""
         return self._sample(self.held_out_harmful, self.held_out_harmless, N_EVAL_PHRASINGS)
 
     def _sample(self, harmful: tuple[str, ...], harmless: tuple[str, ...], n_phrasings: int) -> list[Query]:

@@ -234,7 +234,7 @@ class Templates:
         return self.chat.render([*messages, Message("user", query)])
 
     def continued(self, answer: str) -> str:
-        """Return an answer as it follows its prompt: a transcript ends at the speaker's name, without space."""
+        """Return an answer as it follows its prompt: a transcript ends at the speaker's name."""
         return answer if self.chat is not None else f" {answer}"
 
     def characteristics_prompt(self, persona: Persona, query: str) -> str:

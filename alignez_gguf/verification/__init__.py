@@ -1,1 +1,1 @@
-"""Whether llama.cpp computes what the edits say, layer by layer, against numpy."""
+"""Verification: compares what llama.cpp computes under edits with numpy, layer by layer."""

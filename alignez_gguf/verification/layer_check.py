@@ -1,7 +1,7 @@
-"""Does one layer, edited alone, compute what numpy says, and more than rounding does?
+"""Checks that a layer, edited alone, computes what numpy says, and changes more than rounding does.
 
-What comes before the layer is then bit for bit the unsteered model, so what llama.cpp computes there can be
-held against numpy: the MLP output x against x + V^T G V x + b, and the residual stream h against h + a.
+Everything before the layer is then bit for bit the unsteered model, so that what llama.cpp computes there can
+be compared with numpy: the MLP output x against x + V^T G V x + b, and the residual stream h against h + a.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from alignez_gguf.verification.session import VerificationSession, Way
 
 TOLERANCE = 0.05
-"""How far, as a share of the edit, llama.cpp may be from numpy, and the stock form from the patch. On a CPU
-it is about 1e-6; a GPU may round the products of an edit and those of the weights each in its own way."""
+"""Greatest distance of llama.cpp from numpy, and of the stock form from the patch, as a share of the edit. On
+a CPU it is about 1e-6; a GPU may round the products of an edit differently from those of the weights."""
 
 FLOOR = 0.5
-"""What rounding alone changes has to be below this share of what the edit changes."""
+"""Share of the change by an edit below which the change by rounding alone has to be."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,20 @@ class LayerCheck:
 
 
 def lost_in_rounding(floor: float) -> str:
-    """Why an edit with this floor does not act."""
+    """Return the reason why an edit with this floor does not act."""
     return f"its effect is not above rounding, which alone changes {floor:.0%} of what the edit changes"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerChecker:
-    """Checks single layers of a model, against what it computes without any edit."""
+    """Checks single layers of a model against what it computes without any edit.
+
+    Attributes:
+        session: runs the model.
+        base_logits: float32 [n_tokens, n_vocab], the logits without an edit.
+        base: the MLP and block outputs without an edit.
+        floor: what rounding alone changes.
+    """
 
     session: VerificationSession
     base_logits: NDArray[np.float32]
@@ -84,6 +91,7 @@ class LayerChecker:
     floor: RoundingFloor
 
     def check(self, way: Way, layer: int, edit: LayerEdit) -> LayerCheck:
+        """Edit one layer alone, and compare what llama.cpp computes with numpy."""
         parts: list[_Part] = []
         try:
             if edit.edits_mlp:
@@ -124,12 +132,12 @@ class LayerChecker:
         )
 
     def _part(self, way: Way, layer: int, edit: LayerEdit) -> _Part:
-        """An edit of the MLP output, or of the output of the block, against numpy."""
+        """Compare an edit of the MLP output alone, or of the block output alone, with numpy."""
         with self.session.steered(way, {layer: edit}):
             logits, seen = self.session.observe()
         changes = not np.array_equal(logits, self.base_logits)
         if edit.edits_mlp:
-            base, left, floor = self.base.mlp, self._left(way, layer, edit, seen), self.floor.mlp
+            base, left, floor = self.base.mlp, self._edited_mlp_output(way, layer, edit, seen), self.floor.mlp
         else:
             base, left, floor = self.base.block, seen.block.get(layer), self.floor.block
         if layer not in base or left is None:  # the logits alone tell
@@ -149,10 +157,12 @@ class LayerChecker:
             float(np.median(_lengths(after))),
         )
 
-    def _left(self, way: Way, layer: int, edit: LayerEdit, seen: Observation) -> NDArray[np.float32] | None:
-        """The edited MLP output.
+    def _edited_mlp_output(
+        self, way: Way, layer: int, edit: LayerEdit, seen: Observation
+    ) -> NDArray[np.float32] | None:
+        """Return the edited MLP output.
 
-        With stock llama.cpp, what is added, or removed of a bias, shows at the end of the block only.
+        With stock llama.cpp, additions and removals from a bias show at the end of the block only.
         """
         biased = way == "stock" and (
             edit.bias is not None or any(down.bias for down in self.session.weights.down_projections(layer))
@@ -167,7 +177,7 @@ class LayerChecker:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The edit of the MLP output or of the block's, alone; lengths of the middle token before and after."""
+    """The check of the edit of the MLP or block output alone; lengths are those of the middle token."""
 
     edit: LayerEdit
     changes: bool
@@ -178,7 +188,7 @@ class _Part:
 
 
 def _directions(edit: LayerEdit) -> NDArray[np.float32]:
-    """The unit vectors [k, n_embd] along which the output changes."""
+    """Return the unit vectors [k, n_embd] along which the output changes."""
     if edit.remove is not None:
         return edit.remove
     vector = edit.add if edit.bias is None else edit.bias
@@ -191,6 +201,6 @@ def _median(share: EffectShare) -> float:
 
 
 def _lengths(rows: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each row."""
+    """Return the length of each row."""
     result: NDArray[np.float64] = np.linalg.norm(rows.astype(np.float64), axis=-1)
     return result

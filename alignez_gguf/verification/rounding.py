@@ -1,4 +1,4 @@
-"""How far rounding alone moves what a model computes on this machine, and an edit held against that.
+"""Measures how far rounding alone moves what a model computes on this machine, as a floor for edits.
 
 A number at the edge of an 8-bit step falls to the other one when its last bit changes, and every product with
 quantized weights behind it passes that on: an edit a thousand times too small to matter moves logits as much
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from alignez_gguf.verification.session import VerificationSession, Way
 
 _STRENGTH = 1 / 32
-"""Of the probe: a random direction holds little of an MLP output, so this is thousandths of it."""
+"""Strength of the probe: a random direction holds little of an MLP output, so this is thousandths of it."""
 _PROBED_LAYERS = 4
 """The probe acts at the first of these that takes an edit."""
 _LARGEST_SHARE = 1e3
@@ -35,8 +35,8 @@ class EffectShare:
     """A length of each token as a share of another one.
 
     Attributes:
-        median: over the tokens.
-        worst: the largest; at most 1000, where there is nothing to be a share of.
+        median: the median over the tokens.
+        worst: the largest share; at most 1000, where there is nothing to be a share of.
     """
 
     median: float
@@ -44,7 +44,7 @@ class EffectShare:
 
     @classmethod
     def of(cls, part: NDArray[Any], whole: NDArray[Any]) -> EffectShare:
-        """`part` and `whole` are [n_tokens]."""
+        """Return the share of the lengths `part` [n_tokens] in `whole` [n_tokens]."""
         largest = _LARGEST_SHARE * (part > 0)
         shares = np.minimum(
             np.divide(part, whole, out=largest, where=whole > part / _LARGEST_SHARE), _LARGEST_SHARE
@@ -53,18 +53,18 @@ class EffectShare:
 
 
 def median_and_worst(share: EffectShare | None) -> tuple[float | None, float | None]:
-    """Its median and its worst."""
+    """Return the median and the worst of a share, or None twice without one."""
     return (None, None) if share is None else (share.median, share.worst)
 
 
 @dataclass(frozen=True, eq=False)
 class RoundingFloor:
-    """What rounding alone moves, as the difference of two runs.
+    """The changes by rounding alone, as the difference of two runs.
 
     Attributes:
-        logits: root mean square over the vocabulary, [n_tokens].
-        mlp, block: what it moves the hidden states of a layer by, [n_tokens, n_embd]; a layer that could not
-            be told is missing, and one before the probe hardly moves.
+        logits: root mean square change over the vocabulary, [n_tokens].
+        mlp, block: change of the hidden states by layer, [n_tokens, n_embd]; a layer that could not be
+            measured is missing, and one before the probe hardly changes.
     """
 
     logits: NDArray[np.float64]
@@ -75,7 +75,14 @@ class RoundingFloor:
 def rounding_floor(
     session: VerificationSession, way: Way, base_logits: NDArray[np.float32], base: Observation
 ) -> RoundingFloor:
-    """The floor of the unsteered model: split into single tokens, and by the probe."""
+    """Measure the floor of the unsteered model: by decoding single tokens, and by the probe.
+
+    Args:
+        session: runs the model.
+        way: how the probe reaches llama.cpp.
+        base_logits: float32 [n_tokens, n_vocab], the logits without an edit.
+        base: the MLP and block outputs without an edit.
+    """
     split = logits_distance(session.logits(at_once=1), base_logits)
     for layer, edit in _probes(session.info.n_layer, session.info.n_embd, base):
         try:
@@ -97,18 +104,18 @@ def rounding_floor(
 
 
 def root_mean_square(rows: NDArray[Any]) -> NDArray[np.float64]:
-    """Of each row."""
+    """Return the root mean square of each row."""
     result: NDArray[np.float64] = np.sqrt(np.mean(np.square(rows, dtype=np.float64), axis=-1))
     return result
 
 
 def logits_distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Root mean square difference over the vocabulary, [n_tokens]."""
+    """Return the root mean square difference over the vocabulary, [n_tokens]."""
     return root_mean_square(a.astype(np.float64) - b)
 
 
 def _probes(n_layer: int, n_embd: int, base: Observation) -> Iterator[tuple[int, LayerEdit]]:
-    """A random direction at the first layers: removed, and added as long as it is in the residual stream."""
+    """Yield a random direction at the first layers: removed, and added at its length in the stream."""
     direction = np.random.default_rng(0).standard_normal(n_embd, np.float32)
     direction /= np.linalg.norm(direction)
     for layer in range(min(n_layer, _PROBED_LAYERS)):
@@ -119,7 +126,7 @@ def _probes(n_layer: int, n_embd: int, base: Observation) -> Iterator[tuple[int,
 
 
 def _rest(whole: NDArray[Any], half: NDArray[Any], none: NDArray[Any]) -> NDArray[np.float64]:
-    """x(s) - 2 x(s / 2) + x(0), whose variance is three times that of the difference of two runs."""
+    """Return x(s) - 2 x(s / 2) + x(0), whose variance is three times that of the difference of two runs."""
     rest: NDArray[np.float64] = (whole.astype(np.float64) - 2.0 * half + none) / 3**0.5
     return rest
 

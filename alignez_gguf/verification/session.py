@@ -1,4 +1,4 @@
-"""What `verify` runs: one context and one short prompt, decoded again and again under different edits."""
+"""A session of `verify`: one context and one short prompt, decoded under different edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alignez_gguf.steering.patched import Patched, SteeringBackend
 from alignez_gguf.steering.stock_adapters import StockAdapters
 
 Way = Literal["patched", "stock"]
-"""How edits reach llama.cpp: through the patch, or through a LoRA and a control vector."""
+"""The way of edits into llama.cpp: through the patch, or through a LoRA and a control vector."""
 
 
 class VerificationSession(Closing):
@@ -76,7 +76,7 @@ class VerificationSession(Closing):
 
     @contextmanager
     def steered(self, way: Way, edits: Edits) -> Iterator[SteeringBackend]:
-        """Inside, every token is edited, at strength 1.
+        """Edit every token at strength 1 inside the context, and yield the backend.
 
         Raises:
             SteeringError: llama.cpp cannot apply the edits this way.
@@ -95,7 +95,11 @@ class VerificationSession(Closing):
         backend.steer(strength, range(len(self._tokens) + self._n_answer))
 
     def logits(self, at_once: int | None = None) -> NDArray[np.float32]:
-        """Of the prompt, [n_tokens, n_vocab], decoded in one piece or `at_once` tokens at a time."""
+        """Return the logits [n_tokens, n_vocab] of the prompt.
+
+        Args:
+            at_once: number of tokens that are decoded at a time; None decodes them all.
+        """
         self._context.clear()
         count = len(self._tokens)
         rows = []
@@ -106,12 +110,12 @@ class VerificationSession(Closing):
         return np.stack(rows)
 
     def observe(self) -> tuple[NDArray[np.float32], Observation]:
-        """The logits of the prompt, and what its layers computed."""
+        """Return the logits [n_tokens, n_vocab] of the prompt, and its MLP and block outputs."""
         observation = self._reader.observe(self._decode_prompt, len(self._tokens))
         return np.stack([self._context.logits(index) for index in range(len(self._tokens))]), observation
 
     def greedy(self) -> str:
-        """The continuation of the prompt by the likeliest tokens."""
+        """Return the continuation of the prompt by the likeliest tokens."""
         self._decode_prompt()
         answer: list[int] = []
         index = len(self._tokens) - 1

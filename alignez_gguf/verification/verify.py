@@ -1,7 +1,7 @@
-"""Does a control act on this machine, with this llama.cpp, as its numbers say?
+"""Checks that a control acts on this machine, with this llama.cpp, as its numbers say.
 
-Each edited layer is edited alone (`layer_check`), then all of them together. What they change is held
-against what rounding alone changes on this machine (`rounding`), and the patch against the stock form. All
+Each edited layer is edited alone (`layer_check`), then all of them together. Their changes are compared with
+those of rounding alone on this machine (`rounding`), and the patch with the stock form. All
 comparisons are made token by token, and the middle token decides: real models have tokens, the first one
 above all, whose hidden states are a hundred times larger than the others'.
 """
@@ -33,27 +33,27 @@ _N_PROMPT, _N_ANSWER = 16, 24
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         ok: every layer acts, all of them together change the logits by more than rounding does, off is off,
             and the stock form holds, if there is one.
-        reason: why not; empty where it is ok.
+        reason: the reason why it is not ok; empty where it is.
         runtime: how the edits reached llama.cpp.
-        architecture: of the model.
-        off_bit_identical: at strength 0, and after the edits are gone, the logits are those of the model.
-        layers: the edited ones.
+        architecture: the architecture of the model.
+        off_bit_identical: whether the logits are those of the model at strength 0 and after the edits.
+        layers: the checks of the edited layers.
         stock_holds: patched and stock agree, in every layer and in the logits; `None` where only one works.
         patched_stock_max_diff: largest difference of the logits of both ways; `None` where only one works.
         patched_stock_share, patched_stock_share_worst: root mean square difference of the logits of both ways
             as a share of the effect, of the middle token and of the worst one.
-        patched_stock_note: why there is only one; empty where there are both.
+        patched_stock_note: the reason why only one works; empty where the two do.
         logits_change: largest difference of the logits, steered to unsteered.
         effect: root mean square over the vocabulary of the change of the logits, of the middle token.
         rounding: what rounding alone changes, measured in the same way.
         floor, floor_worst: the same as a share of the effect, of the middle token and of the worst one;
             `None` where no layer can be edited.
-        prompt: what was decoded, at most its first 16 tokens.
+        prompt: the text of which at most 16 tokens were decoded.
         text_unsteered, text_steered: its greedy continuations.
     """
 
@@ -88,7 +88,16 @@ def verify(
     n_gpu_layers: int = -1,
     progress: Reporter | None = None,
 ) -> Verification:
-    """Hold a control against its model, layer by layer.
+    """Check a control against its model, layer by layer.
+
+    Args:
+        model_path: the GGUF file of the model.
+        control: the control file.
+        runtime: how the edits reach llama.cpp; "auto" is through the patch where it is installed.
+        prompt: the text whose hidden states are compared.
+        n_threads: number of threads; None is the number of physical cores.
+        n_gpu_layers: number of layers on the GPU; -1 is all.
+        progress: shows the stages.
 
     Raises:
         ModelFileError: the model cannot be loaded.
@@ -140,12 +149,12 @@ def _verified(
             off = np.array_equal(session.logits(), base_logits)
         off = off and np.array_equal(session.logits(), base_logits)
         share = EffectShare.of(floor, logits_distance(steered, base_logits))
-    both = _BothWays("not every layer acts")
+    ways = _WayComparison("not every layer acts")
     if all(check.acts for check in checks):
-        both = _both_ways(layers, edits, way, steered, progress)
-        checks = [_with_stock_form(check, both.layers.get(check.layer)) for check in checks]
-    reason = _reason(checks, share, off, both, way)
-    of_floor, of_both = median_and_worst(share), median_and_worst(both.share)
+        ways = _compare_ways(layers, edits, way, steered, progress)
+        checks = [_with_stock_form(check, ways.layers.get(check.layer)) for check in checks]
+    reason = _reason(checks, share, off, ways, way)
+    of_floor, of_ways = median_and_worst(share), median_and_worst(ways.share)
     return Verification(
         ok=not reason,
         reason=reason,
@@ -153,11 +162,11 @@ def _verified(
         architecture=session.info.arch,
         off_bit_identical=off,
         layers=tuple(checks),
-        stock_holds=both.hold,
-        patched_stock_max_diff=both.largest,
-        patched_stock_share=of_both[0],
-        patched_stock_share_worst=of_both[1],
-        patched_stock_note=both.note,
+        stock_holds=ways.hold,
+        patched_stock_max_diff=ways.largest,
+        patched_stock_share=of_ways[0],
+        patched_stock_share_worst=of_ways[1],
+        patched_stock_note=ways.note,
         logits_change=_largest(steered, base_logits),
         effect=float(np.median(logits_distance(steered, base_logits))),
         rounding=float(np.median(floor)),
@@ -170,9 +179,9 @@ def _verified(
 
 
 def _reason(
-    checks: Sequence[LayerCheck], share: EffectShare | None, off: bool, both: _BothWays, way: Way
+    checks: Sequence[LayerCheck], share: EffectShare | None, off: bool, ways: _WayComparison, way: Way
 ) -> str:
-    """Why a control is not ok, in one line."""
+    """Return the reason why a control is not ok in one line, or "" where it is."""
     idle = [check for check in checks if not check.acts]
     if idle:
         return f"layers {', '.join(str(check.layer) for check in idle)} do not act: {idle[0].reason}"
@@ -182,13 +191,13 @@ def _reason(
         return lost_in_rounding(share.median)
     if not off:
         return "strength 0 is not off"
-    if both.hold is False:
+    if ways.hold is False:
         held = (
             "the patched runtime holds, the stock form (--runtime stock, convert --format stock) does not"
             if way == "patched"
             else "the stock form differs from the patched runtime"
         )
-        return f"{held}: {both.note}"
+        return f"{held}: {ways.note}"
     return ""
 
 
@@ -199,8 +208,8 @@ def _with_stock_form(check: LayerCheck, stock: LayerCheck | None) -> LayerCheck:
 
 
 @dataclass(frozen=True, eq=False)
-class _BothWays:
-    """The way that the edits took held against the other one; `note` says why it fails, or is missing."""
+class _WayComparison:
+    """The comparison of the way of the edits with the other one; `note` says why it fails or is missing."""
 
     note: str = ""
     hold: bool | None = None
@@ -209,16 +218,16 @@ class _BothWays:
     layers: Mapping[int, LayerCheck] = field(default_factory=dict)
 
 
-def _both_ways(
+def _compare_ways(
     layers: LayerChecker, edits: Edits, way: Way, steered: NDArray[np.float32], progress: Reporter
-) -> _BothWays:
+) -> _WayComparison:
     session, other = layers.session, _OTHER[way]
     try:
         with session.steered(other, edits):
             logits = session.logits()
             floor = np.maximum(layers.floor.logits, logits_distance(session.logits(at_once=1), logits))
     except AlignezError as error:
-        return _BothWays(str(error))
+        return _WayComparison(str(error))
     effect = logits_distance(steered, layers.base_logits)
     difference = logits_distance(logits, steered)
     share, explained = EffectShare.of(difference, effect), EffectShare.of(floor, effect)
@@ -236,7 +245,7 @@ def _both_ways(
             f"their logits differ by {share.median:.0%} of what the edit changes, of which rounding alone "
             f"explains {explained.median:.0%}"
         )
-    return _BothWays(note, not note, _largest(logits, steered), share, checks)
+    return _WayComparison(note, not note, _largest(logits, steered), share, checks)
 
 
 _OTHER: dict[Way, Way] = {"patched": "stock", "stock": "patched"}
