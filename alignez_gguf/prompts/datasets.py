@@ -66,7 +66,7 @@ def _xstest_label(row: Mapping[str, object]) -> bool | None:
         if label not in ("safe", "unsafe"):
             raise QueryError(f"the label is {label!r}; XSTest has safe and unsafe")
         return label == "unsafe"
-    # The first release has no labels; there the unsafe contrasts are told by their type.
+    # The first release has no labels; there the type marks the unsafe contrasts.
     kind = row.get("type")
     return str(kind).startswith("contrast_") if kind else None
 
@@ -153,8 +153,8 @@ def load_dataset_rows(source: str) -> list[DatasetRow]:
     """Load the rows of a published data set, in its order, without repetitions of a request.
 
     Args:
-        source: `NAME`, one of `NAMES`, which comes from the Hugging Face Hub or from what `datasets` has kept
-            of it; or `NAME=PATH`, PATH being a file in one of the forms that `tables.parse` knows, with the
+        source: `NAME`, one of `NAMES`, which comes from the Hugging Face Hub or from the cache of
+            `datasets`; or `NAME=PATH`, PATH being a file in a form that `tables.parse` knows, with the
             columns with which the set is published, or a directory that holds one.
 
     Raises:
@@ -256,7 +256,7 @@ def _hub(name: str, published: DatasetSource) -> Iterator[tables.Record]:
 
 
 def _from_hub(published: DatasetSource) -> Iterable[Mapping[str, object]]:
-    """The rows as the Hub has them, or, where it cannot be reached, as `datasets` kept them last time."""
+    """Load the rows from the Hub, or, where it cannot be reached, from the cache of `datasets`."""
     import datasets
     from huggingface_hub import HfApi
 

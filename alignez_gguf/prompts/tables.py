@@ -25,7 +25,7 @@ from typing import NamedTuple
 from alignez_gguf.errors import QueryError
 
 LINE = "text"
-"""The name of the one field that a line of plain text has."""
+"""The name of the only field of a line of plain text."""
 
 TEXT_COLUMNS = ("query", "prompt", "instruction", "goal", "question", LINE)
 """Names of the column that is read where none is given, in this order."""

@@ -1,4 +1,4 @@
-"""The phrases that `refusal` looks for, as data: what declines, what judges, what answers all the same.
+"""The phrases by which `refusal` recognises answers that decline, judge, or answer all the same, as data.
 
 Patterns are matched without regard to case against one sentence whose typographic quotes are plain, whose
 emphasis marks are gone and whose quotations are left out.
@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 
 OPENING = 4
-"""A model that declines says so in its first sentences; what comes later belongs to an answer."""
+"""Number of sentences in which a model declines, if it does; later ones belong to an answer."""
 JUDGEMENT = 2
-"""Judgements count at the very beginning only: answers on grave subjects end with them."""
+"""Number of sentences in which a judgement counts: answers on grave subjects end with judgements."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Rule:
     """A way of refusing.
 
     Attributes:
-        name: as a report shows it.
-        pattern: what has to occur in the sentence.
-        unless: what turns the same words into something else ("I can't recommend it enough").
-        also: what has to occur in the opening as well, for words that are ambiguous alone.
-        reach: how many sentences from the beginning are searched.
+        name: the name of the rule in a report.
+        pattern: has to match in the sentence.
+        unless: must not match, since it gives the same words another meaning ("I can't recommend it enough").
+        also: has to match in the opening as well, for words that are ambiguous alone.
+        reach: number of sentences from the beginning that are searched.
     """
 
     name: str
@@ -34,13 +34,13 @@ class Rule:
     reach: int = OPENING
 
     def match(self, sentence: str, opening: str) -> str | None:
-        """The words that refuse, or none."""
-        found = self.pattern.search(sentence)
-        if found is None or (self.unless and self.unless.search(sentence)):
+        """Return the words of `sentence` that refuse, or None."""
+        match = self.pattern.search(sentence)
+        if match is None or (self.unless and self.unless.search(sentence)):
             return None
         if self.also and not self.also.search(opening):
             return None
-        return found[0]
+        return match[0]
 
 
 def any_of(*alternatives: str) -> re.Pattern[str]:
