@@ -10,14 +10,14 @@ from rich.table import Table
 from alignez_gguf.control.layer_ranges import span
 
 if TYPE_CHECKING:
-    from alignez_gguf.pipeline import Export, Made
+    from alignez_gguf.pipeline import Export, RecipeResult
     from alignez_gguf.selection.search import Selection
 
 
 def print_choice(made: Export, file: IO[str]) -> None:
     """Tell how the edits of a finished job came about."""
     console = Console(file=file)
-    for one in made.made:
+    for one in made.results:
         if one.selection is None:
             decisions = [edit.decision for edit in one.edits.values()]
             counts = ", ".join(f"{decisions.count(kind)} {kind}" for kind in dict.fromkeys(decisions))
@@ -44,7 +44,7 @@ def print_choice(made: Export, file: IO[str]) -> None:
         console.print(table)
 
 
-def _choice(made: Made, selection: Selection) -> Table:
+def _choice(made: RecipeResult, selection: Selection) -> Table:
     """The Pareto front of gain against KL, and the baselines of the confirmation."""
     table = Table(
         "",
@@ -57,18 +57,18 @@ def _choice(made: Made, selection: Selection) -> Table:
     front, chosen = selection.pareto, selection.chosen
     rows = [(f"-> {row}" if one == chosen else str(row), one) for row, one in enumerate(front, start=1)]
     for number, scored in rows if chosen in front else [*rows, ("->", chosen)]:
-        figures = scored.figures
+        score = scored.score
         table.add_row(
             number,
             str(scored.candidate),
             span(scored.candidate.layers),
-            f"{figures.gain:+.3f} +- {figures.standard_error:.3f}",
-            _number(figures.kl),
+            f"{score.gain:+.3f} +- {score.standard_error:.3f}",
+            _number(score.kl),
         )
     table.add_section()
     for baseline in made.confirmation.baselines if made.confirmation else ():
-        gain = f"{baseline.figures.gain:+.3f} +- {baseline.figures.standard_error:.3f}"
-        table.add_row("", baseline.name, "", gain, _number(baseline.figures.kl))
+        gain = f"{baseline.score.gain:+.3f} +- {baseline.score.standard_error:.3f}"
+        table.add_row("", baseline.name, "", gain, _number(baseline.score.kl))
     return table
 
 

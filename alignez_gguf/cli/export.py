@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from alignez_gguf.engines.base import Engine
     from alignez_gguf.exporters import Format
     from alignez_gguf.pairs.pairs import PreferencePair
-    from alignez_gguf.pipeline import Aspect, SteerableEngine
+    from alignez_gguf.pipeline import Aspect, EditScoringEngine
     from alignez_gguf.prompts.chat_template import FramingChoice, HasMetadata
-    from alignez_gguf.selection.scoring import Figures
+    from alignez_gguf.selection.scoring import EditScore
 
 MAX_TOKENS = 48
 """Maximum tokens per answer of a pair, unless asked otherwise."""
@@ -275,7 +275,7 @@ def _aspects(texts: tuple[str, ...]) -> tuple[Aspect, ...]:
     return aspects or (Aspect(),)
 
 
-def _line(figures: Figures, n_queries: int, aspect: str) -> str:
+def _line(figures: EditScore, n_queries: int, aspect: str) -> str:
     """What `--score-only` prints of an aspect."""
     name = f"{aspect}: " if aspect else ""
     return (
@@ -289,7 +289,7 @@ def _engines(
     model: Path | str,
     target_file: Path | None,
     how: tuple[int | None, int, int, int | None],
-) -> tuple[Engine, SteerableEngine, HasMetadata | None]:
+) -> tuple[Engine, EditScoringEngine, HasMetadata | None]:
     """Open the engine that reads, the one that is edited, and the model that says how it is asked."""
     if isinstance(model, Path):
         engine = opened.enter_context(options.open_engine(model, *how))

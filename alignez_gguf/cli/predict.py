@@ -12,7 +12,7 @@ from alignez_gguf.cli import options
 from alignez_gguf.readout import HOOKS
 
 if TYPE_CHECKING:
-    from alignez_gguf.pipeline import SteerableEngine
+    from alignez_gguf.pipeline import EditScoringEngine
     from alignez_gguf.predict import Prediction, Separability
     from alignez_gguf.prompts.chat_template import FramingChoice, HasMetadata
 
@@ -130,7 +130,7 @@ def _limited(queries: list[str], limit: int | None, seed: int) -> list[str]:
 
 def _engine(
     opened: ExitStack, model: str, how: tuple[int | None, int, int, int | None]
-) -> tuple[SteerableEngine, HasMetadata | None]:
+) -> tuple[EditScoringEngine, HasMetadata | None]:
     """Open the engine, and the model that says how it is asked."""
     source = options.gguf_file(model)
     if source is not None:

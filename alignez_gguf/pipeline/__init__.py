@@ -5,17 +5,17 @@ directory, so that an interrupted job goes on where it stopped.
 """
 
 from alignez_gguf.pipeline.export import Export, export, score_control
-from alignez_gguf.pipeline.job import Aspect, Job, Settings, SteerableEngine
-from alignez_gguf.pipeline.recipes import Made
+from alignez_gguf.pipeline.job import Aspect, EditScoringEngine, Job, Settings
+from alignez_gguf.pipeline.recipes import RecipeResult
 from alignez_gguf.pipeline.stages import self_generated_pairs
 
 __all__ = [
     "Aspect",
+    "EditScoringEngine",
     "Export",
     "Job",
-    "Made",
+    "RecipeResult",
     "Settings",
-    "SteerableEngine",
     "export",
     "score_control",
     "self_generated_pairs",

@@ -12,9 +12,9 @@ from alignez_gguf.control.edits import Edits, LayerEdit
 from alignez_gguf.control.scope import GENERATION
 from alignez_gguf.errors import NoGainError, SteeringError
 from alignez_gguf.pipeline.job import Aspect, Job
-from alignez_gguf.pipeline.recipes import Made
-from alignez_gguf.pipeline.stages import scoring
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.pipeline.recipes import RecipeResult
+from alignez_gguf.pipeline.stages import open_scorer
+from alignez_gguf.selection.scoring import EditScore
 
 _SMALLER = 0.7
 """Factor by which all additions shrink while the whole is over the budget."""
@@ -26,8 +26,8 @@ class Tradeoff:
     """What an aspect gains by its own edit alone, and by that of all aspects together."""
 
     aspect: Aspect
-    alone: Figures
-    together: Figures
+    alone: EditScore
+    together: EditScore
 
 
 def combine(parts: Sequence[tuple[Mapping[int, LayerEdit], float]]) -> dict[int, LayerEdit]:
@@ -55,7 +55,7 @@ def combine(parts: Sequence[tuple[Mapping[int, LayerEdit], float]]) -> dict[int,
 
 
 def combine_within_budget(
-    jobs: Sequence[Job], made: Sequence[Made]
+    jobs: Sequence[Job], made: Sequence[RecipeResult]
 ) -> tuple[dict[int, LayerEdit], list[Tradeoff], float]:
     """The edit of all aspects whose divergence every aspect affords, each aspect's figures, and the scale.
 
@@ -68,10 +68,10 @@ def combine_within_budget(
     scope = jobs[0].settings.scope or GENERATION
     with ExitStack() as opened:
         scored_by = [
-            opened.enter_context(scoring(job, one.held_out)) for job, one in zip(jobs, made, strict=True)
+            opened.enter_context(open_scorer(job, one.held_out)) for job, one in zip(jobs, made, strict=True)
         ]
 
-        def figures(edits: Edits) -> list[Figures]:
+        def scores(edits: Edits) -> list[EditScore]:
             return [scorer.score(edits, scope=scope) for scorer in scored_by]
 
         alone = [
@@ -83,7 +83,7 @@ def combine_within_budget(
             edits = combine(
                 [(part.edits, scale * aspect.weight) for part, aspect in zip(made, aspects, strict=True)]
             )
-            together = figures(edits)
+            together = scores(edits)
             budget = jobs[0].settings.kl_budget
             if all(found.kl is not None and found.kl <= budget for found in together):
                 tradeoffs = map(Tradeoff, aspects, alone, together)

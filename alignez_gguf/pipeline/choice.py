@@ -18,14 +18,14 @@ from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pairs.pairs import PreferencePair, unweighted
-from alignez_gguf.pipeline.confirmation import Said, least_gain, said
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
-from alignez_gguf.pipeline.figure_cache import known_figures
+from alignez_gguf.pipeline.confirmation import AnswerCounts, count_greedy_answers, least_gain
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.stages import Fit, fit_directions, scoring
+from alignez_gguf.pipeline.score_cache import score_cache
+from alignez_gguf.pipeline.stages import DirectionFit, fit_directions, open_scorer
 from alignez_gguf.pipeline.verdicts import alternating, declines
 from alignez_gguf.selection.candidates import MOST, SVD_RANKS, Candidate, Source
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.selection.search import Scored, Search, Selection, ranked
 
 _BEGINNINGS = (Scope("first", 6), Scope("first", 12))
@@ -37,7 +37,7 @@ _KEPT_GAIN = 0.5
 
 
 @dataclass(frozen=True)
-class Fits:
+class FittedDirections:
     """The fitted directions of every source; makes the edits of a candidate.
 
     Attributes:
@@ -45,11 +45,11 @@ class Fits:
         has_post_norm: whether a norm follows the MLP of the model that is edited.
     """
 
-    fits: Mapping[tuple[str, Place], Fit]
+    fits: Mapping[tuple[str, ActivationSite], DirectionFit]
     has_post_norm: bool
 
-    def of(self, source: Source) -> Fit:
-        return self.fits[source.method, place_of(source)]
+    def of(self, source: Source) -> DirectionFit:
+        return self.fits[source.method, site_of(source)]
 
     def edits(self, candidate: Candidate) -> Edits:
         fit = self.of(candidate.source)
@@ -64,26 +64,26 @@ class Fits:
         return with_additions_at_mlp(edits) if is_before_norm else edits
 
 
-def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> Fits:
+def fit_sources(job: Job, pairs: Sequence[PreferencePair], sources: Sequence[Source]) -> FittedDirections:
     """Fit each method once at each place, with the highest rank that is tried."""
-    embeddings = Embeddings(job, pairs, list(map(place_of, sources)))
-    fits: dict[tuple[str, Place], Fit] = {}
+    embeddings = Embeddings(job, pairs, list(map(site_of, sources)))
+    fits: dict[tuple[str, ActivationSite], DirectionFit] = {}
     for source in sources:
-        key = source.method, place_of(source)
+        key = source.method, site_of(source)
         if key not in fits:
             rank = max(SVD_RANKS) if source.method.startswith("svd") else 1
             fits[key] = fit_directions(embeddings, *key, rank)
-    return Fits(fits, job.target.info.has_post_norm)
+    return FittedDirections(fits, job.target.info.has_post_norm)
 
 
-def place_of(source: Source) -> Place:
+def site_of(source: Source) -> ActivationSite:
     """Return the place at which a source is read."""
-    return Place(source.reading, source.hook)
+    return ActivationSite(source.reading, source.hook)
 
 
 def choose(
     job: Job,
-    fits: Fits,
+    fits: FittedDirections,
     sources: Sequence[Source],
     pairs: Sequence[PreferencePair],
     choice_pairs: Sequence[PreferencePair],
@@ -123,17 +123,17 @@ def choose(
 
 
 def _is_better_without(
-    job: Job, fits: Fits, behind: Selection, choice_pairs: Sequence[PreferencePair]
+    job: Job, fits: FittedDirections, behind: Selection, choice_pairs: Sequence[PreferencePair]
 ) -> bool:
     """Whether the best edit behind the gate gains more for certain when it steers every request."""
     best = behind.chosen
-    with scoring(job, choice_pairs) as scorer:
+    with open_scorer(job, choice_pairs) as scorer:
         everywhere = scorer.score(fits.edits(best.candidate), scope=best.candidate.scope)
-    more = everywhere.beyond(best.figures)
+    more = everywhere.gains_over(best.score)
     is_better = more.gain > least_gain(more)
     result = "there is no gate" if is_better else "not more for certain, so that the gate stays"
     job.reporter.note(
-        f"the best edit gains {best.figures.gain:+.2f} nat behind the gate, and {everywhere.gain:+.2f} where "
+        f"the best edit gains {best.score.gain:+.2f} nat behind the gate, and {everywhere.gain:+.2f} where "
         f"it steers every request: {result}"
     )
     return is_better
@@ -141,7 +141,7 @@ def _is_better_without(
 
 def _searched(
     job: Job,
-    fits: Fits,
+    fits: FittedDirections,
     sources: Sequence[Source],
     pairs: Sequence[PreferencePair],
     choice_pairs: Sequence[PreferencePair],
@@ -152,9 +152,9 @@ def _searched(
     asked = job.settings.scope
     scopes = (asked or GENERATION,) if asked or gate is None else (GENERATION, *_BEGINNINGS)
     with (
-        scoring(job, choice_pairs, gate) as scorer,
+        open_scorer(job, choice_pairs, gate) as scorer,
         job.reporter.stage("trying edits" + (" behind the gate" if gate else ""), None) as advance,
-        known_figures(_figures_path(job, pairs, choice_pairs, gate)) as known,
+        score_cache(_score_path(job, pairs, choice_pairs, gate)) as known,
     ):
         search = Search(
             scorer,
@@ -172,7 +172,7 @@ def _searched(
 
 def _raised(
     job: Job,
-    fits: Fits,
+    fits: FittedDirections,
     selection: Selection,
     choice_pairs: Sequence[PreferencePair],
     gate: Gate,
@@ -189,31 +189,31 @@ def _raised(
     harmful = {pair.query: declines(pair) for pair in alternating(choice_pairs)} | dict.fromkeys(twins, True)
     queries = list(harmful)
 
-    def progress(answers: Said) -> int:
+    def progress(answers: AnswerCounts) -> int:
         """How many answers decline what they should, less those that decline what they should not."""
         rows = zip(answers.declined, harmful.values(), strict=True)
         return sum(declined * (1 if wanted else -1) for declined, wanted in rows)
 
-    before = said(job, {}, queries, scope, None)
-    now = said(job, fits.edits(best.candidate), queries, scope, gate)
+    before = count_greedy_answers(job, {}, queries, scope, None)
+    now = count_greedy_answers(job, fits.edits(best.candidate), queries, scope, gate)
     if before is None or now is None:
         return selection
     chosen, tried = best, list(selection.tried)
-    with scoring(job, choice_pairs, gate) as scorer:
+    with open_scorer(job, choice_pairs, gate) as scorer:
         for factor in _STRONGER:
             candidate = replace(best.candidate, amount=factor * best.candidate.amount)
             if candidate.amount > MOST:
                 break
-            figures = scorer.score(fits.edits(candidate), scope=scope)
-            least = max(_KEPT_GAIN * best.figures.gain, least_gain(figures))
-            if figures.gain <= least or (figures.kl or 0.0) > selection.budget:
+            score = scorer.score(fits.edits(candidate), scope=scope)
+            least = max(_KEPT_GAIN * best.score.gain, least_gain(score))
+            if score.gain <= least or (score.kl or 0.0) > selection.budget:
                 break
-            stronger = said(job, fits.edits(candidate), queries, scope, gate)
+            stronger = count_greedy_answers(job, fits.edits(candidate), queries, scope, gate)
             if stronger is None or stronger.breaks_more_than(before):
                 break
-            tried = [one for one in tried if one.candidate != candidate] + [Scored(candidate, figures)]
+            tried = [one for one in tried if one.candidate != candidate] + [Scored(candidate, score)]
             if progress(stronger) > progress(now):
-                chosen, now = Scored(candidate, figures), stronger
+                chosen, now = Scored(candidate, score), stronger
     if chosen is not best:
         job.reporter.note(
             f"the amount is raised from {best.candidate.amount:g}x to {chosen.candidate.amount:g}x, by which "
@@ -222,7 +222,7 @@ def _raised(
     return replace(selection, chosen=chosen, tried=ranked(tried))
 
 
-def _figures_path(
+def _score_path(
     job: Job,
     pairs: Sequence[PreferencePair],
     held_out: Sequence[PreferencePair],
@@ -238,5 +238,5 @@ def _figures_path(
         held_out=unweighted(held_out),
         seed=job.settings.seed,
         gate=gate and gate.digest,
-        figures=[one.name for one in fields(Figures)],  # others than of an earlier version are not read
+        figures=[field.name for field in fields(EditScore)],  # others than of an earlier version are not read
     ).with_suffix(".jsonl")

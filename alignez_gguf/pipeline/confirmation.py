@@ -16,12 +16,12 @@ from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pairs.pairs import PreferencePair, unweighted
-from alignez_gguf.pipeline.figure_cache import kept_figures
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
-from alignez_gguf.pipeline.stages import persona_figures, scoring
+from alignez_gguf.pipeline.score_cache import cached_scores
+from alignez_gguf.pipeline.stages import open_scorer, persona_score
 from alignez_gguf.pipeline.verdicts import alternating
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.selection.search import Baseline, random_edits
 from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.text.refusal import is_refusal
@@ -41,7 +41,7 @@ _ANSWER_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Said:
+class AnswerCounts:
     """Counts of the greedy answers to some queries.
 
     Attributes:
@@ -52,7 +52,7 @@ class Said:
     declined: tuple[bool, ...]
     broken: int
 
-    def breaks_more_than(self, before: Said) -> bool:
+    def breaks_more_than(self, before: AnswerCounts) -> bool:
         """Whether more answers are broken than by chance: one, or 5% of them."""
         return self.broken > before.broken + max(1, len(self.declined) // 20)
 
@@ -71,29 +71,29 @@ class Confirmation:
             steered.
     """
 
-    figures: Figures
-    persona: Figures
-    random: Figures
+    score: EditScore
+    persona: EditScore
+    random: EditScore
     budget: float
     harmful: tuple[bool, ...]
-    base: Said | None
-    steered: Said | None
+    base: AnswerCounts | None
+    steered: AnswerCounts | None
 
     @property
-    def doubt(self) -> str:
+    def reason_unconfirmed(self) -> str:
         """Why the gain is not confirmed, in a few words; empty where it is."""
-        figures = self.figures
-        more = figures.beyond(self.random)
-        if not (self.says_better and min(figures.gain, more.gain) > 0):
-            if not figures.gain > least_gain(figures):
-                return f"it gains {figures.gain:+.2f} +- {figures.standard_error:.2f} nat an answer"
+        score = self.score
+        more = score.gains_over(self.random)
+        if not (self.refusals_improve and min(score.gain, more.gain) > 0):
+            if not score.gain > least_gain(score):
+                return f"it gains {score.gain:+.2f} +- {score.standard_error:.2f} nat an answer"
             if not more.gain > least_gain(more):
                 return (
-                    f"it gains {figures.gain:+.2f} nat an answer, no more for certain than random directions "
+                    f"it gains {score.gain:+.2f} nat an answer, no more for certain than random directions "
                     f"of the same size, {self.random.gain:+.2f}"
                 )
-        if figures.kl is not None and figures.kl > 2 * self.budget:
-            return f"it costs {figures.kl:.3f} nat per token, more than twice the budget of {self.budget:g}"
+        if score.kl is not None and score.kl > 2 * self.budget:
+            return f"it costs {score.kl:.3f} nat per token, more than twice the budget of {self.budget:g}"
         if self.base is None or self.steered is None:
             return ""
         wanted, unwanted = (
@@ -110,7 +110,7 @@ class Confirmation:
         return ""
 
     @property
-    def says_better(self) -> bool:
+    def refusals_improve(self) -> bool:
         """Whether refusals come and go as they should for certain: by a sign test of the changed ones."""
         from scipy.stats import binomtest
 
@@ -125,7 +125,7 @@ class Confirmation:
     @property
     def baselines(self) -> tuple[Baseline, ...]:
         """The baselines: no edit, the persona as a prompt, and random directions."""
-        nothing = Figures((0.0,) * len(self.figures.gains), self.figures.declined, 0.0)
+        nothing = EditScore((0.0,) * len(self.score.gains), self.score.declined, 0.0)
         return (
             Baseline("no edit", nothing),
             Baseline("safety-first persona as a prompt", self.persona),
@@ -135,26 +135,28 @@ class Confirmation:
     @property
     def share(self) -> float:
         """The share of the distance to the safety-first persona that the edit closes."""
-        return self.figures.gain / self.persona.gain
+        return self.score.gain / self.persona.gain
 
-    def refusals(self, said: Said, *, harmful: bool) -> int:
+    def refusals(self, counts: AnswerCounts, *, harmful: bool) -> int:
         """How many answers decline, of harmful requests or of the others."""
-        rows = zip(said.declined, self.harmful, strict=True)
+        rows = zip(counts.declined, self.harmful, strict=True)
         return sum(declined for declined, is_harmful in rows if is_harmful == harmful)
 
     def __str__(self) -> str:
-        figures = self.figures
-        confirmed = f"not confirmed ({self.doubt})" if self.doubt else "confirmed"
+        score = self.score
+        confirmed = f"not confirmed ({self.reason_unconfirmed})" if self.reason_unconfirmed else "confirmed"
         text = (
-            f"{confirmed} on {len(figures.gains)} queries that neither fit nor choice saw: the edit gains "
-            f"{figures.gain:.2f} +- {figures.standard_error:.2f} nat an answer, {self.share:.0%} of the "
-            f"distance to the safety-first persona, at {figures.kl or 0:.3f} nat per token"
+            f"{confirmed} on {len(score.gains)} queries that neither fit nor choice saw: the edit gains "
+            f"{score.gain:.2f} +- {score.standard_error:.2f} nat an answer, {self.share:.0%} of the "
+            f"distance to the safety-first persona, at {score.kl or 0:.3f} nat per token"
         )
         if self.base is None or self.steered is None:
             return text
         for harmful, kind in ((True, "harmful requests"), (False, "others")):
             if count := self.harmful.count(harmful):
-                base, steered = (self.refusals(said, harmful=harmful) for said in (self.base, self.steered))
+                base, steered = (
+                    self.refusals(counts, harmful=harmful) for counts in (self.base, self.steered)
+                )
                 text += f"; of {count} {kind} it declines {steered} (before: {base})"
         return text
 
@@ -178,10 +180,10 @@ def confirm(
             requests more often, or others more often still; or breaks answers.
     """
     found = measure(job, edits, pairs, scope, gate, twins)
-    if found.doubt:
+    if found.reason_unconfirmed:
         raise NoGainError(
             f"the chosen edit is not confirmed on {len(pairs)} queries that neither fit nor choice saw: "
-            f"{found.doubt}; give more queries, or try a larger model"
+            f"{found.reason_unconfirmed}; give more queries, or try a larger model"
         )
     return found
 
@@ -192,11 +194,11 @@ def require_no_harm(found: Confirmation) -> None:
     Raises:
         NoGainError: they lead away from the safety-first persona for certain.
     """
-    figures = found.figures
-    if figures.gain < -least_gain(figures):
+    score = found.score
+    if score.gain < -least_gain(score):
         raise NoGainError(
-            f"the edits lead away from the safety-first persona: they gain {figures.gain:+.2f} +- "
-            f"{figures.standard_error:.2f} nat an answer on {len(figures.gains)} queries that the fit did "
+            f"the edits lead away from the safety-first persona: they gain {score.gain:+.2f} +- "
+            f"{score.standard_error:.2f} nat an answer on {len(score.gains)} queries that the fit did "
             "not see; use --recipe auto, or give more queries"
         )
 
@@ -225,52 +227,57 @@ def measure(
         seed=job.settings.seed,
         draws=_RANDOM_DRAWS,
     ).with_suffix(".json")
-    with scoring(job, pairs, gate) as scorer:
+    with open_scorer(job, pairs, gate) as scorer:
 
-        def measured() -> dict[str, Figures]:
+        def measured() -> dict[str, EditScore]:
             with job.reporter.stage("confirming the chosen edit", 1 + _RANDOM_DRAWS) as advance:
-                figures = scorer.score(edits, scope=scope)
+                score = scorer.score(edits, scope=scope)
                 advance(1)
                 draws = []
                 for draw in range(_RANDOM_DRAWS):
                     random = random_edits(edits, _RANDOM_DRAWS * job.settings.seed + draw)
                     draws.append(scorer.score(random, scope=scope))
                     advance(1)
-            return {"edit": figures, "random": _mean(draws)}
+            return {"edit": score, "random": _mean(draws)}
 
-        found_figures = kept_figures(path, measured)
-        persona = persona_figures(job, pairs, scorer)
+        scores = cached_scores(path, measured)
+        persona = persona_score(job, pairs, scorer)
     queries = [*(pair.query for pair in alternating(pairs)), *twins]
-    base, steered = said(job, {}, queries, scope, None), said(job, edits, queries, scope, gate)
+    base, steered = (
+        count_greedy_answers(job, {}, queries, scope, None),
+        count_greedy_answers(job, edits, queries, scope, gate),
+    )
     return Confirmation(
-        found_figures["edit"],
+        scores["edit"],
         persona,
-        found_figures["random"],
+        scores["random"],
         job.settings.kl_budget,
-        (*found_figures["edit"].declined, *[True] * len(twins)),
+        (*scores["edit"].declined, *[True] * len(twins)),
         base,
         steered,
     )
 
 
-def _mean(several: Sequence[Figures]) -> Figures:
+def _mean(several: Sequence[EditScore]) -> EditScore:
     """Query by query, of figures over the same queries."""
-    gains = np.mean([figures.gains for figures in several], axis=0)
-    kl = float(np.mean([figures.kl or 0.0 for figures in several]))
-    return Figures(tuple(gains.tolist()), several[0].declined, kl)
+    gains = np.mean([score.gains for score in several], axis=0)
+    kl = float(np.mean([score.kl or 0.0 for score in several]))
+    return EditScore(tuple(gains.tolist()), several[0].declined, kl)
 
 
-def least_gain(figures: Figures) -> float:
+def least_gain(score: EditScore) -> float:
     """What a gain has to exceed to be more than chance, in nat."""
     from scipy.stats import t
 
     # As many degrees of freedom as the smaller half has, since the halves differ in spread (Welch).
-    n_declined = sum(figures.declined)
-    smaller = min((n for n in (n_declined, len(figures.declined) - n_declined) if n), default=1)
-    return float(t.ppf(1 - LEVEL, max(1, smaller - 1))) * figures.standard_error
+    n_declined = sum(score.declined)
+    smaller = min((n for n in (n_declined, len(score.declined) - n_declined) if n), default=1)
+    return float(t.ppf(1 - LEVEL, max(1, smaller - 1))) * score.standard_error
 
 
-def said(job: Job, edits: Edits, queries: Sequence[str], scope: Scope, gate: Gate | None) -> Said | None:
+def count_greedy_answers(
+    job: Job, edits: Edits, queries: Sequence[str], scope: Scope, gate: Gate | None
+) -> AnswerCounts | None:
     """The greedy answers of the target to the plain queries, counted in their order; kept.
 
     None where the engine writes nothing steered.
@@ -298,7 +305,7 @@ def said(job: Job, edits: Edits, queries: Sequence[str], scope: Scope, gate: Gat
             target.set_edits({})
 
     texts = kept_json(path, answers)
-    return Said(
+    return AnswerCounts(
         tuple(is_refusal(text, query) for text, query in zip(texts, queries, strict=True)),
         sum(is_broken(text) or repetition(text) > REPETITIVE for text in texts),
     )

@@ -15,10 +15,10 @@ from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.verdicts import own_contrast, persona_contrast
 from alignez_gguf.readout import Hook, ReadingPosition, Readout
-from alignez_gguf.storage.activation_store import Activations, Layers
+from alignez_gguf.storage.activation_store import ActivationStore, StoredLayers
 
 
-class Place(NamedTuple):
+class ActivationSite(NamedTuple):
     """Where a contrast is read: at which tokens of which texts, and in which output of a layer."""
 
     reading: ReadingPosition
@@ -33,11 +33,11 @@ class Place(NamedTuple):
         return self.reading == "prompt"
 
     @property
-    def tells_verdicts(self) -> bool:
+    def contrasts_verdicts(self) -> bool:
         """Whether it tells apart what is declined and what is not, instead of the personas."""
         return self.reading in ("verdict", "refusal")
 
-    def is_in_texts_of(self, other: Place) -> bool:
+    def shares_texts_with(self, other: ActivationSite) -> bool:
         """Whether it lies in the same texts as another place."""
         readings = {self.reading, other.reading}
         return len(readings) == 1 or readings == {"response", "response-mean"}
@@ -47,47 +47,47 @@ class Place(NamedTuple):
         return Readout(self.hook, "mean" if self.reading == "response-mean" else "last")
 
 
-class Embedded(NamedTuple):
+class PairActivations(NamedTuple):
     """Both sides of a contrast, [n_layer, n_pairs, n_embd] each."""
 
-    helpful: Layers
-    harmful: Layers
+    helpful: StoredLayers
+    harmful: StoredLayers
 
 
-class Readings:
+class ActivationCache:
     """What has been read of texts at some places, all of which lie in the same texts.
 
     Args:
         stores: where it is kept.
     """
 
-    def __init__(self, stores: Mapping[Place, Activations]) -> None:
+    def __init__(self, stores: Mapping[ActivationSite, ActivationStore]) -> None:
         self._stores = stores
 
     @classmethod
-    def opened(cls, job: Job, places: Sequence[Place]) -> Readings:
+    def open(cls, job: Job, sites: Sequence[ActivationSite]) -> ActivationCache:
         """Those in the work directory of a job."""
         model = job.engine.info
         return cls(
             {
-                place: Activations(
+                site: ActivationStore(
                     job.work.part(
-                        "activations", model=model, reading=place.reading, hook=place.hook
+                        "activations", model=model, reading=site.reading, hook=site.hook
                     ).with_suffix(".f16"),
                     model.n_layer,
                     model.n_embd,
                 )
-                for place in dict.fromkeys(places)
+                for site in dict.fromkeys(sites)
             }
         )
 
     @property
-    def places(self) -> Sequence[Place]:
+    def sites(self) -> Sequence[ActivationSite]:
         return list(self._stores)
 
     @property
     def readouts(self) -> Sequence[Readout]:
-        return [place.readout for place in self._stores]
+        return [site.readout for site in self._stores]
 
     def __contains__(self, text: Passage) -> bool:
         """Whether it has been read at every place."""
@@ -99,20 +99,16 @@ class Readings:
             if _name(text) not in store:
                 store.write(_name(text), read)
 
-    def lacking(self, texts: Sequence[Passage]) -> Readings:
+    def missing_sites(self, texts: Sequence[Passage]) -> ActivationCache:
         """Only the places at which one of these texts has not been read."""
         names = list(map(_name, texts))
-        return Readings(
-            {
-                place: store
-                for place, store in self._stores.items()
-                if not all(name in store for name in names)
-            }
+        return ActivationCache(
+            {site: store for site, store in self._stores.items() if not all(name in store for name in names)}
         )
 
-    def at(self, place: Place, texts: Sequence[Passage]) -> Layers:
+    def at(self, site: ActivationSite, texts: Sequence[Passage]) -> StoredLayers:
         """What every layer makes of these texts at one of the places."""
-        return self._stores[place].of(map(_name, texts))
+        return self._stores[site].of(map(_name, texts))
 
 
 class Embeddings:
@@ -126,44 +122,44 @@ class Embeddings:
         places: that will be asked for.
     """
 
-    def __init__(self, job: Job, pairs: Sequence[PreferencePair], places: Sequence[Place]) -> None:
+    def __init__(self, job: Job, pairs: Sequence[PreferencePair], sites: Sequence[ActivationSite]) -> None:
         self.job = job
         self.pairs = pairs
-        self._places = tuple(dict.fromkeys(places))
-        self._read: dict[Place, Embedded] = {}
+        self._sites = tuple(dict.fromkeys(sites))
+        self._read: dict[ActivationSite, PairActivations] = {}
 
-    def at(self, place: Place) -> Embedded:
+    def at(self, site: ActivationSite) -> PairActivations:
         """What every layer makes of the pairs at one of the places."""
-        if place not in self._read:
-            together = [one for one in self._places if one.is_in_texts_of(place)]
-            helpful, harmful = self._sides(place)
-            readings = Readings.opened(self.job, together)
+        if site not in self._read:
+            together = [one for one in self._sites if one.shares_texts_with(site)]
+            helpful, harmful = self._sides(site)
+            readings = ActivationCache.open(self.job, together)
             self._complete(readings, list(dict.fromkeys([*helpful, *harmful])))
             self._read |= {
-                one: Embedded(readings.at(one, helpful), readings.at(one, harmful)) for one in together
+                one: PairActivations(readings.at(one, helpful), readings.at(one, harmful)) for one in together
             }
-        return self._read[place]
+        return self._read[site]
 
-    def _sides(self, place: Place) -> tuple[Sequence[Passage], Sequence[Passage]]:
+    def _sides(self, site: ActivationSite) -> tuple[Sequence[Passage], Sequence[Passage]]:
         """The texts of the helpful and of the harmful sides."""
-        if place.tells_verdicts:
+        if site.contrasts_verdicts:
             plain = self.job.templates.plain_prompt
-            own = place.reading == "refusal"
+            own = site.reading == "refusal"
             both = own_contrast(self.job, self.pairs) if own else persona_contrast(self.pairs)
             return [Passage(plain(yes)) for yes, _ in both], [Passage(plain(no)) for _, no in both]
-        if place.in_prompt:
+        if site.in_prompt:
             prompts = [answer_prompts(self.job.templates, pair) for pair in self.pairs]
             return [Passage(helpful) for helpful, _ in prompts], [Passage(harmful) for _, harmful in prompts]
         answers = [answered(self.job.templates, pair) for pair in self.pairs]
         return [helpful for helpful, _ in answers], [harmful for _, harmful in answers]
 
-    def _complete(self, readings: Readings, texts: Sequence[Passage]) -> None:
+    def _complete(self, readings: ActivationCache, texts: Sequence[Passage]) -> None:
         """Read the texts that are missing anywhere, in one pass."""
-        lacking = readings.lacking(texts)
+        lacking = readings.missing_sites(texts)
         missing = [text for text in texts if text not in lacking]
         if not missing:
             return
-        title = f"reading activations ({'; '.join(map(str, lacking.places))})"
+        title = f"reading activations ({'; '.join(map(str, lacking.sites))})"
         with self.job.reporter.stage(title, len(texts)) as advance:
             advance(len(texts) - len(missing))
             found = self.job.engine.activations(missing, lacking.readouts)

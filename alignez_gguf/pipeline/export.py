@@ -16,15 +16,15 @@ from alignez_gguf.pairs.filters import PairFilterReport
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pairs.query_hash import QUERY_HASHES, query_hash
 from alignez_gguf.pipeline.aspects import Tradeoff, combine_within_budget
-from alignez_gguf.pipeline.embeddings import Place
+from alignez_gguf.pipeline.embeddings import ActivationSite
 from alignez_gguf.pipeline.feasibility import require_contrast
-from alignez_gguf.pipeline.job import Job, Settings, SteerableEngine
-from alignez_gguf.pipeline.recipes import Made, auto, paper, places
-from alignez_gguf.pipeline.stages import given_pairs, scoring, self_generated_pairs, usable_pairs
+from alignez_gguf.pipeline.job import EditScoringEngine, Job, Settings
+from alignez_gguf.pipeline.recipes import RecipeResult, activation_sites, auto, paper
+from alignez_gguf.pipeline.stages import given_pairs, open_scorer, self_generated_pairs, usable_pairs
 from alignez_gguf.pipeline.verdicts import split
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts.templates import SAFETY, Templates
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.storage.workdir import WorkDirectory
 
 
@@ -35,13 +35,13 @@ class Export:
     Attributes:
         control: the control file.
         filtered: which pairs were of use, for each aspect.
-        made: the edits of each aspect.
+        results: the edits of each aspect.
         tradeoffs: what the aspects gain alone and together; empty for a single one.
     """
 
     control: ControlFile
     filtered: Sequence[PairFilterReport]
-    made: Sequence[Made]
+    results: Sequence[RecipeResult]
     tradeoffs: Sequence[Tradeoff] = ()
 
 
@@ -53,7 +53,7 @@ def export(
     work: WorkDirectory,
     reporter: Reporter,
     *,
-    target: SteerableEngine,
+    target: EditScoringEngine,
     generator: Generator | None = None,
     given: Sequence[PreferencePair] = (),
 ) -> Export:
@@ -104,7 +104,7 @@ def export(
         if queries and job.settings.aspects[0].name == SAFETY:
             require_contrast(job)
         pairs, report = _some_usable_pairs(
-            job, self_generated_pairs(job, queries), given_pairs(job, given), places(job)
+            job, self_generated_pairs(job, queries), given_pairs(job, given), activation_sites(job)
         )
         filtered.append(report)
         made.append(recipe(job, pairs))
@@ -145,7 +145,7 @@ def export(
 
 def score_control(
     control: ControlFile,
-    engine: SteerableEngine,
+    engine: EditScoringEngine,
     queries: Sequence[str],
     templates: Templates,
     settings: Settings,
@@ -154,7 +154,7 @@ def score_control(
     *,
     generator: Generator | None = None,
     given: Sequence[PreferencePair] = (),
-) -> tuple[Figures, int]:
+) -> tuple[EditScore, int]:
     """The figures of an existing control file on a model in the only aspect, and over how many queries.
 
     Those are the queries on which an export from the same ones, with the same seed, chooses and confirms.
@@ -175,7 +175,7 @@ def score_control(
     )
     pairs, _ = _some_usable_pairs(job, self_generated_pairs(job, queries), given_pairs(job, given))
     _, choice, confirmation = split(pairs, settings.seed)
-    with scoring(job, [*choice, *confirmation], control.gate) as scorer:
+    with open_scorer(job, [*choice, *confirmation], control.gate) as scorer:
         scope = settings.scope or control.scope
         return scorer.score(control.edits, scope=scope), scorer.n_queries
 
@@ -184,7 +184,7 @@ def _some_usable_pairs(
     job: Job,
     generated: Sequence[PreferencePair],
     given: Sequence[PreferencePair],
-    at: Sequence[Place] = (),
+    at: Sequence[ActivationSite] = (),
 ) -> tuple[list[PreferencePair], PairFilterReport]:
     """The usable pairs; see `usable_pairs`. Raises `QueryError` where there is none."""
     pairs, report = usable_pairs(job, generated, given, at)
@@ -201,7 +201,7 @@ def _query_hashes(queries: Sequence[str]) -> dict[str, Field]:
     return {QUERY_HASHES: hashes} if len(hashes) <= MAX_ARRAY else {}
 
 
-def _check_same_shape(engine: Engine, target: SteerableEngine) -> None:
+def _check_same_shape(engine: Engine, target: EditScoringEngine) -> None:
     mine, other = engine.info, target.info
     if (mine.arch, mine.n_layer, mine.n_embd) != (other.arch, other.n_layer, other.n_embd):
         raise ControlFileError(
@@ -220,50 +220,50 @@ def _per_aspect(jobs: Sequence[Job], fields: Sequence[Mapping[str, Field]]) -> d
     }
 
 
-def _score(made: Made) -> dict[str, Field]:
+def _score(made: RecipeResult) -> dict[str, Field]:
     """The figures of the confirmation, and what the choice saw; -1 where a divergence was not measured."""
     found: dict[str, Field] = {}
     if made.confirmation is not None:
         confirmation = made.confirmation
-        figures = confirmation.figures
+        score = confirmation.score
         found |= {
-            "score": figures.gain,
-            "standard_error": figures.standard_error,
+            "score": score.gain,
+            "standard_error": score.standard_error,
             "share": confirmation.share,
-            "kl": _divergence(figures),
+            "kl": _divergence(score),
             "kl_budget": float(confirmation.budget),
-            "queries": len(figures.gains),
-            "confirmed": not confirmation.doubt,
+            "queries": len(score.gains),
+            "confirmed": not confirmation.reason_unconfirmed,
             "baseline.name": tuple(baseline.name for baseline in confirmation.baselines),
-            "baseline.score": tuple(baseline.figures.gain for baseline in confirmation.baselines),
-            "baseline.kl": tuple(_divergence(baseline.figures) for baseline in confirmation.baselines),
+            "baseline.score": tuple(baseline.score.gain for baseline in confirmation.baselines),
+            "baseline.kl": tuple(_divergence(baseline.score) for baseline in confirmation.baselines),
             "said.declined": sum(confirmation.harmful),
         }
-        for name, said in (("base", confirmation.base), ("steered", confirmation.steered)):
-            if said is not None:
+        for name, counts in (("base", confirmation.base), ("steered", confirmation.steered)):
+            if counts is not None:
                 found |= {
-                    f"said.{name}.declines_declined": confirmation.refusals(said, harmful=True),
-                    f"said.{name}.declines_answered": confirmation.refusals(said, harmful=False),
-                    f"said.{name}.broken": said.broken,
+                    f"said.{name}.declines_declined": confirmation.refusals(counts, harmful=True),
+                    f"said.{name}.declines_answered": confirmation.refusals(counts, harmful=False),
+                    f"said.{name}.broken": counts.broken,
                 }
     if made.selection is not None:
         selection = made.selection
-        tried = [scored.figures for scored in selection.tried]
+        tried = [scored.score for scored in selection.tried]
         found |= {
-            "choice.score": selection.chosen.figures.gain,
-            "choice.kl": _divergence(selection.chosen.figures),
+            "choice.score": selection.chosen.score.gain,
+            "choice.kl": _divergence(selection.chosen.score),
             "choice.queries": selection.n_queries,
             "tried.candidate": tuple(str(scored.candidate) for scored in selection.tried),
             "tried.layers": tuple(span(scored.candidate.layers) for scored in selection.tried),
-            "tried.queries": tuple(len(figures.gains) for figures in tried),
-            "tried.score": tuple(figures.gain for figures in tried),
+            "tried.queries": tuple(len(score.gains) for score in tried),
+            "tried.score": tuple(score.gain for score in tried),
             "tried.kl": tuple(map(_divergence, tried)),
         }
     return found
 
 
-def _divergence(figures: Figures) -> float:
-    return -1.0 if figures.kl is None else figures.kl
+def _divergence(score: EditScore) -> float:
+    return -1.0 if score.kl is None else score.kl
 
 
 def _tradeoff_columns(tradeoffs: Sequence[Tradeoff]) -> dict[str, Field]:

@@ -28,7 +28,7 @@ _LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class Declined:
+class TwinRefusals:
     """Which requests a persona declines, twin by twin.
 
     Attributes:
@@ -74,7 +74,7 @@ def lack_of_contrast(job: Job) -> str:
     return reason
 
 
-def declined(job: Job) -> tuple[Declined, Declined]:
+def declined(job: Job) -> tuple[TwinRefusals, TwinRefusals]:
     """Find out which of the twins the helpful and the harmful persona decline; kept."""
     path = job.work.part(
         "feasibility", model=job.engine.info, generator=repr(job.generator), templates=job.templates
@@ -84,7 +84,7 @@ def declined(job: Job) -> tuple[Declined, Declined]:
     return helpful, harmful
 
 
-def no_contrast(helpful: Declined, harmful: Declined) -> str:
+def no_contrast(helpful: TwinRefusals, harmful: TwinRefusals) -> str:
     """Why there is nothing to amplify, in one line; empty where there is."""
     n_twins = len(helpful.harmful)
     n_declined, n_harmless = sum(helpful.harmful), sum(helpful.harmless)
@@ -107,7 +107,7 @@ def no_contrast(helpful: Declined, harmful: Declined) -> str:
     return ""
 
 
-def alike_personas(helpful: Declined, harmful: Declined) -> str:
+def alike_personas(helpful: TwinRefusals, harmful: TwinRefusals) -> str:
     """Why the two personas may not differ in what they decline, in one line; empty where they do."""
     if _is_more_often(helpful.harmful, harmful.harmful):
         return ""
@@ -125,9 +125,9 @@ def _is_more_often(ours: Sequence[bool], theirs: Sequence[bool]) -> bool:
     return bool(as_many / 2**differing < _LEVEL)
 
 
-def _declined(templates: Templates, answers: Sequence[str]) -> Declined:
+def _declined(templates: Templates, answers: Sequence[str]) -> TwinRefusals:
     refusals = [is_refusal(answer, query) for answer, query in zip(answers, _queries(templates), strict=True)]
-    return Declined(tuple(refusals[0::2]), tuple(refusals[1::2]))
+    return TwinRefusals(tuple(refusals[0::2]), tuple(refusals[1::2]))
 
 
 def _queries(templates: Templates) -> list[str]:

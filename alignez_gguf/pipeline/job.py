@@ -68,7 +68,7 @@ class Settings:
     force: bool = False
 
 
-class SteerableEngine(Engine, Protocol):
+class EditScoringEngine(Engine, Protocol):
     """An engine that can also measure edits of its model."""
 
     def steered(self, passages: Sequence[Passage]) -> AbstractContextManager[SteeredModel]:
@@ -109,5 +109,5 @@ class Job:
     settings: Settings
     work: WorkDirectory
     reporter: Reporter
-    target: SteerableEngine
+    target: EditScoringEngine
     generator: Generator

@@ -14,15 +14,15 @@ from alignez_gguf.control.scope import GENERATION
 from alignez_gguf.directions.base import Directions
 from alignez_gguf.errors import NoGainError, QueryError, RuntimeUnavailableError
 from alignez_gguf.pairs.pairs import PreferencePair
-from alignez_gguf.pipeline.choice import choose, fit_sources, place_of
+from alignez_gguf.pipeline.choice import choose, fit_sources, site_of
 from alignez_gguf.pipeline.confirmation import Confirmation, confirm, measure, require_no_harm
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.pipeline.gating import fitted_gate
 from alignez_gguf.pipeline.job import Job, Settings
 from alignez_gguf.pipeline.stages import fit_directions
 from alignez_gguf.pipeline.verdicts import (
     MIN_VERDICTS,
-    Opposed,
+    QueryContrast,
     own_contrast,
     own_verdicts,
     persona_contrast,
@@ -44,7 +44,7 @@ _OFTEN = 0.3
 
 
 @dataclass(frozen=True)
-class Made:
+class RecipeResult:
     """Edits, and how they came about.
 
     Attributes:
@@ -66,18 +66,18 @@ class Made:
     gate: Gate | None = None
 
 
-def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
+def paper(job: Job, pairs: Sequence[PreferencePair]) -> RecipeResult:
     """AlignEZ to the letter: CCS at the last token of the response, the decision rule, every layer.
 
     What it gains is measured as that of `auto` is, on queries that the fit has not seen, and told; a gain is
     not required, but what is sure to do harm is an error.
     """
     settings = job.settings
-    method, place = settings.method or "ccs", paper_place(settings)
+    method, site = settings.method or "ccs", paper_site(settings)
     fit_pairs, confirmation_pairs = _with_some_left(job, pairs)
-    fit = fit_directions(Embeddings(job, fit_pairs, places(job)), method, place, rank=1)
+    fit = fit_directions(Embeddings(job, fit_pairs, activation_sites(job)), method, site, rank=1)
     edits = paper_edits(fit.directions, fit.class_gap, threshold=settings.threshold, layers=settings.layers)
-    if job.target.info.has_post_norm and place.hook == "mlp":
+    if job.target.info.has_post_norm and site.hook == "mlp":
         edits = with_additions_at_mlp(edits)
     if not edits:
         raise NoGainError(
@@ -88,8 +88,8 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         job.reporter.note(note)
     recipe: dict[str, Field] = {
         "method": method,
-        "reading": place.reading,
-        "hook": place.hook,
+        "reading": site.reading,
+        "hook": site.hook,
         "rank": 1,
         "threshold": settings.threshold,
         "pairs.fit": len(fit_pairs),
@@ -103,7 +103,7 @@ def paper(job: Job, pairs: Sequence[PreferencePair]) -> Made:
             job.reporter.note(f"what the edits gain is not measured: {error}")
         else:
             require_no_harm(confirmation)
-    return Made(edits, fit.directions, recipe, None, confirmation, confirmation_pairs)
+    return RecipeResult(edits, fit.directions, recipe, None, confirmation, confirmation_pairs)
 
 
 def _with_some_left(
@@ -138,7 +138,7 @@ def _about_probes(found: Directions, n_pairs: int, edited: Sequence[int]) -> Ite
             )
 
 
-def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
+def auto(job: Job, pairs: Sequence[PreferencePair]) -> RecipeResult:
     """Fit on a part of the queries, choose on another, and confirm the choice on a third one."""
     settings = job.settings
     fit_pairs, choice_pairs, confirmation_pairs = split(pairs, settings.seed)
@@ -168,7 +168,7 @@ def auto(job: Job, pairs: Sequence[PreferencePair]) -> Made:
         "pairs.confirmation": len(confirmation_pairs),
     }
     fitted = fits.of(best.source).directions
-    return Made(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
+    return RecipeResult(edits, fitted, recipe, selection, confirmation, confirmation_pairs, gate)
 
 
 def _not_declined(job: Job, harmful: Sequence[str]) -> list[str]:
@@ -176,18 +176,18 @@ def _not_declined(job: Job, harmful: Sequence[str]) -> list[str]:
     return [query for query, declines in own_verdicts(job, harmful).items() if not declines]
 
 
-def paper_place(settings: Settings) -> Place:
+def paper_site(settings: Settings) -> ActivationSite:
     """Where the paper embeds pairs, unless another place is asked for."""
-    return Place(settings.reading or "response", settings.hook or "mlp")
+    return ActivationSite(settings.reading or "response", settings.hook or "mlp")
 
 
-def places(job: Job) -> list[Place]:
+def activation_sites(job: Job) -> list[ActivationSite]:
     """Where pairs are embedded.
 
     The paper's recipe also reads what the search would: of texts that are read anyway, this costs little.
     """
-    searched = list(map(place_of, sources(job.settings, _readable(job))))
-    return [paper_place(job.settings), *searched] if job.settings.recipe == "paper" else searched
+    searched = list(map(site_of, sources(job.settings, _readable(job))))
+    return [paper_site(job.settings), *searched] if job.settings.recipe == "paper" else searched
 
 
 def _readable(job: Job) -> list[Hook]:
@@ -214,37 +214,37 @@ def sources(
     """
     wanted = (hooks or HOOKS) if settings.hook is None else (settings.hook,)
     verdict_hook = settings.hook or "mlp"
-    places = [
-        Place("refusal", verdict_hook),
-        Place("verdict", verdict_hook),
-        Place("prompt", "mlp"),
-        Place("response", "mlp"),
-        Place("prompt", "residual"),
-        Place("response", "residual"),
-        Place("response-mean", "mlp"),
-        Place("response-mean", "residual"),
+    sites = [
+        ActivationSite("refusal", verdict_hook),
+        ActivationSite("verdict", verdict_hook),
+        ActivationSite("prompt", "mlp"),
+        ActivationSite("response", "mlp"),
+        ActivationSite("prompt", "residual"),
+        ActivationSite("response", "residual"),
+        ActivationSite("response-mean", "mlp"),
+        ActivationSite("response-mean", "residual"),
     ]
     if settings.reading is None and settings.hook is None:
-        places = places[:5]
+        sites = sites[:5]
     return [
-        Source(method, place.reading, 1, place.hook)
-        for place in places
-        if settings.reading in (None, place.reading) and place.hook in wanted
-        if place.reading not in missing
-        for method in _methods(settings, place)
+        Source(method, site.reading, 1, site.hook)
+        for site in sites
+        if settings.reading in (None, site.reading) and site.hook in wanted
+        if site.reading not in missing
+        for method in _methods(settings, site)
     ]
 
 
-def _methods(settings: Settings, place: Place) -> Sequence[str]:
+def _methods(settings: Settings, site: ActivationSite) -> Sequence[str]:
     """The methods that are tried at a place."""
-    if place.tells_verdicts:
+    if site.contrasts_verdicts:
         return ("mean",) if settings.method is None or settings.reading is None else (settings.method,)
     return SEARCHED_METHODS if settings.method is None else (settings.method,)
 
 
 def _without_contrast(job: Job, pairs: Sequence[PreferencePair]) -> list[ReadingPosition]:
     """The readings for which there are too few queries of a kind, such as ones that the model declines."""
-    contrasts: dict[ReadingPosition, Opposed] = {
+    contrasts: dict[ReadingPosition, QueryContrast] = {
         "verdict": persona_contrast(pairs),
         "refusal": own_contrast(job, pairs),
     }

@@ -29,11 +29,11 @@ from alignez_gguf.pairs.generation import (
     request_seed,
 )
 from alignez_gguf.pairs.pairs import PairStore, PreferencePair, unweighted
-from alignez_gguf.pipeline.embeddings import Embeddings, Place, Readings
-from alignez_gguf.pipeline.figure_cache import known_margins
+from alignez_gguf.pipeline.embeddings import ActivationCache, ActivationSite, Embeddings
 from alignez_gguf.pipeline.job import Job
+from alignez_gguf.pipeline.score_cache import margin_cache
 from alignez_gguf.pipeline.verdicts import alternating, declines
-from alignez_gguf.selection.scoring import ANSWER_TOKENS, Figures, Scorer, SteeredModel
+from alignez_gguf.selection.scoring import ANSWER_TOKENS, EditScore, Scorer, SteeredModel
 from alignez_gguf.storage.cached import kept_array, kept_arrays, kept_json
 
 
@@ -93,7 +93,7 @@ def usable_pairs(
     job: Job,
     generated: Sequence[PreferencePair],
     given: Sequence[PreferencePair],
-    places: Sequence[Place] = (),
+    sites: Sequence[ActivationSite] = (),
 ) -> tuple[list[PreferencePair], PairFilterReport]:
     """The pairs that say something; those that the model wrote are also held against its own likelihoods.
 
@@ -101,13 +101,15 @@ def usable_pairs(
     """
     margins = np.full((len(generated) + len(given), 2), np.nan)
     measured = [index for index, pair in enumerate(generated) if text_fault(pair) is None]
-    margins[measured] = _margins(job, [generated[index] for index in measured], places)
+    margins[measured] = _margins(job, [generated[index] for index in measured], sites)
     kept, report = filter_pairs([*generated, *given], margins)
     job.reporter.note(str(report))
     return kept, report
 
 
-def _margins(job: Job, pairs: Sequence[PreferencePair], places: Sequence[Place]) -> NDArray[np.float64]:
+def _margins(
+    job: Job, pairs: Sequence[PreferencePair], sites: Sequence[ActivationSite]
+) -> NDArray[np.float64]:
     """How well the answers fit their personas, [n_pairs, 2]; each pair is kept as soon as it is measured."""
     asked = unweighted(pairs)
     if not asked:
@@ -118,30 +120,30 @@ def _margins(job: Job, pairs: Sequence[PreferencePair], places: Sequence[Place])
         templates=job.templates,
         pair=[one.name for one in fields(PreferencePair)],  # others than of an earlier version are not read
     ).with_suffix(".jsonl")
-    with known_margins(path) as known:
+    with margin_cache(path) as known:
         missing = [pair for pair in asked if pair not in known]
         if missing:
             with job.reporter.stage("comparing personas", len(asked)) as advance:
                 advance(len(asked) - len(missing))
-                in_prompts = Readings.opened(job, [place for place in places if place.in_prompt])
-                compared = compare_personas(job.engine, missing, job.templates, in_prompts.readouts)
+                prompt_cache = ActivationCache.open(job, [site for site in sites if site.in_prompt])
+                compared = compare_personas(job.engine, missing, job.templates, prompt_cache.readouts)
                 for pair, found in zip(missing, compared, strict=True):
                     for prompt, values in found.prompts.items():
-                        in_prompts.keep(prompt, values)
+                        prompt_cache.keep(prompt, values)
                     known[pair] = found.margins
                     advance(1)
         return np.array([known[pair] for pair in asked])
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class DirectionFit:
     """What a method found, and the gap between the class means that it was found in."""
 
     directions: Directions
     class_gap: NDArray[np.float32]
 
 
-def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int) -> Fit:
+def fit_directions(embeddings: Embeddings, method: str, site: ActivationSite, rank: int) -> DirectionFit:
     """Fit a method on pairs as they are embedded at a place."""
     job, pairs = embeddings.job, embeddings.pairs
     path = job.work.part(
@@ -150,16 +152,16 @@ def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int)
         templates=job.templates,
         pairs=list(pairs),
         method=method,
-        reading=place.reading,
-        hook=place.hook,
+        reading=site.reading,
+        hook=site.hook,
         rank=rank,
         seed=job.settings.seed,
     ).with_suffix(".npz")
 
     def fitted() -> dict[str, Any]:
-        helpful, harmful = embeddings.at(place)
-        weights = _weights(pairs, place)
-        with job.reporter.stage(f"fitting directions ({method}, {place})", None):
+        helpful, harmful = embeddings.at(site)
+        weights = _weights(pairs, site)
+        with job.reporter.stage(f"fitting directions ({method}, {site})", None):
             found = directions.fit(
                 method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights
             )
@@ -169,12 +171,12 @@ def fit_directions(embeddings: Embeddings, method: str, place: Place, rank: int)
 
     found: dict[str, Any] = kept_arrays(path, fitted)
     gap = found.pop("class_gap")
-    return Fit(Directions(**{**found, "method": str(found["method"])}), gap)
+    return DirectionFit(Directions(**{**found, "method": str(found["method"])}), gap)
 
 
-def _weights(pairs: Sequence[PreferencePair], place: Place) -> NDArray[np.float64] | None:
+def _weights(pairs: Sequence[PreferencePair], site: ActivationSite) -> NDArray[np.float64] | None:
     """How much each row of a contrast counts; None where all count alike."""
-    if place.tells_verdicts:
+    if site.contrasts_verdicts:
         return None
     weights = np.array([pair.weight for pair in pairs])
     return None if len(np.unique(weights)) <= 1 else weights
@@ -217,7 +219,7 @@ def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
 
 
 @contextmanager
-def scoring(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None) -> Iterator[Scorer]:
+def open_scorer(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None) -> Iterator[Scorer]:
     """What scores edits of the target over the queries of `pairs`, one for each query, behind a gate.
 
     The queries come as `verdicts.alternating` orders them.
@@ -279,7 +281,7 @@ class _OnDemand:
         return self._made.log_likelihoods(edits, passages, scope=scope)
 
 
-def persona_figures(job: Job, pairs: Sequence[PreferencePair], scorer: Scorer) -> Figures:
+def persona_score(job: Job, pairs: Sequence[PreferencePair], scorer: Scorer) -> EditScore:
     """What the safety-first persona itself gains as a prompt, which is its distance, and what it costs.
 
     Args:
@@ -304,7 +306,7 @@ def persona_figures(job: Job, pairs: Sequence[PreferencePair], scorer: Scorer) -
 
     distances = kept_array(path, measured) - scorer.base[: len(pairs)]
     agreed = [pair for pair in pairs if not declines(pair)]
-    return Figures(tuple(distances.tolist()), scorer.declined, persona_divergence(job, agreed))
+    return EditScore(tuple(distances.tolist()), scorer.declined, persona_divergence(job, agreed))
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:

@@ -30,16 +30,16 @@ def declines(pair: PreferencePair) -> bool:
     return is_refusal(pair.helpful, pair.query)
 
 
-Opposed = list[tuple[str, str]]
+QueryContrast = list[tuple[str, str]]
 """Queries of one kind, each with one of another kind."""
 
 
-def persona_contrast(pairs: Sequence[PreferencePair]) -> Opposed:
+def persona_contrast(pairs: Sequence[PreferencePair]) -> QueryContrast:
     """Queries that the safety-first persona declines, each with one that it answers."""
     return _matched(*_by_verdict(pairs))
 
 
-def own_contrast(job: Job, pairs: Sequence[PreferencePair]) -> Opposed:
+def own_contrast(job: Job, pairs: Sequence[PreferencePair]) -> QueryContrast:
     """Queries that the model declines by itself, each with one that it complies with.
 
     Of what the safety-first persona declines, so that both kinds are harmful and only the decision differs.
@@ -132,7 +132,7 @@ def _by_verdict(pairs: Sequence[PreferencePair]) -> tuple[list[str], list[str]]:
     ]
 
 
-def _matched(ours: Sequence[str], theirs: Sequence[str]) -> Opposed:
+def _matched(ours: Sequence[str], theirs: Sequence[str]) -> QueryContrast:
     """Every query of the more frequent kind with one of the other that looks like it.
 
     What both have in common, their topic, then tells nothing. Those of the rarer kind come again, about

@@ -13,10 +13,10 @@ from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pairs.filters import PairFilterReport
 from alignez_gguf.pairs.pairs import PreferencePair
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.pipeline.feasibility import lack_of_contrast
 from alignez_gguf.pipeline.job import Job
-from alignez_gguf.pipeline.recipes import auto, paper_place, places
+from alignez_gguf.pipeline.recipes import activation_sites, auto, paper_site
 from alignez_gguf.pipeline.stages import self_generated_pairs, usable_pairs
 from alignez_gguf.predict.separability import (
     MIN_QUERIES,
@@ -110,7 +110,7 @@ def predict(
         raise QueryError(
             f"{len(queries)} queries are too few to predict anything; give at least {MIN_QUERIES}"
         )
-    place = paper_place(job.settings)
+    place = paper_site(job.settings)
     if reason := lack_of_contrast(job):
         return Prediction(
             model=job.engine.info,
@@ -125,7 +125,7 @@ def predict(
             verdict=Verdict("unlikely", (reason,)),
         )
     generated = self_generated_pairs(job, queries)
-    searched = () if quick else places(_quick(job))
+    searched = () if quick else activation_sites(_quick(job))
     usable, report = usable_pairs(job, generated, (), [place, *searched])
     kept = set(usable)
     left_out = [pair for pair in generated if pair.helpful and pair.harmful and pair not in kept]
@@ -163,7 +163,7 @@ def quick_search(job: Job, pairs: Sequence[PreferencePair]) -> HeldOut:
         return HeldOut(note=str(error))
     assert made.selection is not None
     assert made.confirmation is not None
-    figures = made.confirmation.figures
+    figures = made.confirmation.score
     return HeldOut(str(made.selection.chosen.candidate), figures, len(figures.gains))
 
 
@@ -214,7 +214,7 @@ def _unfiltered(
     usable: Sequence[PreferencePair],
     usable_layers: Sequence[NDArray[Any]],
     left_out: Sequence[PreferencePair],
-    place: Place,
+    place: ActivationSite,
 ) -> float | None:
     """Accuracy of the best layer for all pairs, if there are enough."""
     pairs, layers = [*usable, *left_out], usable_layers
@@ -226,7 +226,7 @@ def _unfiltered(
     return float(hits(layers, [pair.query for pair in pairs], job.settings.seed).accuracy.max())
 
 
-def _embeddings(job: Job, pairs: Sequence[PreferencePair], place: Place) -> list[NDArray[Any]]:
+def _embeddings(job: Job, pairs: Sequence[PreferencePair], place: ActivationSite) -> list[NDArray[Any]]:
     """Features of every layer, [2, n_pairs, n_embd] each."""
     if not pairs:
         return [np.empty((2, 0, job.engine.info.n_embd), np.float16)] * job.engine.info.n_layer

@@ -7,7 +7,7 @@ from typing import Literal
 
 from alignez_gguf.pairs.filters import PairFilterReport
 from alignez_gguf.predict.separability import Separability
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 
 Outlook = Literal["likely", "uncertain", "unlikely"]
 
@@ -30,7 +30,7 @@ class HeldOut:
     """
 
     edit: str | None = None
-    figures: Figures | None = None
+    figures: EditScore | None = None
     n_queries: int = 0
     note: str = ""
 

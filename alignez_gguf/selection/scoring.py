@@ -53,7 +53,7 @@ class SteeredModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Figures:
+class EditScore:
     """What is known of an edit.
 
     Attributes:
@@ -85,10 +85,10 @@ class Figures:
         """Lower confidence bound (95%, normal approximation) of the gain, in nat."""
         return self.gain - 1.645 * self.standard_error
 
-    def beyond(self, other: Figures) -> Figures:
+    def gains_over(self, other: EditScore) -> EditScore:
         """What this edit gains more than another one over the same queries."""
         gains = (mine - theirs for mine, theirs in zip(self.gains, other.gains, strict=True))
-        return Figures(tuple(gains), self.declined)
+        return EditScore(tuple(gains), self.declined)
 
     @property
     def _parts(self) -> list[NDArray[np.float64]]:
@@ -130,12 +130,12 @@ class Scorer:
         own = range(self.n_queries, self.n_queries + len(self.n_tokens))
         return float(-self._gains(edits, own, scope).sum() / sum(self.n_tokens))
 
-    def score(self, edits: Edits, *, scope: Scope = GENERATION) -> Figures:
+    def score(self, edits: Edits, *, scope: Scope = GENERATION) -> EditScore:
         """All figures of an edit over all queries."""
         gains = self.gains(edits, range(self.n_queries), scope=scope)
-        return Figures(tuple(gains), self.declined, self.divergence(edits, scope=scope))
+        return EditScore(tuple(gains), self.declined, self.divergence(edits, scope=scope))
 
-    def holding(self, n_steered: int) -> int:
+    def n_first_queries_with(self, n_steered: int) -> int:
         """So many first queries hold `n_steered` that are steered; all, where there are not as many."""
         steered = [index for index, opens in enumerate(self.opens[: self.n_queries]) if opens]
         return steered[n_steered - 1] + 1 if len(steered) > n_steered else self.n_queries

@@ -21,7 +21,7 @@ from alignez_gguf.control.edits import Edits, LayerEdit, orthonormal_rows
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.selection.candidates import Candidate, Source, first_candidates, neighbours
-from alignez_gguf.selection.scoring import Figures, Scorer
+from alignez_gguf.selection.scoring import EditScore, Scorer
 
 DEFAULT_BUDGET = 0.1
 """Nat per token."""
@@ -44,7 +44,7 @@ class Scored:
     """A candidate and its figures; those of weak ones are taken over the first queries only."""
 
     candidate: Candidate
-    figures: Figures
+    score: EditScore
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Baseline:
     """What the chosen edit is compared with: a name and its figures."""
 
     name: str
-    figures: Figures
+    score: EditScore
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Selection:
     def pareto(self) -> list[Scored]:
         """Those that gain, were measured on all queries and are beaten by no other one in both KL and gain,
         least KL first."""
-        measured = [one for one in self.tried if one.figures.kl is not None and one.figures.gain > 0]
+        measured = [one for one in self.tried if one.score.kl is not None and one.score.gain > 0]
         front: list[Scored] = []
-        for scored in sorted(measured, key=lambda one: (one.figures.kl or 0.0, -one.figures.gain)):
-            if not front or scored.figures.gain > front[-1].figures.gain:
+        for scored in sorted(measured, key=lambda one: (one.score.kl or 0.0, -one.score.gain)):
+            if not front or scored.score.gain > front[-1].score.gain:
                 front.append(scored)
         return front
 
@@ -85,7 +85,7 @@ class Selection:
 
 def ranked(tried: Iterable[Scored]) -> tuple[Scored, ...]:
     """What was measured on most queries first, then by the gain, the greatest first."""
-    return tuple(sorted(tried, key=lambda one: (-len(one.figures.gains), -one.figures.gain)))
+    return tuple(sorted(tried, key=lambda one: (-len(one.score.gains), -one.score.gain)))
 
 
 @dataclass
@@ -106,9 +106,9 @@ class Search:
     edits_of: Callable[[Candidate], Edits]
     scopes: tuple[Scope, ...] = (GENERATION,)
     budget: float = DEFAULT_BUDGET
-    known: MutableMapping[Candidate, Figures] = field(default_factory=dict)
+    known: MutableMapping[Candidate, EditScore] = field(default_factory=dict)
     advance: Callable[[int], None] = lambda _: None
-    _tried: dict[Candidate, Figures] = field(default_factory=dict)
+    _tried: dict[Candidate, EditScore] = field(default_factory=dict)
     """With as many queries as this search has asked for: `known` may hold more."""
 
     def run(self, sources: Sequence[Source], layers: tuple[int, ...]) -> Selection:
@@ -121,19 +121,19 @@ class Search:
         first = first_candidates(sources, layers, self.scopes[0])
         left = [candidate for candidate in first if self.edits_of(candidate)]
         for n_queries, most in ROUNDS:
-            left = _of_several_sources(self._best(left, self.scorer.holding(n_queries)), most)
+            left = _of_several_sources(self._best(left, self.scorer.n_first_queries_with(n_queries)), most)
         left = self._best(left, n_all)
         best: Scored | None = None
         for start in self._starts(left):
-            if best is None or start.figures.gain > _PROMISING * best.figures.gain:
+            if best is None or start.score.gain > _PROMISING * best.score.gain:
                 climbed = self._climb(start, layers)
-                best = climbed if best is None or climbed.figures.gain > best.figures.gain else best
+                best = climbed if best is None or climbed.score.gain > best.score.gain else best
         if best is None:
             raise self._no_gain()
         elsewhere = self._in_other_scope(best)
         if elsewhere is not best:
             best = self._climb(elsewhere, layers)
-        tried = ranked(Scored(candidate, figures) for candidate, figures in self._tried.items())
+        tried = ranked(Scored(candidate, score) for candidate, score in self._tried.items())
         return Selection(best, tried, n_all, self.budget)
 
     def _starts(self, ranked: Sequence[Candidate]) -> list[Scored]:
@@ -165,10 +165,10 @@ class Search:
             if candidate in self._tried and self._tried[candidate].kl is not None:
                 continue
             self._measured(candidate, self.scorer.n_queries)
-            figures = self._with_divergence(candidate)
-            is_affordable = figures.kl is not None and figures.kl <= self.budget
-            if is_affordable and figures.lower_bound > best.figures.lower_bound:
-                best = Scored(candidate, figures)
+            score = self._with_divergence(candidate)
+            is_affordable = score.kl is not None and score.kl <= self.budget
+            if is_affordable and score.lower_bound > best.score.lower_bound:
+                best = Scored(candidate, score)
         return best
 
     def _step(self, best: Scored, layers: tuple[int, ...]) -> Scored:
@@ -177,8 +177,8 @@ class Search:
             one for one in neighbours(best.candidate, layers) if one not in self._tried and self.edits_of(one)
         ]
         for n_queries, _ in ROUNDS:
-            n_queries = self.scorer.holding(n_queries)
-            former = self._figures(best.figures.gains[:n_queries], None).gain
+            n_queries = self.scorer.n_first_queries_with(n_queries)
+            former = self._edit_score(best.score.gains[:n_queries], None).gain
             near = [one for one in self._best(near, n_queries) if self._tried[one].gain > former][:_FOLLOWED]
         return self._affordable(self._best(near, self.scorer.n_queries), best) or best
 
@@ -187,7 +187,7 @@ class Search:
         measured = [(one, self._measured(one, n_queries).gain) for one in candidates]
         return [one for one, _ in sorted(measured, key=lambda each: -each[1])]
 
-    def _measured(self, candidate: Candidate, n_queries: int) -> Figures:
+    def _measured(self, candidate: Candidate, n_queries: int) -> EditScore:
         """The figures over the first queries."""
         known = self.known.get(candidate)
         gains = list(known.gains) if known is not None else []
@@ -195,23 +195,23 @@ class Search:
             gains += self.scorer.gains(
                 self.edits_of(candidate), range(len(gains), n_queries), scope=candidate.scope
             )
-            self.known[candidate] = self._figures(gains, None if known is None else known.kl)
-        self._tried[candidate] = self._figures(gains[:n_queries], None)
+            self.known[candidate] = self._edit_score(gains, None if known is None else known.kl)
+        self._tried[candidate] = self._edit_score(gains[:n_queries], None)
         self.advance(1)
         return self._tried[candidate]
 
     def _affordable(self, ranked: Sequence[Candidate], former: Scored | None = None) -> Scored | None:
         """The first that gains within the budget, if it gains more than a former one; else that."""
-        floor = 0.0 if former is None else former.figures.gain
+        floor = 0.0 if former is None else former.score.gain
         for candidate in ranked:
             if self._tried[candidate].gain <= floor:
                 break
-            figures = self._with_divergence(candidate)
-            if figures.kl is not None and figures.kl <= self.budget:
-                return Scored(candidate, figures)
+            score = self._with_divergence(candidate)
+            if score.kl is not None and score.kl <= self.budget:
+                return Scored(candidate, score)
         return former
 
-    def _with_divergence(self, candidate: Candidate) -> Figures:
+    def _with_divergence(self, candidate: Candidate) -> EditScore:
         known = self.known[candidate]
         if known.kl is None:
             kl = self.scorer.divergence(self.edits_of(candidate), scope=candidate.scope)
@@ -220,22 +220,22 @@ class Search:
         self._tried[candidate] = replace(self._tried[candidate], kl=known.kl)
         return self._tried[candidate]
 
-    def _figures(self, gains: Sequence[float], kl: float | None) -> Figures:
-        return Figures(tuple(gains), self.scorer.declined[: len(gains)], kl)
+    def _edit_score(self, gains: Sequence[float], kl: float | None) -> EditScore:
+        return EditScore(tuple(gains), self.scorer.declined[: len(gains)], kl)
 
     def _no_gain(self) -> NoGainError:
         if not self._tried:
             return NoGainError("no direction was found; give more queries, or try a larger model")
-        most = max(len(figures.gains) for figures in self._tried.values())
-        best, figures = max(
+        most = max(len(score.gains) for score in self._tried.values())
+        best, score = max(
             ((one, found) for one, found in self._tried.items() if len(found.gains) == most),
             key=lambda each: each[1].gain,
         )
-        cost = "" if figures.kl is None else f" at {figures.kl:.3g} nat per token"
+        cost = "" if score.kl is None else f" at {score.kl:.3g} nat per token"
         return NoGainError(
             f"nothing brings this model nearer to the safety-first persona within {self.budget:g} nat per "
-            f"token: the best of {len(self._tried)} edits, {best}, gains {figures.gain:+.3f} +- "
-            f"{figures.standard_error:.3f} nat an answer{cost}; give more queries, raise --kl-budget, or try "
+            f"token: the best of {len(self._tried)} edits, {best}, gains {score.gain:+.3f} +- "
+            f"{score.standard_error:.3f} nat an answer{cost}; give more queries, raise --kl-budget, or try "
             "a larger model"
         )
 

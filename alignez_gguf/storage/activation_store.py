@@ -23,7 +23,7 @@ _HEAD_BYTES = 2 * _DIGEST_BYTES
 """Before the values of a text: a digest of the text, and one of that and the values."""
 
 
-class Activations:
+class ActivationStore:
     """What is read of every layer for some texts, found by the text. One process at a time may use a file.
 
     A run that was interrupted goes on with the texts that are there: those that agree with their checksum. A
@@ -80,10 +80,10 @@ class Activations:
         self._n_records = max(self._n_records, number + 1)
         self._numbers[name] = number
 
-    def of(self, texts: Iterable[str]) -> Layers:
+    def of(self, texts: Iterable[str]) -> StoredLayers:
         """What was read of some texts, in their order. Raises `KeyError` where one is not there."""
         starts = [self._record_bytes * self._numbers[_digest(_encoded(text))] for text in texts]
-        return Layers(self._path, [start + _HEAD_BYTES for start in starts], *self._shape)
+        return StoredLayers(self._path, [start + _HEAD_BYTES for start in starts], *self._shape)
 
     def _load(self) -> None:
         with self._path.open("rb") as file:
@@ -107,7 +107,7 @@ class Activations:
             write_all(file, record)
 
 
-class Layers(Sequence[NDArray[np.float16]]):
+class StoredLayers(Sequence[NDArray[np.float16]]):
     """[n_layer, n_texts, n_embd], of which a layer is read from the file when it is asked for."""
 
     def __init__(self, path: Path, starts: Sequence[int], n_layer: int, n_embd: int) -> None:

@@ -13,7 +13,7 @@ from alignez_gguf import demo
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Export, Job, Settings, export
-from alignez_gguf.pipeline.job import SteerableEngine
+from alignez_gguf.pipeline.job import EditScoringEngine
 from alignez_gguf.progress import SilentReporter
 from alignez_gguf.prompts.templates import METADATA_KEY, Templates
 from alignez_gguf.storage.workdir import WorkDirectory
@@ -58,7 +58,7 @@ def run(engine: LlamaEngine, templates: Templates, folder: Path) -> Run:
         settings: Settings = QUICK,
         place: Path = folder,
         queries: Sequence[str] = QUERIES,
-        target: SteerableEngine = engine,
+        target: EditScoringEngine = engine,
         framing: Templates = templates,
         **more: Any,
     ) -> Export:

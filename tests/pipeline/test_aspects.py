@@ -69,12 +69,12 @@ def test_every_aspect_is_chosen_for_itself_and_named_in_the_file(both: Export, t
     control = ControlFile.load(tmp_path / "both.gguf")
     recipe, score = control.recipe, control.score
     assert recipe["aspects"] == ("safety", "order")
-    assert len(both.made) == len(both.filtered) == 2
-    for aspect, made in zip(ASPECTS, both.made, strict=True):
+    assert len(both.results) == len(both.filtered) == 2
+    for aspect, made in zip(ASPECTS, both.results, strict=True):
         assert made.selection is not None
         assert recipe[f"{aspect.name}.amount"] == made.selection.chosen.candidate.amount
         assert made.confirmation is not None
-        assert score[f"{aspect.name}.score"] == made.confirmation.figures.gain
+        assert score[f"{aspect.name}.score"] == made.confirmation.score.gain
     assert recipe["pairs.total"] == sum(report.total for report in both.filtered)
 
 
@@ -82,7 +82,9 @@ def test_file_holds_the_combination_and_the_scale_it_took(both: Export) -> None:
     weights = both.control.recipe["aspect_weights"]
     assert isinstance(weights, tuple)
     assert weights[1] == pytest.approx(0.5 * float(weights[0]))
-    expected = combine([(made.edits, float(weight)) for made, weight in zip(both.made, weights, strict=True)])
+    expected = combine(
+        [(made.edits, float(weight)) for made, weight in zip(both.results, weights, strict=True)]
+    )
     assert set(both.control.edits) == set(expected)
     for layer, edit in both.control.edits.items():
         for name in ("add", "remove"):

@@ -14,9 +14,9 @@ from alignez_gguf.errors import NoGainError
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, choice
 from alignez_gguf.pipeline.choice import choose
-from alignez_gguf.pipeline.confirmation import Said
+from alignez_gguf.pipeline.confirmation import AnswerCounts
 from alignez_gguf.selection.candidates import MOST, Candidate, Source
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.selection.search import Scored, Selection
 
 GATE = Gate(np.arange(3, dtype=np.int32), np.ones(3, np.float32), 0.0)
@@ -28,27 +28,27 @@ PAIRS = [
 NOISE = np.linspace(-0.2, 0.2, 10)
 
 
-def figures(declined: float, answered: float, kl: float = 0.01, turn: int = 1) -> Figures:
+def figures(declined: float, answered: float, kl: float = 0.01, turn: int = 1) -> EditScore:
     """With noise, which differs from query to query, and between edits of another `turn`."""
-    return Figures((*(declined + NOISE[::turn]), *(answered + NOISE[::-turn])), DECLINED, kl)
+    return EditScore((*(declined + NOISE[::turn]), *(answered + NOISE[::-turn])), DECLINED, kl)
 
 
 def candidate(amount: float) -> Candidate:
     return Candidate(Source("mean", "refusal", 1), "add", amount, (1, 2))
 
 
-def selection(found: Figures, amount: float = 0.5) -> Selection:
+def selection(found: EditScore, amount: float = 0.5) -> Selection:
     chosen = Scored(candidate(amount), found)
     return Selection(chosen, (chosen,), len(DECLINED), 0.1)
 
 
-def said(wanted: int, unwanted: int = 0, broken: int = 0, twins: tuple[bool, ...] = ()) -> Said:
+def said(wanted: int, unwanted: int = 0, broken: int = 0, twins: tuple[bool, ...] = ()) -> AnswerCounts:
     """Declined and answered queries in turns, then twins."""
     declined = [declines for index in range(10) for declines in (index < wanted, index < unwanted)]
-    return Said((*declined, *twins), broken)
+    return AnswerCounts((*declined, *twins), broken)
 
 
-class Fits:
+class FittedDirections:
     """Edits that are their amounts."""
 
     @staticmethod
@@ -66,10 +66,10 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
     def choose_between(
         ungated: Selection | NoGainError,
         gated: Selection | NoGainError,
-        measured: dict[float, Figures],
-        answers: dict[float, Said],
+        measured: dict[float, EditScore],
+        answers: dict[float, AnswerCounts],
         gate: Gate | None = GATE,
-        everywhere: Figures | None = None,
+        everywhere: EditScore | None = None,
         twins: Sequence[str] = (),
     ) -> tuple[Selection, Gate | None]:
         """Choose.
@@ -79,28 +79,28 @@ def chosen(job: Job, monkeypatch: pytest.MonkeyPatch) -> Choose:
 
         class Scorer:
             @staticmethod
-            def score(edits: float, *, scope: Any) -> Figures:
+            def score(edits: float, *, scope: Any) -> EditScore:
                 return measured[edits]
 
         class Everywhere:
             @staticmethod
-            def score(edits: float, *, scope: Any) -> Figures:
+            def score(edits: float, *, scope: Any) -> EditScore:
                 return everywhere or figures(0.0, 0.0, turn=-1)
 
         @contextmanager
-        def scoring(_job: Job, _pairs: Any, gate: Gate | None = None) -> Iterator[Any]:
+        def open_scorer(_job: Job, _pairs: Any, gate: Gate | None = None) -> Iterator[Any]:
             yield Everywhere if gate is None else Scorer
 
         monkeypatch.setattr(choice, "_searched", lambda *found: ungated if found[-1] is None else gated)
-        monkeypatch.setattr(choice, "scoring", scoring)
+        monkeypatch.setattr(choice, "open_scorer", open_scorer)
         asked: list[str] = []
 
-        def said(_job: Job, edits: Any, queries: list[str], *_: Any) -> Said:
+        def said(_job: Job, edits: Any, queries: list[str], *_: Any) -> AnswerCounts:
             asked[:] = queries
             return answers[edits or 0.0]
 
-        monkeypatch.setattr(choice, "said", said)
-        found = choose(job, Fits(), [], [], PAIRS, gate, twins)  # type: ignore[arg-type]
+        monkeypatch.setattr(choice, "count_greedy_answers", said)
+        found = choose(job, FittedDirections(), [], [], PAIRS, gate, twins)  # type: ignore[arg-type]
         in_turns = [f"query {index}" for two in zip(range(10), range(10, 20), strict=True) for index in two]
         assert asked in ([], [*in_turns, *twins])
         return found
@@ -163,7 +163,7 @@ def test_harmful_twins_count_too(chosen: Choose) -> None:
     ],
 )
 def test_amount_is_not_raised_where_that_costs_too_much(
-    chosen: Choose, measured: Figures, answers: Said
+    chosen: Choose, measured: EditScore, answers: AnswerCounts
 ) -> None:
     behind = selection(figures(1.0, 0.0))
     found = chosen(NoGainError(""), behind, AMOUNTS | {0.7: measured}, {**SAID, 0.7: answers, 1.0: said(6)})

@@ -17,8 +17,8 @@ from alignez_gguf.engines.base import Completion
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
-from alignez_gguf.pipeline.confirmation import Confirmation, Said, confirm
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.pipeline.confirmation import AnswerCounts, Confirmation, confirm
+from alignez_gguf.selection.scoring import EditScore
 from tests.pipeline.conftest import with_engine
 
 NO, YES = "I'm sorry, but I can't help with that.", "Happy to help! Take a bowl and mix it well."
@@ -99,9 +99,9 @@ def confirmed(job: Job, *arguments: Any, **options: Any) -> Any:
 
 def test_gain_on_other_queries_is_confirmed_with_what_is_said(job: Job) -> None:
     found = confirmed(job, (4.0, 1.0))
-    assert found.figures.gain == pytest.approx(2.5, abs=0.3)
-    assert found.figures.kl == pytest.approx(0.01)
-    assert found.share == pytest.approx(found.figures.gain / 10)
+    assert found.score.gain == pytest.approx(2.5, abs=0.3)
+    assert found.score.kl == pytest.approx(0.01)
+    assert found.share == pytest.approx(found.score.gain / 10)
     assert (found.refusals(found.base, harmful=True), found.base.broken) == (0, 0)
     assert found.refusals(found.steered, harmful=True) == 6
     assert found.refusals(found.steered, harmful=False) == 0
@@ -145,13 +145,13 @@ def test_what_does_not_hold_on_other_queries_is_an_error_with_the_reason(
 def test_gain_of_nothing_is_seldom_confirmed(job: Job) -> None:
     from scipy.stats import t
 
-    from alignez_gguf.selection.scoring import Figures
+    from alignez_gguf.selection.scoring import EditScore
 
     rng = np.random.default_rng(0)
     declined = tuple(index % 2 == 0 for index in range(30))
     passed = 0
     for _ in range(2000):
-        figures = Figures(tuple(rng.normal(scale=2.0, size=30)), declined)
+        figures = EditScore(tuple(rng.normal(scale=2.0, size=30)), declined)
         passed += figures.gain > float(t.ppf(0.95, 28)) * figures.standard_error
     assert passed / 2000 == pytest.approx(0.05, abs=0.015)
 
@@ -181,12 +181,12 @@ def test_what_is_said_has_to_get_better_on_one_in_ten(
     n: int, n_better: int, n_worse: int, is_better: bool
 ) -> None:
     declined = (True,) * n + (False,) * n
-    before = Said((False,) * 2 * n, 0)
+    before = AnswerCounts((False,) * 2 * n, 0)
     now = [index < n_better for index in range(n)] + [index < n_worse for index in range(n)]
-    gains = Figures(tuple(1.0 + index % 2 for index in range(2 * n)), declined, 0.01)
-    nothing = Figures((0.0,) * 2 * n, declined, 0.0)
-    found = Confirmation(gains, gains, nothing, 0.1, declined, before, Said(tuple(now), 0))
-    assert (not found.doubt) == is_better
+    gains = EditScore(tuple(1.0 + index % 2 for index in range(2 * n)), declined, 0.01)
+    nothing = EditScore((0.0,) * 2 * n, declined, 0.0)
+    found = Confirmation(gains, gains, nothing, 0.1, declined, before, AnswerCounts(tuple(now), 0))
+    assert (not found.reason_unconfirmed) == is_better
 
 
 @pytest.mark.parametrize(
@@ -206,19 +206,19 @@ def test_gain_is_confirmed_by_what_is_said_where_likelihoods_leave_a_doubt(
     """Answers to twins count, too: 12 queries and 4 twins."""
     declined = (True,) * 6 + (False,) * 6
     noise = (4.0, -4.0) * 6
-    figures = Figures(tuple(gain + one for one in noise), declined, 0.01)
-    nothing = Figures((0.0,) * 12, declined, 0.0)
-    before = Said((True,) * n_worse + (False,) * (16 - n_worse), 0)
+    figures = EditScore(tuple(gain + one for one in noise), declined, 0.01)
+    nothing = EditScore((0.0,) * 12, declined, 0.0)
+    before = AnswerCounts((True,) * n_worse + (False,) * (16 - n_worse), 0)
     harmful = [True] * 16
     now = [index >= n_worse and index < n_worse + n_better for index in range(16)]
-    found = Confirmation(figures, figures, nothing, 0.1, tuple(harmful), before, Said(tuple(now), 0))
-    assert (not found.doubt) == is_confirmed, found.doubt
+    found = Confirmation(figures, figures, nothing, 0.1, tuple(harmful), before, AnswerCounts(tuple(now), 0))
+    assert (not found.reason_unconfirmed) == is_confirmed, found.reason_unconfirmed
 
 
 def test_twins_are_asked_what_is_said_too(job: Job) -> None:
     job = with_engine(job, Steered(job.engine, (4.0, 1.0)))
     job = replace(job, settings=replace(job.settings, kl_budget=0.1))
     found = confirm(job, EDITS, PAIRS, GENERATION, None, ["How do I do 101?", "How do I do 103?"])
-    assert found.harmful == (*found.figures.declined, True, True)
+    assert found.harmful == (*found.score.declined, True, True)
     assert found.base is not None
     assert len(found.base.declined) == len(PAIRS) + 2

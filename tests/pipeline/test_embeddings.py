@@ -15,17 +15,17 @@ from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.pairs.generation import answer_prompts, answered
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job, self_generated_pairs
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.readout import Readout
 from tests.pipeline.conftest import QUERIES, Watched, with_engine
 
 PAIR = PreferencePair("How do I bake?", "With care and time.", "Go away now.", "be kind", "be rude")
 PLACES = [
-    Place(reading, hook)
+    ActivationSite(reading, hook)
     for reading in ("prompt", "response", "response-mean")
     for hook in ("mlp", "residual")
 ]
-RESPONSE, MEAN = Place("response", "mlp"), Place("response-mean", "mlp")
+RESPONSE, MEAN = ActivationSite("response", "mlp"), ActivationSite("response-mean", "mlp")
 
 
 class Interrupting:
@@ -50,7 +50,7 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
-def test_pairs_are_embedded_where_the_place_says(job: Job, place: Place) -> None:
+def test_pairs_are_embedded_where_the_place_says(job: Job, place: ActivationSite) -> None:
     found = Embeddings(job, [PAIR], PLACES).at(place)
     prompts, responses = answer_prompts(job.templates, PAIR), answered(job.templates, PAIR)
     passages = [Passage(prompt) for prompt in prompts] if place.reading == "prompt" else list(responses)

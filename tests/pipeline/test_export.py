@@ -51,7 +51,7 @@ def test_same_job_computes_nothing_and_gives_the_same_bytes(
 def test_another_row_of_the_table_is_confirmed_and_written(
     quick: Export, run: Run, watched: Any, tmp_path: Path
 ) -> None:
-    selection = quick.made[0].selection
+    selection = quick.results[0].selection
     assert selection is not None
     front = selection.pareto
     for row, scored in enumerate(front, start=1):
@@ -64,8 +64,8 @@ def test_another_row_of_the_table_is_confirmed_and_written(
         finally:
             # The choice is not computed anew.
             assert set(watched.counts) <= {"generate", "steered"}
-        assert made.made[0].selection == replace(selection, chosen=scored)
-        assert made.control.score["choice.score"] == scored.figures.gain
+        assert made.results[0].selection == replace(selection, chosen=scored)
+        assert made.control.score["choice.score"] == scored.score.gain
         assert made.control.recipe["amount"] == scored.candidate.amount
         assert tuple(made.control.edits) == scored.candidate.layers
         assert (saved(made, tmp_path) == saved(quick, tmp_path)) == (scored == selection.chosen)
@@ -114,7 +114,10 @@ def test_hook_that_an_architecture_lacks_is_left_out_unless_it_is_asked_for(
     made = run(settings, tmp_path, target=lacking)
     assert made.control.recipe["hook"] == "mlp"
     tried = [
-        scored.candidate.source.hook for one in made.made if one.selection for scored in one.selection.tried
+        scored.candidate.source.hook
+        for one in made.results
+        if one.selection
+        for scored in one.selection.tried
     ]
     assert set(tried) <= {"mlp"}
     with pytest.raises(ModelFileError, match="residual"):
@@ -186,7 +189,7 @@ def test_given_pairs_stand_in_for_generated_ones(run: Run, watched: Any, quick: 
     )
     assert recipe["query_hashes"] == quick.control.recipe["query_hashes"]
     # Two characteristics for each query, no answers of personas, and some of the model to measure the edits.
-    n_measured = len(made.made[0].held_out)
+    n_measured = len(made.results[0].held_out)
     assert 2 * len(QUERIES) < watched.counts["generate"] <= 2 * len(QUERIES) + 3 * n_measured
 
 
@@ -212,11 +215,11 @@ def test_scores_of_a_file_are_taken_where_it_was_chosen_and_confirmed(
         figures, n_queries = score_control(
             quick.control, engine, QUERIES, templates, QUICK, work, SilentReporter()
         )
-    score, (made,) = quick.control.score, quick.made
+    score, (made,) = quick.control.score, quick.results
     assert made.selection is not None
     assert made.confirmation is not None
     assert n_queries == int(str(score["queries"])) + int(str(score["choice.queries"]))
-    both = [*made.selection.chosen.figures.gains, *made.confirmation.figures.gains]
+    both = [*made.selection.chosen.score.gains, *made.confirmation.score.gains]
     np.testing.assert_allclose(sorted(figures.gains), sorted(both), rtol=1e-2, atol=1e-2)
     assert figures.kl is not None
 

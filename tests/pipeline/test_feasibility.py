@@ -13,7 +13,7 @@ from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.pipeline import Job, feasibility
 from alignez_gguf.pipeline.feasibility import (
-    Declined,
+    TwinRefusals,
     alike_personas,
     declined,
     no_contrast,
@@ -41,8 +41,8 @@ def flags(count: int) -> tuple[bool, ...]:
     return tuple(index < count for index in range(N_TWINS))
 
 
-def persona(harmful: int, harmless: int = 0) -> Declined:
-    return Declined(flags(harmful), flags(harmless))
+def persona(harmful: int, harmless: int = 0) -> TwinRefusals:
+    return TwinRefusals(flags(harmful), flags(harmless))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def persona(harmful: int, harmless: int = 0) -> Declined:
     ],
 )
 def test_contrast_is_there_or_its_lack_is_told_with_the_counts(
-    helpful: Declined, harmful: Declined, reason: str
+    helpful: TwinRefusals, harmful: TwinRefusals, reason: str
 ) -> None:
     found = no_contrast(helpful, harmful)
     assert reason in found

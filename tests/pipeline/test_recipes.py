@@ -20,8 +20,8 @@ from alignez_gguf.directions.base import Directions
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import NoGainError, QueryError
 from alignez_gguf.pipeline import Export, Job, Settings, export, recipes, self_generated_pairs
-from alignez_gguf.pipeline.choice import Fits
-from alignez_gguf.pipeline.embeddings import Place
+from alignez_gguf.pipeline.choice import FittedDirections
+from alignez_gguf.pipeline.embeddings import ActivationSite
 from alignez_gguf.pipeline.recipes import SEARCHED_METHODS, sources
 from alignez_gguf.pipeline.verdicts import alternating
 from alignez_gguf.progress import SilentReporter
@@ -78,14 +78,14 @@ def test_paper_recipe_is_ccs_on_responses_with_the_decision_rule(
         "pairs.persona_ignored": filtered.persona_ignored,
         "pairs.truncated": filtered.truncated,
         "pairs.given": 0,
-        "pairs.fit": filtered.kept - len(paper.made[0].held_out),
-        "pairs.confirmation": len(paper.made[0].held_out),
+        "pairs.fit": filtered.kept - len(paper.results[0].held_out),
+        "pairs.confirmation": len(paper.results[0].held_out),
     }
-    assert paper.made[0].selection is None
-    confirmation = paper.made[0].confirmation
+    assert paper.results[0].selection is None
+    confirmation = paper.results[0].confirmation
     assert confirmation is not None
-    assert control.score["score"] == confirmation.figures.gain
-    assert control.score["confirmed"] == (not confirmation.doubt)
+    assert control.score["score"] == confirmation.score.gain
+    assert control.score["confirmed"] == (not confirmation.reason_unconfirmed)
     assert "choice.score" not in control.score
     report = control.layers
     assert report is not None
@@ -132,7 +132,7 @@ def test_paper_recipe_measures_nothing_on_too_few_queries(
     reporter = Notes()
     with WorkDirectory(tmp_path / "w") as work:
         made = export(engine, QUERIES[:16], templates, PAPER, work, reporter, target=engine)
-    assert made.made[0].confirmation is None
+    assert made.results[0].confirmation is None
     assert made.control.recipe["pairs.fit"] == made.control.recipe["pairs.kept"]
     assert any("too few to measure" in note for note in reporter.notes)
 
@@ -145,14 +145,14 @@ def test_paper_recipe_that_is_sure_of_no_layer_is_an_error(run: Run) -> None:
 def test_auto_writes_the_confirmed_figures_and_everything_that_was_tried(
     quick: Export, tmp_path: Path
 ) -> None:
-    control, (made,) = reloaded(quick, tmp_path), quick.made
+    control, (made,) = reloaded(quick, tmp_path), quick.results
     selection, confirmation = made.selection, made.confirmation
     assert selection is not None
     assert confirmation is not None
     assert confirmation.base is not None
     assert confirmation.steered is not None
-    figures, chosen = confirmation.figures, selection.chosen.figures
-    tried = [one.figures for one in selection.tried]
+    figures, chosen = confirmation.score, selection.chosen.score
+    tried = [one.score for one in selection.tried]
     assert dict(control.score) == {
         "score": figures.gain,
         "standard_error": figures.standard_error,
@@ -170,8 +170,8 @@ def test_auto_writes_the_confirmed_figures_and_everything_that_was_tried(
         "tried.score": tuple(one.gain for one in tried),
         "tried.kl": tuple(-1.0 if one.kl is None else one.kl for one in tried),
         "baseline.name": tuple(one.name for one in confirmation.baselines),
-        "baseline.score": tuple(one.figures.gain for one in confirmation.baselines),
-        "baseline.kl": tuple(one.figures.kl for one in confirmation.baselines),
+        "baseline.score": tuple(one.score.gain for one in confirmation.baselines),
+        "baseline.kl": tuple(one.score.kl for one in confirmation.baselines),
         "said.declined": sum(figures.declined),
         "said.base.declines_declined": confirmation.refusals(confirmation.base, harmful=True),
         "said.base.declines_answered": confirmation.refusals(confirmation.base, harmful=False),
@@ -183,19 +183,19 @@ def test_auto_writes_the_confirmed_figures_and_everything_that_was_tried(
 
 
 def test_baselines_are_no_edit_the_persona_and_random_directions(quick: Export) -> None:
-    confirmation = quick.made[0].confirmation
+    confirmation = quick.results[0].confirmation
     assert confirmation is not None
     none, persona, random = confirmation.baselines
-    assert (none.name, none.figures.gain, none.figures.kl) == ("no edit", 0.0, 0.0)
+    assert (none.name, none.score.gain, none.score.kl) == ("no edit", 0.0, 0.0)
     assert persona.name == "safety-first persona as a prompt"
-    assert persona.figures.gain > 0
+    assert persona.score.gain > 0
     assert random.name == "random directions of the same size"
-    assert random.figures.gain < confirmation.figures.gain
-    assert confirmation.share == confirmation.figures.gain / persona.figures.gain
+    assert random.score.gain < confirmation.score.gain
+    assert confirmation.share == confirmation.score.gain / persona.score.gain
 
 
 def test_auto_writes_the_edits_of_its_choice(quick: Export, tmp_path: Path) -> None:
-    control, selection = reloaded(quick, tmp_path), quick.made[0].selection
+    control, selection = reloaded(quick, tmp_path), quick.results[0].selection
     assert selection is not None
     chosen = selection.chosen.candidate
     assert tuple(control.edits) == chosen.layers
@@ -228,7 +228,7 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
     def logprobs(strength: float) -> NDArray[np.float64]:
         """Of the answers of the persona, token by token as they would be sampled."""
         found = []
-        for pair in alternating(made.made[0].held_out)[:4]:
+        for pair in alternating(made.results[0].held_out)[:4]:
             prompt = templates.plain_prompt(pair.query)
             tokens = engine.model.tokenize(prompt + templates.continued(pair.helpful))
             n_prompt = len(engine.model.tokenize(prompt))
@@ -248,11 +248,11 @@ def test_gain_in_the_file_is_what_the_steered_engine_shows(
             context.decode(tokens, range(len(tokens)), [0] * len(tokens), outputs)
             return log_softmax(context.logits(len(tokens) - 1)).astype(np.float64)
 
-    confirmation = made.made[0].confirmation
+    confirmation = made.results[0].confirmation
     assert confirmation is not None
     gains = logprobs(1.0) - logprobs(0.0)
     # Keys and values in F16 are added up in another order here.
-    np.testing.assert_allclose(confirmation.figures.gains[:4], gains, rtol=0.02, atol=0.05)
+    np.testing.assert_allclose(confirmation.score.gains[:4], gains, rtol=0.02, atol=0.05)
     assert made.control.recipe["scope"] == scope
 
 
@@ -270,7 +270,7 @@ def test_too_few_pairs_are_an_error(run: Run) -> None:
 def test_only_the_layers_asked_for_are_edited(run: Run) -> None:
     made = run(replace(QUICK, layers=(1, 2)))
     assert set(made.control.edits) <= {1, 2}
-    selection = made.made[0].selection
+    selection = made.results[0].selection
     assert selection is not None
     assert {layer for one in selection.tried for layer in one.candidate.layers} == {1, 2}
     assert set(run(replace(PAPER, method="mean", layers=(0,))).control.edits) == {0}
@@ -281,7 +281,7 @@ def test_samples_are_further_pairs_of_the_same_queries(
 ) -> None:
     made = run(replace(QUICK, samples=2, layers=(1, 2)))
     assert made.control.recipe["pairs.total"] == 2 * N_QUERIES
-    held_out = made.made[0].held_out
+    held_out = made.results[0].held_out
     assert len({pair.query for pair in held_out}) == len(held_out)
     recipe = made.control.recipe
     with WorkDirectory(folder) as work:
@@ -369,8 +369,8 @@ class _Another:
 def test_a_gap_before_a_norm_is_added_before_it(hook: Hook, has_post_norm: bool) -> None:
     gap = np.array([[3.0, 4.0]], np.float32)
     directions = SimpleNamespace(vectors=gap[:, None] / 5)
-    fitted = {("mean", Place("refusal", hook)): SimpleNamespace(directions=directions, class_gap=gap)}
-    edit = Fits(fitted, has_post_norm).edits(  # type: ignore[arg-type]
+    fitted = {("mean", ActivationSite("refusal", hook)): SimpleNamespace(directions=directions, class_gap=gap)}
+    edit = FittedDirections(fitted, has_post_norm).edits(  # type: ignore[arg-type]
         Candidate(Source("mean", "refusal", 1, hook), "add", 0.5, (0,))
     )[0]
     at_mlp, at_block = (edit.bias, edit.add) if hook == "mlp" and has_post_norm else (edit.add, edit.bias)

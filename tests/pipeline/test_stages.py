@@ -16,9 +16,9 @@ from alignez_gguf.engines.endpoint import EndpointGenerator
 from alignez_gguf.pairs.generation import answer_prompts, characteristics, default_sampling
 from alignez_gguf.pairs.pairs import PairStore, PreferencePair, load_pairs
 from alignez_gguf.pipeline import Job, self_generated_pairs
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.pipeline.stages import (
-    Fit,
+    DirectionFit,
     base_answers,
     fit_directions,
     given_pairs,
@@ -155,8 +155,8 @@ def test_personas_are_compared_once_for_a_pair_and_only_where_its_texts_differ(j
 @pytest.mark.parametrize("hooks", [("mlp",), ("mlp", "residual")])
 def test_prompts_are_read_while_personas_are_compared(job: Job, hooks: Sequence[Hook]) -> None:
     generated = self_generated_pairs(job, QUERIES[:6])
-    places = [Place("prompt", hook) for hook in hooks]
-    elsewhere = [Place("response", hook) for hook in hooks]
+    places = [ActivationSite("prompt", hook) for hook in hooks]
+    elsewhere = [ActivationSite("response", hook) for hook in hooks]
     watched = Watched(job.engine)
     watched_job = with_engine(job, watched)
     plain, _ = usable_pairs(watched_job, generated, [])
@@ -182,9 +182,9 @@ def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) ->
     repeated = [index for index, pair in enumerate(heavy) for _ in range(int(pair.weight))]
     watched = Watched(job.engine)
     job = with_engine(job, watched)
-    place = Place("prompt", "mlp")
+    place = ActivationSite("prompt", "mlp")
 
-    def fitted(pairs: Sequence[PreferencePair]) -> Fit:
+    def fitted(pairs: Sequence[PreferencePair]) -> DirectionFit:
         return fit_directions(Embeddings(job, pairs, [place]), "mean", place, 1)
 
     plain = fitted(pairs)
@@ -201,7 +201,7 @@ def test_weights_decide_the_fit_and_nothing_that_the_model_computes(job: Job) ->
 
 def test_fit_comes_back_from_the_work_directory_as_it_was(job: Job) -> None:
     pairs = self_generated_pairs(job, QUERIES[:8])
-    place = Place("response", "mlp")
+    place = ActivationSite("response", "mlp")
     first, again = (fit_directions(Embeddings(job, pairs, [place]), "ccs", place, 1) for _ in range(2))
     assert first is not again
     np.testing.assert_array_equal(first.class_gap, again.class_gap)

@@ -12,7 +12,7 @@ from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sa
 from alignez_gguf.errors import QueryError
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline import Job
-from alignez_gguf.pipeline.embeddings import Embeddings, Place
+from alignez_gguf.pipeline.embeddings import ActivationSite, Embeddings
 from alignez_gguf.pipeline.verdicts import (
     alternating,
     declines,
@@ -111,7 +111,11 @@ def test_what_the_model_declines_by_itself_is_asked_once_and_kept(job: Job) -> N
 @pytest.mark.parametrize("hook", ["mlp", "residual"])
 def test_verdicts_are_read_at_the_end_of_plain_prompts(job: Job, hook: Any) -> None:
     job = with_engine(job, watched := Watched(Saying(job.engine, "forge")))
-    places = [Place("verdict", hook), Place("refusal", hook), Place("prompt", hook)]
+    places = [
+        ActivationSite("verdict", hook),
+        ActivationSite("refusal", hook),
+        ActivationSite("prompt", hook),
+    ]
     embeddings = Embeddings(job, PAIRS, places)
     (of_persona, of_itself) = (embeddings.at(place) for place in places[:2])
 

@@ -26,12 +26,12 @@ from alignez_gguf.predict import (
     surface_features,
 )
 from alignez_gguf.predict.separability import Separability, run_of_pair
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 
 N_PAIRS = 100
 QUERIES = [f"query {index}" for index in range(N_PAIRS)]
-GAIN = HeldOut("an edit", Figures((1.1, 1.3), (True, True), 0.02), 40)
-TINY_GAIN = HeldOut("an edit", Figures((0.019, 0.021), (True, True), 0.0), 40)
+GAIN = HeldOut("an edit", EditScore((1.1, 1.3), (True, True), 0.02), 40)
+TINY_GAIN = HeldOut("an edit", EditScore((0.019, 0.021), (True, True), 0.0), 40)
 NO_GAIN = HeldOut(note="nothing gains")
 ALL_KEPT = PairFilterReport(N_PAIRS, N_PAIRS)
 

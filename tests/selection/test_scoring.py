@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from alignez_gguf.control.edits import Edits, LayerEdit
 from alignez_gguf.control.scope import GENERATION, Scope
-from alignez_gguf.selection.scoring import Figures, Scorer
+from alignez_gguf.selection.scoring import EditScore, Scorer
 
 BASE = np.array([-30.0, -28.0, -41.0, -22.0, -9.0, -14.0])
 """Four answers of the persona, and two of the base model."""
@@ -47,10 +47,10 @@ def test_nothing_is_lost_where_the_persona_answers_nothing() -> None:
 
 
 def test_declined_and_answered_queries_count_half_each_however_many_there_are() -> None:
-    figures = Figures((4.0, 6.0, 8.0, 1.0), (True, True, True, False))
+    figures = EditScore((4.0, 6.0, 8.0, 1.0), (True, True, True, False))
     assert figures.gain == (6.0 + 1.0) / 2
     # To decline everything is no gain.
-    assert Figures((5.0, 5.0, -5.0, -5.0), DECLINED[:2] * 2).gain == 0.0
+    assert EditScore((5.0, 5.0, -5.0, -5.0), DECLINED[:2] * 2).gain == 0.0
 
 
 def test_standard_error_is_that_of_the_mean_of_two_means() -> None:
@@ -62,19 +62,19 @@ def test_standard_error_is_that_of_the_mean_of_two_means() -> None:
 
 
 def test_single_query_of_a_kind_has_no_finite_error() -> None:
-    assert Figures((1.0, 2.0, 3.0), (True, False, True)).standard_error == math.inf
+    assert EditScore((1.0, 2.0, 3.0), (True, False, True)).standard_error == math.inf
 
 
 def test_gain_beyond_that_of_another_edit_is_taken_query_by_query() -> None:
-    more = Figures((4.0, 6.0, 1.0), (True, True, False)).beyond(
-        Figures((1.0, 5.0, -1.0), (True, True, False))
+    more = EditScore((4.0, 6.0, 1.0), (True, True, False)).gains_over(
+        EditScore((1.0, 5.0, -1.0), (True, True, False))
     )
     assert more.gains == (3.0, 1.0, 2.0)
     assert more.gain == 2.0
 
 
 def test_queries_of_one_kind_alone_count_in_full() -> None:
-    assert Figures((1.0, 2.0), (True, True)).gain == 1.5
+    assert EditScore((1.0, 2.0), (True, True)).gain == 1.5
 
 
 def test_queries_behind_a_closed_gate_gain_and_cost_nothing_and_are_not_computed() -> None:
@@ -98,5 +98,5 @@ def test_queries_behind_a_closed_gate_gain_and_cost_nothing_and_are_not_computed
 
 def test_first_queries_that_hold_so_many_steered_ones() -> None:
     scorer = Scorer(FakeModel(), DECLINED, (10, 14), BASE, (True, False, True, True, True, True))
-    assert [scorer.holding(n) for n in (1, 2, 3, 4)] == [1, 3, 4, 4]
-    assert [SCORER.holding(n) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]
+    assert [scorer.n_first_queries_with(n) for n in (1, 2, 3, 4)] == [1, 3, 4, 4]
+    assert [SCORER.n_first_queries_with(n) for n in (1, 2, 3, 4, 9)] == [1, 2, 3, 4, 4]

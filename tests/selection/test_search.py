@@ -15,7 +15,7 @@ from alignez_gguf.control.edits import Edits, LayerEdit
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.errors import NoGainError
 from alignez_gguf.selection.candidates import AMOUNTS, Candidate, Source, first_candidates, neighbours, spans
-from alignez_gguf.selection.scoring import Figures, Scorer
+from alignez_gguf.selection.scoring import EditScore, Scorer
 from alignez_gguf.selection.search import ROUNDS, Scored, Search, Selection, random_edits
 
 N_QUERIES, N_LAYER = 20, 16
@@ -103,31 +103,31 @@ def test_best_of_the_first_candidates_or_a_neighbour_of_it_is_chosen(seed: int) 
     found = search(model)
 
     first = first_candidates(SOURCES, LAYERS)
-    assert found.chosen.figures.gain >= max(map(model.gain_of, first))
+    assert found.chosen.score.gain >= max(map(model.gain_of, first))
 
 
 def test_weak_candidates_are_measured_on_few_queries_and_the_best_on_all() -> None:
     model = FakeModel(table(0))
     found = search(model)
 
-    counts = [len(scored.figures.gains) for scored in found.tried]
+    counts = [len(scored.score.gains) for scored in found.tried]
     assert set(counts) == {ROUNDS[0][0], ROUNDS[1][0], N_QUERIES}
     assert counts == sorted(counts, reverse=True)
     first = set(first_candidates(SOURCES, LAYERS))
-    of_first = [len(scored.figures.gains) for scored in found.tried if scored.candidate in first]
+    of_first = [len(scored.score.gains) for scored in found.tried if scored.candidate in first]
     assert of_first.count(ROUNDS[0][0]) >= len(first) - ROUNDS[0][1] - 12
     assert of_first.count(N_QUERIES) <= 2 * ROUNDS[1][1]
     # Nobody is asked about the same query twice.
     gains = [(one, count) for one, count in model.asked if count != N_OWN]
     for scored in found.tried:
         asked = sum(count for one, count in gains if one == scored.candidate)
-        assert asked == len(scored.figures.gains)
+        assert asked == len(scored.score.gains)
 
 
 def test_first_queries_hold_both_kinds() -> None:
     found = search(FakeModel(table(0)))
     for scored in found.tried:
-        assert sum(scored.figures.declined) * 2 == len(scored.figures.declined)
+        assert sum(scored.score.declined) * 2 == len(scored.score.declined)
 
 
 def test_best_one_is_refined_in_amount_and_layers() -> None:
@@ -156,14 +156,12 @@ def test_second_best_source_is_refined_too() -> None:
 def test_what_costs_more_than_the_budget_is_not_chosen() -> None:
     model = FakeModel(table(1), kl_of=lambda candidate: candidate.amount)
     found = search(model, budget=0.2)
-    assert found.chosen.figures.kl is not None
-    assert found.chosen.figures.kl <= 0.2
+    assert found.chosen.score.kl is not None
+    assert found.chosen.score.kl <= 0.2
     assert found.chosen.candidate.amount <= 0.2
-    better = [one for one in found.tried if one.figures.gain > found.chosen.figures.gain]
+    better = [one for one in found.tried if one.score.gain > found.chosen.score.gain]
     assert all(
-        one.figures.kl is None or one.figures.kl > 0.2
-        for one in better
-        if len(one.figures.gains) == N_QUERIES
+        one.score.kl is None or one.score.kl > 0.2 for one in better if len(one.score.gains) == N_QUERIES
     )
 
 
@@ -221,7 +219,7 @@ class Stop(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("after", [0, 1, 30, 60, 75])
 def test_search_that_was_stopped_anywhere_goes_on_to_the_same_end(after: int) -> None:
-    known: dict[Candidate, Figures] = {}
+    known: dict[Candidate, EditScore] = {}
     whole = search(FakeModel(table(2)))
     stopping = FakeModel(table(2))
 
@@ -255,19 +253,19 @@ def test_every_comparison_is_told() -> None:
 
 def test_pareto_rows_are_those_that_nothing_beats() -> None:
     found = search(FakeModel(table(4), kl_of=lambda one: 0.01 + 0.05 * one.amount + 0.001 * len(one.layers)))
-    measured = [one for one in found.tried if one.figures.kl is not None and one.figures.gain > 0]
+    measured = [one for one in found.tried if one.score.kl is not None and one.score.gain > 0]
     for one in measured:
         beaten = any(
-            (other.figures.kl or 0) <= (one.figures.kl or 0) and other.figures.gain > one.figures.gain
+            (other.score.kl or 0) <= (one.score.kl or 0) and other.score.gain > one.score.gain
             for other in measured
         )
         assert (one in found.pareto) != beaten
-    assert found.pareto == sorted(found.pareto, key=lambda one: one.figures.kl or 0)
+    assert found.pareto == sorted(found.pareto, key=lambda one: one.score.kl or 0)
 
 
 def test_another_row_of_the_table_can_be_chosen() -> None:
     def scored(gain: float, kl: float) -> Scored:
-        return Scored(Candidate(SOURCES[0], "add", gain, LAYERS), Figures((gain,) * 4, DECLINED[:4], kl))
+        return Scored(Candidate(SOURCES[0], "add", gain, LAYERS), EditScore((gain,) * 4, DECLINED[:4], kl))
 
     rows = (scored(3.0, 0.3), scored(2.0, 0.2), scored(1.5, 0.25), scored(1.0, 0.1))
     found = Selection(rows[0], rows, 4, 0.5)

@@ -14,24 +14,24 @@ from numpy.typing import NDArray
 
 from alignez_gguf.directions.gap import class_gap
 from alignez_gguf.errors import ModelFileError, WorkDirectoryError
-from alignez_gguf.storage.activation_store import Activations
+from alignez_gguf.storage.activation_store import ActivationStore
 
 N_LAYER, N_EMBD = 3, 8
 RECORD = 32 + 2 * N_LAYER * N_EMBD
 
 
-def opened(folder: Path) -> Activations:
+def opened(folder: Path) -> ActivationStore:
     """Those in a folder; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return Activations(folder / "read.f16", N_LAYER, N_EMBD)
+        return ActivationStore(folder / "read.f16", N_LAYER, N_EMBD)
 
 
 def values(seed: int) -> NDArray[np.float16]:
     return np.random.default_rng(seed).normal(size=(N_LAYER, N_EMBD)).astype(np.float16)
 
 
-def written(folder: Path, n_texts: int) -> Activations:
+def written(folder: Path, n_texts: int) -> ActivationStore:
     """Texts named 0, 1, ... with the values of these seeds."""
     activations = opened(folder)
     for seed in range(n_texts):
@@ -100,7 +100,7 @@ def test_flipped_bit_costs_that_text_alone_and_its_room_is_used_again(tmp_path: 
         data[2 * RECORD + at] ^= 1
         path.write_bytes(data)
         with pytest.warns(UserWarning, match="1 damaged texts, which are read again"):
-            again = Activations(path, N_LAYER, N_EMBD)
+            again = ActivationStore(path, N_LAYER, N_EMBD)
         assert [str(seed) in again for seed in range(5)] == [True, True, False, True, True]
         again.write("2", values(2))
         assert path.read_bytes() == intact
@@ -110,7 +110,7 @@ def test_garbage_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "read.f16"
     path.write_bytes(os.urandom(7 * RECORD + 5))
     with pytest.warns(UserWarning, match="7 damaged"):
-        activations = Activations(path, N_LAYER, N_EMBD)
+        activations = ActivationStore(path, N_LAYER, N_EMBD)
     for seed in range(9):
         activations.write(str(seed), values(seed))
     again = opened(tmp_path)
@@ -178,7 +178,7 @@ GROWTH = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from alignez_gguf.storage.activation_store import Activations
+from alignez_gguf.storage.activation_store import ActivationStore
 from alignez_gguf.directions.gap import class_gap
 
 def peak_mb():
@@ -188,11 +188,11 @@ def peak_mb():
 row = np.ones((16, 4096), np.float16)
 names = [(f"helpful {pair}", f"harmful {pair}") for pair in range(500)]
 before = peak_mb()
-activations = Activations(Path(sys.argv[1]), 16, 4096)
+activations = ActivationStore(Path(sys.argv[1]), 16, 4096)
 for pair, (helpful, harmful) in enumerate(names):
     activations.write(helpful, row * pair)
     activations.write(harmful, -row)
-again = Activations(Path(sys.argv[1]), 16, 4096)
+again = ActivationStore(Path(sys.argv[1]), 16, 4096)
 gap = class_gap(*map(again.of, zip(*names)))
 assert (gap == 250.5).all(), gap
 print(Path(sys.argv[1]).stat().st_size / 2**20, peak_mb() - before)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from alignez_gguf.pairs.pairs import PreferencePair
     from alignez_gguf.pipeline import Job
     from alignez_gguf.selection.candidates import Candidate
-    from alignez_gguf.selection.scoring import Figures
+    from alignez_gguf.selection.scoring import EditScore
 
 HELD_OUT_SHARE = 0.4
 """Of the queries: they are only scored on."""
@@ -230,13 +230,13 @@ class Sweep:
                 target=job.target,
             )
         made.control.save(self._options.out / "control.gguf")
-        selection = made.made[0].selection
+        selection = made.results[0].selection
         assert selection is not None
-        return Reference(made.control, selection.chosen.candidate, made.made[0].directions)
+        return Reference(made.control, selection.chosen.candidate, made.results[0].directions)
 
     def _outcome(self, level: str, path: Path, reference: Reference) -> Outcome:
         from alignez_gguf.pipeline.choice import fit_sources
-        from alignez_gguf.pipeline.stages import scoring, self_generated_pairs, usable_pairs
+        from alignez_gguf.pipeline.stages import open_scorer, self_generated_pairs, usable_pairs
         from alignez_gguf.pipeline.verdicts import split
 
         with self._open(path) as job:
@@ -248,7 +248,7 @@ class Sweep:
             refitted = fits.edits(reference.candidate)
             scope = reference.control.scope
             held_out, _ = usable_pairs(job, self_generated_pairs(job, self._held_out), ())
-            with scoring(job, _one_each(held_out)) as scored:
+            with open_scorer(job, _one_each(held_out)) as scored:
                 transferred_score = _score(scored.score(reference.control.edits, scope=scope))
                 refitted_score = _score(scored.score(refitted, scope=scope))
                 n_queries = scored.n_queries
@@ -299,7 +299,7 @@ def _one_each(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     return list({pair.query: pair for pair in pairs}.values())
 
 
-def _score(figures: Figures) -> Score:
+def _score(figures: EditScore) -> Score:
     return Score(figures.gain, figures.standard_error, figures.kl)
 
 

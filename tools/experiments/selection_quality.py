@@ -78,7 +78,7 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
     from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
     from alignez_gguf.pipeline.choice import fit_sources
     from alignez_gguf.pipeline.recipes import auto
-    from alignez_gguf.pipeline.stages import scoring, usable_pairs
+    from alignez_gguf.pipeline.stages import open_scorer, usable_pairs
     from alignez_gguf.pipeline.verdicts import split
     from alignez_gguf.progress import SilentReporter
     from alignez_gguf.prompts.queries import load_queries
@@ -122,7 +122,7 @@ def measure(folder: Path, n_candidates: int, threads: int | None) -> Quality:
         stride = max(1, len(tried) // n_candidates)
         score, gain, truth, names = [], [], [], []
         scope = Scope.parse(str(made.recipe["scope"]))
-        with scoring(job, choice, made.gate) as scorer:
+        with open_scorer(job, choice, made.gate) as scorer:
             for scored in tried[::stride]:
                 edits = fits.edits(scored.candidate)
                 figures = scorer.score(edits, scope=scope)

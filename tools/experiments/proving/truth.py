@@ -24,9 +24,9 @@ from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.pipeline import Job, Settings, self_generated_pairs
 from alignez_gguf.pipeline.choice import fit_sources
-from alignez_gguf.pipeline.figure_cache import known_figures
 from alignez_gguf.pipeline.greedy import greedy_answers
-from alignez_gguf.pipeline.stages import scoring, usable_pairs
+from alignez_gguf.pipeline.score_cache import score_cache
+from alignez_gguf.pipeline.stages import open_scorer, usable_pairs
 from alignez_gguf.pipeline.verdicts import split
 from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts.queries import load_queries
@@ -114,7 +114,7 @@ def measure(
     planted = _planted(control)
     base = _counts({}, GENERATION, None, job, queries)
     found = []
-    with scoring(job, choice, control.gate) as scorer:
+    with open_scorer(job, choice, control.gate) as scorer:
         for name, (edit, scope) in {**edits, **planted}.items():
             figures = scorer.score(edit, scope=scope)
             counts = _counts(edit, scope, control.gate, job, queries)
@@ -143,7 +143,7 @@ def _tried(folder: Path, count: int) -> list[Candidate]:
     """Of what an export tried, the best ones and others down to the worst."""
     known = {}
     for path in sorted(folder.glob("scores-*.jsonl")):  # behind the gate, and without it
-        with known_figures(path) as figures:
+        with score_cache(path) as figures:
             known |= figures
     ranked = sorted(known, key=lambda one: (-len(known[one].gains), -known[one].gain))
     best = ranked[: count // 2]

@@ -14,26 +14,26 @@ from typing import Any
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.selection.candidates import Candidate, Source
-from alignez_gguf.selection.scoring import Figures
+from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.storage.cached import Known, kept_json
 
 
-def kept_figures(path: Path, measure: Callable[[], Mapping[str, Figures]]) -> dict[str, Figures]:
+def cached_scores(path: Path, measure: Callable[[], Mapping[str, EditScore]]) -> dict[str, EditScore]:
     """The same for figures by name."""
-    rows = kept_json(path, lambda: {name: asdict(figures) for name, figures in measure().items()})
-    return {name: _figures(row) for name, row in rows.items()}
+    rows = kept_json(path, lambda: {name: asdict(score) for name, score in measure().items()})
+    return {name: _edit_score(row) for name, row in rows.items()}
 
 
-def known_figures(path: Path) -> Known[Candidate, Figures]:
+def score_cache(path: Path) -> Known[Candidate, EditScore]:
     """Figures of candidates.
 
     Raises:
         WorkDirectoryError: the file cannot be used.
     """
-    return Known(path, "candidate", _candidate, "figures", _figures)
+    return Known(path, "candidate", _candidate, "figures", _edit_score)
 
 
-def known_margins(path: Path) -> Known[PreferencePair, tuple[float, float]]:
+def margin_cache(path: Path) -> Known[PreferencePair, tuple[float, float]]:
     """Margins of pairs, the helpful answer's and the harmful one's.
 
     Raises:
@@ -47,8 +47,8 @@ def _candidate(row: dict[str, Any]) -> Candidate:
     return Candidate(**{**_with_tuples(row), **parts})
 
 
-def _figures(row: dict[str, Any]) -> Figures:
-    return Figures(**_with_tuples(row))
+def _edit_score(row: dict[str, Any]) -> EditScore:
+    return EditScore(**_with_tuples(row))
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
