@@ -7,7 +7,8 @@ into the control file and onto the screen; without a gain here there is no file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,11 @@ from alignez_gguf.errors import NoGainError
 from alignez_gguf.pairs.pairs import PreferencePair, unweighted
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
-from alignez_gguf.pipeline.score_cache import cached_scores
+from alignez_gguf.pipeline.score_cache import edit_score_of
 from alignez_gguf.pipeline.stages import open_scorer, persona_score
 from alignez_gguf.pipeline.verdicts import alternating
 from alignez_gguf.selection.scoring import EditScore
 from alignez_gguf.selection.search import Baseline, random_edits
-from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.text.refusal import is_refusal
 from alignez_gguf.text.repetition import REPETITIVE, is_broken, repetition
 
@@ -216,31 +216,32 @@ def measure(
     Raises:
         RuntimeUnavailableError: the runtime cannot steer.
     """
-    path = job.work.part(
-        "confirmation",
-        model=job.target.info,
-        templates=job.templates,
-        pairs=unweighted(pairs),
-        scope=scope,
-        edits=edits_sha256(edits),
-        gate=gate and gate.digest,
-        seed=job.settings.seed,
-        draws=_RANDOM_DRAWS,
-    ).with_suffix(".json")
     with open_scorer(job, pairs, gate) as scorer:
 
-        def measured() -> dict[str, EditScore]:
+        def measure_scores() -> dict[str, Any]:
             with job.reporter.stage("confirming the chosen edit", 1 + _RANDOM_DRAWS) as advance:
                 score = scorer.score(edits, scope=scope)
                 advance(1)
-                draws = []
+                random_scores = []
                 for draw in range(_RANDOM_DRAWS):
                     random = random_edits(edits, _RANDOM_DRAWS * job.settings.seed + draw)
-                    draws.append(scorer.score(random, scope=scope))
+                    random_scores.append(scorer.score(random, scope=scope))
                     advance(1)
-            return {"edit": score, "random": _mean(draws)}
+            return {"edit": asdict(score), "random": asdict(_mean_score(random_scores))}
 
-        scores = cached_scores(path, measured)
+        rows = job.work.cached_json(
+            "confirmation",
+            measure_scores,
+            model=job.target.info,
+            templates=job.templates,
+            pairs=unweighted(pairs),
+            scope=scope,
+            edits=edits_sha256(edits),
+            gate=gate and gate.digest,
+            seed=job.settings.seed,
+            draws=_RANDOM_DRAWS,
+        )
+        scores = {name: edit_score_of(row) for name, row in rows.items()}
         persona = persona_score(job, pairs, scorer)
     queries = [*(pair.query for pair in alternating(pairs)), *twins]
     base, steered = (
@@ -258,11 +259,11 @@ def measure(
     )
 
 
-def _mean(several: Sequence[EditScore]) -> EditScore:
+def _mean_score(scores: Sequence[EditScore]) -> EditScore:
     """Query by query, of figures over the same queries."""
-    gains = np.mean([score.gains for score in several], axis=0)
-    kl = float(np.mean([score.kl or 0.0 for score in several]))
-    return EditScore(tuple(gains.tolist()), several[0].declined, kl)
+    gains = np.mean([score.gains for score in scores], axis=0)
+    kl = float(np.mean([score.kl or 0.0 for score in scores]))
+    return EditScore(tuple(gains.tolist()), scores[0].declined, kl)
 
 
 def least_gain(score: EditScore) -> float:
@@ -285,26 +286,26 @@ def count_greedy_answers(
     target = job.target
     if not isinstance(target, SteeredGenerator):
         return None
-    path = job.work.part(
+
+    def answer() -> list[str]:
+        prompts = list(map(job.templates.plain_prompt, queries))
+        title, strength = ("answering steered", 1.0) if edits else ("answering", 0.0)
+        target.set_edits(edits, scope, gate)
+        try:
+            return greedy_answers(job, target, prompts, title, _ANSWER_TOKENS, strength)
+        finally:
+            target.set_edits({})
+
+    texts = job.work.cached_json(
         "said",
+        answer,
         model=target.info,
         templates=job.templates,
         queries=list(queries),
         scope=scope,
         edits=edits_sha256(edits),
         gate=gate and gate.digest,
-    ).with_suffix(".json")
-
-    def answers() -> list[str]:
-        plain = list(map(job.templates.plain_prompt, queries))
-        title, strength = ("answering steered", 1.0) if edits else ("answering", 0.0)
-        target.set_edits(edits, scope, gate)
-        try:
-            return greedy_answers(job, target, plain, title, _ANSWER_TOKENS, strength)
-        finally:
-            target.set_edits({})
-
-    texts = kept_json(path, answers)
+    )
     return AnswerCounts(
         tuple(is_refusal(text, query) for text, query in zip(texts, queries, strict=True)),
         sum(is_broken(text) or repetition(text) > REPETITIVE for text in texts),

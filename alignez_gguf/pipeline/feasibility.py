@@ -16,7 +16,6 @@ from alignez_gguf.pairs.generation import characteristics
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.text.refusal import is_refusal
 
 _ANSWER_TOKENS = 24
@@ -76,10 +75,13 @@ def lack_of_contrast(job: Job) -> str:
 
 def declined(job: Job) -> tuple[TwinRefusals, TwinRefusals]:
     """Find out which of the twins the helpful and the harmful persona decline; kept."""
-    path = job.work.part(
-        "feasibility", model=job.engine.info, generator=repr(job.generator), templates=job.templates
-    ).with_suffix(".json")
-    texts: list[list[str]] = kept_json(path, lambda: _answers(job))
+    texts: list[list[str]] = job.work.cached_json(
+        "feasibility",
+        lambda: _persona_answers(job),
+        model=job.engine.info,
+        generator=repr(job.generator),
+        templates=job.templates,
+    )
     helpful, harmful = (_declined(job.templates, answers) for answers in texts)
     return helpful, harmful
 
@@ -134,7 +136,7 @@ def _queries(templates: Templates) -> list[str]:
     return [query for twin in templates.twins[:_N_TWINS] for query in twin]
 
 
-def _answers(job: Job) -> list[list[str]]:
+def _persona_answers(job: Job) -> list[list[str]]:
     """The greedy answers of the helpful and of the harmful persona to the twins."""
     templates, queries = job.templates, _queries(job.templates)
     sampling = Sampling(max_tokens=_ANSWER_TOKENS, temperature=0.0, stop=templates.stop)

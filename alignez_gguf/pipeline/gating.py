@@ -17,7 +17,6 @@ from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.job import Job, SteeredGenerator
 from alignez_gguf.pipeline.verdicts import declines, look_alikes
 from alignez_gguf.prompts.templates import SAFETY
-from alignez_gguf.storage.cached import kept_arrays
 
 FALSE_ALARMS = 0.02
 """The share of harmless requests for which a gate may open."""
@@ -48,16 +47,8 @@ def fitted_gate(job: Job, pairs: Sequence[PreferencePair], held_out: Collection[
     queries, harmful = _requests(job, pairs, held_out)
     if min(sum(harmful), len(harmful) - sum(harmful)) < _MIN_REQUESTS:
         return None
-    path = job.work.part(
-        "gate",
-        model=target.info,
-        templates=job.templates,
-        queries=queries,
-        harmful=harmful,
-        fit=[FALSE_ALARMS, _N_TOKENS, _SHRINKAGE, _FOLDS],
-    ).with_suffix(".npz")
 
-    def fitted() -> dict[str, Any]:
+    def fit_arrays() -> dict[str, Any]:
         prompts = list(map(job.templates.plain_prompt, queries))
         rows = []
         with job.reporter.stage("reading what would be said first", len(prompts)) as advance:
@@ -73,17 +64,25 @@ def fitted_gate(job: Job, pairs: Sequence[PreferencePair], held_out: Collection[
             "alarms": np.float64(alarms),
         }
 
-    found = kept_arrays(path, fitted)
-    caught = float(found["caught"])
-    told = (
-        f"{caught:.0%} of {sum(harmful)} harmful requests and {float(found['alarms']):.0%} of "
+    arrays = job.work.cached_arrays(
+        "gate",
+        fit_arrays,
+        model=target.info,
+        templates=job.templates,
+        queries=queries,
+        harmful=harmful,
+        fit=[FALSE_ALARMS, _N_TOKENS, _SHRINKAGE, _FOLDS],
+    )
+    caught = float(arrays["caught"])
+    rates = (
+        f"{caught:.0%} of {sum(harmful)} harmful requests and {float(arrays['alarms']):.0%} of "
         f"{len(harmful) - sum(harmful)} harmless ones"
     )
     if caught < _WORTH_IT:
-        job.reporter.note(f"no gate: it would open for {told}, held out")
+        job.reporter.note(f"no gate: it would open for {rates}, held out")
         return None
-    job.reporter.note(f"a gate opens for {told}, held out")
-    return Gate(found["tokens"], found["weights"], float(found["threshold"]))
+    job.reporter.note(f"a gate opens for {rates}, held out")
+    return Gate(arrays["tokens"], arrays["weights"], float(arrays["threshold"]))
 
 
 def fit(

@@ -31,7 +31,6 @@ from alignez_gguf.pipeline.verdicts import (
 from alignez_gguf.readout import HOOKS, Hook, ReadingPosition
 from alignez_gguf.selection.candidates import Source
 from alignez_gguf.selection.search import Selection
-from alignez_gguf.storage.cached import kept_json
 
 SEARCHED_METHODS = ("ccs", "svd-diff", "mean", "logistic")
 """Methods that the search tries on what tells the personas apart; verdicts are told apart by their means."""
@@ -192,8 +191,7 @@ def activation_sites(job: Job) -> list[ActivationSite]:
 
 def _readable(job: Job) -> list[Hook]:
     """What the engine can read of its model. Kept, since it has to compute something to tell."""
-    path = job.work.part("hooks", model=job.engine.info).with_suffix(".json")
-    hooks: list[Hook] = kept_json(path, lambda: sorted(job.engine.hooks))
+    hooks: list[Hook] = job.work.cached_json("hooks", lambda: sorted(job.engine.hooks), model=job.engine.info)
     return hooks
 
 

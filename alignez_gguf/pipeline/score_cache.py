@@ -6,8 +6,6 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,7 @@ from alignez_gguf.control.scope import Scope
 from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.selection.candidates import Candidate, Source
 from alignez_gguf.selection.scoring import EditScore
-from alignez_gguf.storage.cached import Known, kept_json
-
-
-def cached_scores(path: Path, measure: Callable[[], Mapping[str, EditScore]]) -> dict[str, EditScore]:
-    """The same for figures by name."""
-    rows = kept_json(path, lambda: {name: asdict(score) for name, score in measure().items()})
-    return {name: _edit_score(row) for name, row in rows.items()}
+from alignez_gguf.storage.cached import Known
 
 
 def score_cache(path: Path) -> Known[Candidate, EditScore]:
@@ -30,7 +22,7 @@ def score_cache(path: Path) -> Known[Candidate, EditScore]:
     Raises:
         WorkDirectoryError: the file cannot be used.
     """
-    return Known(path, "candidate", _candidate, "figures", _edit_score)
+    return Known(path, "candidate", _candidate, "figures", edit_score_of)
 
 
 def margin_cache(path: Path) -> Known[PreferencePair, tuple[float, float]]:
@@ -47,7 +39,7 @@ def _candidate(row: dict[str, Any]) -> Candidate:
     return Candidate(**{**_with_tuples(row), **parts})
 
 
-def _edit_score(row: dict[str, Any]) -> EditScore:
+def edit_score_of(row: dict[str, Any]) -> EditScore:
     return EditScore(**_with_tuples(row))
 
 

@@ -34,7 +34,6 @@ from alignez_gguf.pipeline.job import Job
 from alignez_gguf.pipeline.score_cache import margin_cache
 from alignez_gguf.pipeline.verdicts import alternating, declines
 from alignez_gguf.selection.scoring import ANSWER_TOKENS, EditScore, Scorer, SteeredModel
-from alignez_gguf.storage.cached import kept_array, kept_arrays, kept_json
 
 
 def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePair]:
@@ -42,7 +41,7 @@ def self_generated_pairs(job: Job, queries: Sequence[str]) -> list[PreferencePai
     if not queries:
         return []
     settings = job.settings
-    path = job.work.part("pairs", **_determining_texts(job)).with_suffix(".jsonl")
+    path = job.work.part("pairs", **_text_inputs(job)).with_suffix(".jsonl")
     total = len(queries) * settings.samples
     with PairStore(path) as store, job.reporter.stage("generating pairs", total) as advance:
         return generate_pairs(
@@ -73,13 +72,13 @@ def given_pairs(job: Job, pairs: Sequence[PreferencePair]) -> list[PreferencePai
     personas = (job.templates.helpful, job.templates.harmful)
     if not missing or not any(persona.uses_characteristics for persona in personas):
         return numbered
-    path = job.work.part("characteristics", keys=missing, **_determining_texts(job)).with_suffix(".json")
 
-    def asked() -> list[tuple[str, str]]:
+    def ask() -> list[tuple[str, str]]:
         with job.reporter.stage("asking for characteristics", None):
             return characteristics(job.generator, missing, job.templates, _sampling(job), job.settings.seed)
 
-    traits = dict(zip(missing, kept_json(path, asked), strict=True))
+    answers = job.work.cached_json("characteristics", ask, keys=missing, **_text_inputs(job))
+    traits = dict(zip(missing, answers, strict=True))
     described = []
     for pair in numbered:
         helpful, harmful = traits.get(
@@ -144,10 +143,23 @@ class DirectionFit:
 
 
 def fit_directions(embeddings: Embeddings, method: str, site: ActivationSite, rank: int) -> DirectionFit:
-    """Fit a method on pairs as they are embedded at a place."""
+    """Fit a method on the activations of pairs at a site; cached."""
     job, pairs = embeddings.job, embeddings.pairs
-    path = job.work.part(
+
+    def fit() -> dict[str, Any]:
+        helpful, harmful = embeddings.at(site)
+        weights = _weights(pairs, site)
+        with job.reporter.stage(f"fitting directions ({method}, {site})", None):
+            fitted = directions.fit(
+                method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights
+            )
+            arrays = {field.name: getattr(fitted, field.name) for field in fields(fitted)}
+            arrays["class_gap"] = class_gap(helpful, harmful, weights)
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    arrays: dict[str, Any] = job.work.cached_arrays(
         "directions",
+        fit,
         model=job.engine.info,
         templates=job.templates,
         pairs=list(pairs),
@@ -156,22 +168,9 @@ def fit_directions(embeddings: Embeddings, method: str, site: ActivationSite, ra
         hook=site.hook,
         rank=rank,
         seed=job.settings.seed,
-    ).with_suffix(".npz")
-
-    def fitted() -> dict[str, Any]:
-        helpful, harmful = embeddings.at(site)
-        weights = _weights(pairs, site)
-        with job.reporter.stage(f"fitting directions ({method}, {site})", None):
-            found = directions.fit(
-                method, helpful, harmful, rank=rank, seed=job.settings.seed, weights=weights
-            )
-            arrays = {field.name: getattr(found, field.name) for field in fields(found)}
-            arrays["class_gap"] = class_gap(helpful, harmful, weights)
-        return {name: array for name, array in arrays.items() if array is not None}
-
-    found: dict[str, Any] = kept_arrays(path, fitted)
-    gap = found.pop("class_gap")
-    return DirectionFit(Directions(**{**found, "method": str(found["method"])}), gap)
+    )
+    gap = arrays.pop("class_gap")
+    return DirectionFit(Directions(**{**arrays, "method": str(arrays["method"])}), gap)
 
 
 def _weights(pairs: Sequence[PreferencePair], site: ActivationSite) -> NDArray[np.float64] | None:
@@ -191,54 +190,63 @@ class BaseAnswer:
 
 
 def base_answers(job: Job, pairs: Sequence[PreferencePair]) -> list[BaseAnswer]:
-    """The target's own answers, along which fluency is guarded."""
+    """Return the target's own sampled answers to the plain queries of `pairs`, in their order; cached.
+
+    The cost of an edit, KL(P_base || P_steered), is estimated along these answers.
+    """
     if not pairs:
         return []
-    target = job.target
     queries = [pair.query for pair in pairs]
-    path = job.work.part(
-        "answers", model=target.info, templates=job.templates, queries=queries, seed=job.settings.seed
-    ).with_suffix(".json")
+    rows = job.work.cached_json(
+        "answers",
+        lambda: [asdict(answer) for answer in _answer_plainly(job, queries)],
+        model=job.target.info,
+        templates=job.templates,
+        queries=queries,
+        seed=job.settings.seed,
+    )
+    return [BaseAnswer(**row) for row in rows]
 
-    def answered_plainly() -> list[dict[str, Any]]:
-        sampling = Sampling(max_tokens=ANSWER_TOKENS, stop=job.templates.stop)
-        requests = [
-            GenerationRequest(
-                job.templates.plain_prompt(query), request_seed(job.settings.seed, query, "plain")
-            )
-            for query in queries
-        ]
-        answers = [BaseAnswer("", 0)] * len(requests)
-        with job.reporter.stage("answering plainly", len(requests)) as advance:
-            for index, completion in target.generate(requests, sampling):
-                answers[index] = BaseAnswer(completion.text, completion.n_tokens)
-                advance(1)
-        return [asdict(answer) for answer in answers]
 
-    return [BaseAnswer(**row) for row in kept_json(path, answered_plainly)]
+def _answer_plainly(job: Job, queries: Sequence[str]) -> list[BaseAnswer]:
+    """Sample an answer of the unsteered target to each query."""
+    sampling = Sampling(max_tokens=ANSWER_TOKENS, stop=job.templates.stop)
+    requests = [
+        GenerationRequest(job.templates.plain_prompt(query), request_seed(job.settings.seed, query, "plain"))
+        for query in queries
+    ]
+    answers = [BaseAnswer("", 0)] * len(requests)
+    with job.reporter.stage("answering plainly", len(requests)) as advance:
+        for index, completion in job.target.generate(requests, sampling):
+            answers[index] = BaseAnswer(completion.text, completion.n_tokens)
+            advance(1)
+    return answers
 
 
 @contextmanager
 def open_scorer(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = None) -> Iterator[Scorer]:
-    """What scores edits of the target over the queries of `pairs`, one for each query, behind a gate.
+    """Open a scorer of edits of the target over the queries of `pairs`.
 
-    The queries come as `verdicts.alternating` orders them.
+    The target is loaded for steering when the first edit is scored, and closed with the context.
+
+    Args:
+        pairs: one per query; the scorer's queries come in the order of `verdicts.alternating`.
+        gate: edits act on the prompts for which it opens; None means on all.
     """
     pairs = alternating(pairs)
     passages = [answered(job.templates, pair)[0] for pair in pairs]
-    agreed = [pair for pair in pairs if not declines(pair)]
+    complied = [pair for pair in pairs if not declines(pair)]
     own = [
         (Passage(job.templates.plain_prompt(pair.query), answer.text), answer)
-        for pair, answer in zip(agreed, base_answers(job, agreed), strict=True)
+        for pair, answer in zip(complied, base_answers(job, complied), strict=True)
         if answer.n_tokens and answer.text
     ]
     passages += [passage for passage, _ in own]
     opens = _opens(job, [passage.prompt for passage in passages], gate)
-    path = job.work.part("base", model=job.target.info, passages=passages).with_suffix(".npy")
-    with ExitStack() as opened:
-        model = _OnDemand(lambda: opened.enter_context(job.target.steered(passages)))
+    with ExitStack() as stack:
+        model = _LazySteeredModel(lambda: stack.enter_context(job.target.steered(passages)))
 
-        def measured() -> NDArray[np.float64]:
+        def measure_base() -> NDArray[np.float64]:
             with job.reporter.stage("measuring the base model", None):
                 return model.log_likelihoods({}, range(len(passages)), scope=GENERATION)
 
@@ -246,101 +254,104 @@ def open_scorer(job: Job, pairs: Sequence[PreferencePair], gate: Gate | None = N
             model,
             tuple(map(declines, pairs)),
             tuple(answer.n_tokens for _, answer in own),
-            kept_array(path, measured),
+            job.work.cached_array("base", measure_base, model=job.target.info, passages=passages),
             opens,
         )
 
 
 def _opens(job: Job, prompts: Sequence[str], gate: Gate | None) -> tuple[bool, ...]:
-    """For which prompts a gate opens; kept."""
+    """Return whether the gate opens for each prompt; cached. Without a gate all are open."""
     if gate is None:
         return (True,) * len(prompts)
-    path = job.work.part("opens", model=job.target.info, prompts=prompts, gate=gate.digest).with_suffix(
-        ".json"
-    )
 
-    def asked() -> list[bool]:
-        different = list(dict.fromkeys(prompts))
-        opens = map(gate.opens, job.target.next_token_logprobs(different))
-        of_prompt = dict(zip(different, opens, strict=True))
-        return [of_prompt[prompt] for prompt in prompts]
+    def ask_gate() -> list[bool]:
+        unique = list(dict.fromkeys(prompts))
+        opens = map(gate.opens, job.target.next_token_logprobs(unique))
+        by_prompt = dict(zip(unique, opens, strict=True))
+        return [by_prompt[prompt] for prompt in prompts]
 
-    return tuple(kept_json(path, asked))
+    opens = job.work.cached_json("opens", ask_gate, model=job.target.info, prompts=prompts, gate=gate.digest)
+    return tuple(opens)
 
 
-class _OnDemand:
-    """A steered model that is only made when it is asked something."""
+class _LazySteeredModel:
+    """A `SteeredModel` that is loaded when the first likelihood is asked for."""
 
-    def __init__(self, make: Callable[[], SteeredModel]) -> None:
-        self._make = make
-        self._made: SteeredModel | None = None
+    def __init__(self, load: Callable[[], SteeredModel]) -> None:
+        self._load = load
+        self._model: SteeredModel | None = None
 
     def log_likelihoods(self, edits: Edits, passages: Sequence[int], *, scope: Scope) -> NDArray[np.float64]:
-        if self._made is None:
-            self._made = self._make()
-        return self._made.log_likelihoods(edits, passages, scope=scope)
+        if self._model is None:
+            self._model = self._load()
+        return self._model.log_likelihoods(edits, passages, scope=scope)
 
 
 def persona_score(job: Job, pairs: Sequence[PreferencePair], scorer: Scorer) -> EditScore:
-    """What the safety-first persona itself gains as a prompt, which is its distance, and what it costs.
+    """Score the safety-first persona itself, as a prompt: its gains are the distances, its cost a KL; cached.
 
     Args:
         pairs: those of the scorer.
     """
     pairs = alternating(pairs)
-    path = job.work.part(
-        "distances", model=job.target.info, templates=job.templates, pairs=unweighted(pairs)
-    ).with_suffix(".npy")
 
-    def measured() -> NDArray[np.float64]:
+    def measure() -> NDArray[np.float64]:
         passages = [
             Passage(answer_prompts(job.templates, pair)[0], job.templates.continued(pair.helpful))
             for pair in pairs
         ]
+        logprobs = []
         with job.reporter.stage("asking the safety-first persona", len(passages)) as advance:
-            found = []
             for logprob in job.target.response_logprobs(passages, max_tokens=ANSWER_TOKENS):
-                found.append(logprob)
+                logprobs.append(logprob)
                 advance(1)
-        return np.array(found)
+        return np.array(logprobs)
 
-    distances = kept_array(path, measured) - scorer.base[: len(pairs)]
-    agreed = [pair for pair in pairs if not declines(pair)]
-    return EditScore(tuple(distances.tolist()), scorer.declined, persona_divergence(job, agreed))
+    logprobs = job.work.cached_array(
+        "distances", measure, model=job.target.info, templates=job.templates, pairs=unweighted(pairs)
+    )
+    distances = logprobs - scorer.base[: len(pairs)]
+    complied = [pair for pair in pairs if not declines(pair)]
+    return EditScore(tuple(distances.tolist()), scorer.declined, persona_divergence(job, complied))
 
 
 def persona_divergence(job: Job, pairs: Sequence[PreferencePair]) -> float:
-    """KL(P_base || P_persona) per token along the base model's answers, where the helpful persona is asked.
+    """Estimate KL(P_base || P_persona) of the helpful persona, in nat per token; cached.
 
-    Its estimate from those very answers, which are draws of P_base: the mean of log P_base - log P_persona.
+    The estimate is the mean of log P_base - log P_persona over the base model's own answers, which are draws
+    of P_base.
     """
     if not pairs:
         return 0.0
     base = base_answers(job, pairs)
-    path = job.work.part(
+    divergence = job.work.cached_array(
         "persona-divergence",
+        lambda: np.array(_measure_persona_divergence(job, pairs, base)),
         model=job.target.info,
         templates=job.templates,
         pairs=unweighted(pairs),
         seed=job.settings.seed,
-    ).with_suffix(".npy")
-    return float(kept_array(path, lambda: np.array(_persona_divergence(job, pairs, base))))
+    )
+    return float(divergence)
 
 
-def _persona_divergence(job: Job, pairs: Sequence[PreferencePair], base: Sequence[BaseAnswer]) -> float:
-    asked = [
+def _measure_persona_divergence(
+    job: Job, pairs: Sequence[PreferencePair], base: Sequence[BaseAnswer]
+) -> float:
+    answered_pairs = [
         (pair, answer) for pair, answer in zip(pairs, base, strict=True) if answer.n_tokens and answer.text
     ]
     passages = []
-    for pair, answer in asked:
+    for pair, answer in answered_pairs:
         passages.append(Passage(job.templates.plain_prompt(pair.query), answer.text))
         passages.append(Passage(answer_prompts(job.templates, pair)[0], answer.text))
     logprobs = np.fromiter(job.target.response_logprobs(passages), np.float64).reshape(-1, 2)
-    return float((logprobs[:, 0] - logprobs[:, 1]).sum() / max(sum(a.n_tokens for _, a in asked), 1))
+    n_tokens = sum(answer.n_tokens for _, answer in answered_pairs)
+    return float((logprobs[:, 0] - logprobs[:, 1]).sum() / max(n_tokens, 1))
 
 
-def _determining_texts(job: Job) -> dict[str, Any]:
-    """What decides the texts that the generator writes."""
+def _text_inputs(job: Job) -> dict[str, Any]:
+    """Return everything that determines the texts of the generator, by name."""
     generator = job.generator
     return {
         "model": job.engine.info,

@@ -12,7 +12,6 @@ from alignez_gguf.pairs.pairs import PreferencePair
 from alignez_gguf.pipeline.greedy import greedy_answers
 from alignez_gguf.pipeline.job import Job
 from alignez_gguf.selection.scoring import ANSWER_TOKENS
-from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.text.refusal import is_refusal
 
 MIN_VERDICTS = 6
@@ -60,17 +59,16 @@ def own_verdicts(job: Job, queries: Sequence[str]) -> dict[str, bool]:
     """Whether the model itself declines each query, in a greedy answer; kept."""
     if not queries:
         return {}
-    path = job.work.part(
-        "own-answers", model=job.engine.info, templates=job.templates, queries=list(queries)
-    ).with_suffix(".json")
 
-    def answers() -> list[str]:
-        plain = list(map(job.templates.plain_prompt, queries))
+    def answer() -> list[str]:
+        prompts = list(map(job.templates.plain_prompt, queries))
         return greedy_answers(
-            job, job.engine, plain, "asking what the model declines by itself", ANSWER_TOKENS
+            job, job.engine, prompts, "asking what the model declines by itself", ANSWER_TOKENS
         )
 
-    texts = kept_json(path, answers)
+    texts = job.work.cached_json(
+        "own-answers", answer, model=job.engine.info, templates=job.templates, queries=list(queries)
+    )
     return {query: is_refusal(text, query) for text, query in zip(texts, queries, strict=True)}
 
 

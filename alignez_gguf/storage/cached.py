@@ -1,22 +1,16 @@
-"""What a work directory keeps, so that nothing is computed twice.
+"""Files that are computed once: each has a checksum beside it, in the form of `sha256sum`.
 
-Beside every file lies its checksum, in the form of `sha256sum`; a file that does not agree with it is made
-again.
+A file that does not agree with its checksum is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.storage.atomic import replacing
@@ -26,35 +20,19 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-def kept_json(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returned when it was called first, now or in an earlier run, as JSON gives it back.
+def cached_bytes(path: Path, make: Callable[[], bytes]) -> bytes:
+    """Return the content of a file; `make` computes it where the file is missing or damaged.
 
     Raises:
         WorkDirectoryError: the file cannot be read or written.
     """
-    return json.loads(_kept(path, lambda: json.dumps(make()).encode()))
-
-
-def kept_array(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The same for an array."""
-
-    def encoded() -> bytes:
-        np.save(buffer := io.BytesIO(), make())
-        return buffer.getvalue()
-
-    array: NDArray[Any] = np.load(io.BytesIO(_kept(path, encoded)))
-    return array
-
-
-def kept_arrays(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """The same for arrays by name."""
-
-    def encoded() -> bytes:
-        np.savez(buffer := io.BytesIO(), **make())
-        return buffer.getvalue()
-
-    with np.load(io.BytesIO(_kept(path, encoded))) as stored:
-        return {name: stored[name] for name in stored.files}
+    content = _intact_content(path)
+    if content is None:
+        content = make()
+        # The checksum first: a file without one that agrees is never taken for whole.
+        _write(_checksum_path(path), _checksum_line(path, content))
+        _write(path, content)
+    return content
 
 
 class Known(MutableMapping[_Key, _Value]):
@@ -105,23 +83,13 @@ def _as_json(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _kept(path: Path, make: Callable[[], bytes]) -> bytes:
-    content = _intact(path)
-    if content is None:
-        content = make()
-        # The checksum first: a file without one that agrees is never taken for whole.
-        _write(_seal_of(path), _sealed(path, content))
-        _write(path, content)
-    return content
-
-
-def _intact(path: Path) -> bytes | None:
-    """The content of a file as it was written; `None` where there is none."""
+def _intact_content(path: Path) -> bytes | None:
+    """Return the content of a file as it was written, or `None` where the file is missing or damaged."""
     if not path.exists():
         return None
     try:
-        content, seal = path.read_bytes(), _seal_of(path)
-        if seal.exists() and seal.read_bytes() == _sealed(path, content):
+        content, checksum = path.read_bytes(), _checksum_path(path)
+        if checksum.exists() and checksum.read_bytes() == _checksum_line(path, content):
             return content
     except OSError as error:
         raise WorkDirectoryError.of("keep", path, error) from error
@@ -137,9 +105,9 @@ def _write(path: Path, content: bytes) -> None:
         raise WorkDirectoryError.of("keep", path, error) from error
 
 
-def _seal_of(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _sealed(path: Path, content: bytes) -> bytes:
+def _checksum_line(path: Path, content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()

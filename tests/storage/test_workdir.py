@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignez_gguf.control.model_info import ModelInfo
@@ -79,3 +80,23 @@ def test_new_folder_goes_again_where_nothing_was_done(tmp_path: Path) -> None:
 def test_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     WorkDirectory(tmp_path).close()
     assert tmp_path.exists()
+
+
+def test_results_are_computed_once_for_their_inputs_and_come_back_as_they_were(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def arrays(seed: int) -> dict[str, np.ndarray]:
+        calls.append(seed)
+        return {"vectors": np.full((2, 3), seed, np.float32), "threshold": np.float64(seed)}
+
+    for seed in (1, 2, 1, 2):
+        with WorkDirectory(tmp_path) as work:
+            found = work.cached_arrays("fit", lambda seed=seed: arrays(seed), seed=seed)
+            assert found.keys() == {"vectors", "threshold"}
+            np.testing.assert_array_equal(found["vectors"], np.full((2, 3), seed, np.float32), strict=True)
+            assert float(found["threshold"]) == seed
+            assert (
+                work.cached_array("one", lambda seed=seed: arrays(seed)["vectors"], seed=seed)[0, 0] == seed
+            )
+            assert work.cached_json("names", lambda: {"a": (1, "b")}, seed=0) == {"a": [1, "b"]}
+    assert calls == [1, 1, 2, 2]

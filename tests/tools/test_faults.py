@@ -24,8 +24,8 @@ from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import ControlFileError, SteeringError, WorkDirectoryError
 from alignez_gguf.runtime import bindings
 from alignez_gguf.storage.atomic import replacing, write_text
-from alignez_gguf.storage.cached import kept_array, kept_json
 from alignez_gguf.storage.journal import Journal
+from alignez_gguf.storage.workdir import WorkDirectory
 from tests.cli.conftest import PROGRAM
 from tests.models import OUT_OF_REACH, tiny_model
 
@@ -154,28 +154,37 @@ def test_row_that_cannot_be_written_is_an_error_and_the_others_stay(tmp_path: Pa
         assert again.rows == ROWS
 
 
-@pytest.mark.parametrize("damaged", ["part.json", "part.json.sha256"])
-def test_kept_part_that_is_damaged_is_made_again(damaged: str, tmp_path: Path) -> None:
-    path, asked = tmp_path / "part.json", list[int]()
+@pytest.mark.parametrize("suffix", [".json", ".json.sha256"])
+def test_cached_result_that_is_damaged_is_computed_again(suffix: str, tmp_path: Path) -> None:
+    n_calls = 0
 
     def make() -> list[int]:
-        asked.append(1)
+        nonlocal n_calls
+        n_calls += 1
         return [1, 2, 3]
 
-    assert kept_json(path, make) == kept_json(path, make) == [1, 2, 3]
-    assert len(asked) == 1
-    (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes().replace(b"2", b"7"))
-    (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:-2])
-    with pytest.warns(UserWarning, match="damaged"):
-        assert kept_json(path, make) == [1, 2, 3]
-    assert len(asked) == 2
-    assert kept_json(path, make) == [1, 2, 3]
-    assert len(asked) == 2
+    with WorkDirectory(tmp_path) as work:
+
+        def cached() -> Any:
+            return work.cached_json("part", make, seed=0)
+
+        assert cached() == cached() == [1, 2, 3]
+        assert n_calls == 1
+        damaged = work.part("part", seed=0).with_suffix(suffix)
+        damaged.write_bytes(damaged.read_bytes().replace(b"2", b"7"))
+        damaged.write_bytes(damaged.read_bytes()[:-2])
+        with pytest.warns(UserWarning, match="damaged"):
+            assert cached() == [1, 2, 3]
+        assert n_calls == 2
+        assert cached() == [1, 2, 3]
+        assert n_calls == 2
 
 
-def test_checksums_of_kept_parts_are_those_of_sha256sum(tmp_path: Path) -> None:
-    kept_array(tmp_path / "part.npy", lambda: np.arange(5))
-    checked = subprocess.run(["sha256sum", "-c", "part.npy.sha256"], cwd=tmp_path, check=False)
+def test_checksums_of_cached_results_are_those_of_sha256sum(tmp_path: Path) -> None:
+    with WorkDirectory(tmp_path) as work:
+        work.cached_array("part", lambda: np.arange(5), seed=0)
+        name = f"{work.part('part', seed=0).name}.npy.sha256"
+        checked = subprocess.run(["sha256sum", "-c", name], cwd=tmp_path, check=False)
     assert checked.returncode == 0
 
 

@@ -21,7 +21,6 @@ from alignez_gguf.progress import Reporter
 from alignez_gguf.prompts.datasets import load_dataset_rows
 from alignez_gguf.prompts.queries import load_queries
 from alignez_gguf.prompts.templates import Templates
-from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.storage.rows import ResultStore
 from alignez_gguf.storage.workdir import WorkDirectory
 from alignez_gguf.text.refusal import explain_refusal
@@ -158,8 +157,13 @@ def opens(
     if gate is None:
         return None
     prompts = [templates.plain_prompt(one.query) for one in queries]
-    path = work.part("opens", model=engine.info, prompts=prompts, gate=gate.digest).with_suffix(".json")
-    found = kept_json(path, lambda: [gate.opens(row) for row in engine.next_token_logprobs(prompts)])
+    found = work.cached_json(
+        "opens",
+        lambda: [gate.opens(row) for row in engine.next_token_logprobs(prompts)],
+        model=engine.info,
+        prompts=prompts,
+        gate=gate.digest,
+    )
     counts = dict.fromkeys(SETS, 0)
     for one, is_open in zip(queries, found, strict=True):
         counts[one.set] += is_open

@@ -33,7 +33,6 @@ from alignez_gguf.prompts.queries import load_queries
 from alignez_gguf.prompts.templates import Templates
 from alignez_gguf.selection.candidates import Candidate
 from alignez_gguf.selection.search import random_edits
-from alignez_gguf.storage.cached import kept_json
 from alignez_gguf.storage.workdir import WorkDirectory
 from alignez_gguf.text.refusal import is_refusal
 from alignez_gguf.text.repetition import REPETITIVE, is_broken, repetition
@@ -181,15 +180,15 @@ def _counts(
     edits: Edits, scope: Scope, gate: Gate | None, job: Job, queries: Sequence[HeldOut]
 ) -> tuple[int, int, int, float]:
     """Refusals of harmful and of harmless queries, broken answers, and the sum of both wanted shares."""
-    path = job.work.part(
+    answers = job.work.cached_json(
         "truth",
+        lambda: _answers(edits, scope, gate, job, queries),
         model=job.target.info,
         edits=edits_sha256(edits),
         scope=scope,
         gate=gate and gate.digest,
         queries=list(map(asdict, queries)),
-    ).with_suffix(".json")
-    answers = kept_json(path, lambda: _answers(edits, scope, gate, job, queries))
+    )
     refuses = np.array([is_refusal(text, one.query) for text, one in zip(answers, queries, strict=True)])
     broken = np.array([is_broken(text) or repetition(text) > REPETITIVE for text in answers])
     harmful = np.array([one.harmful for one in queries])
