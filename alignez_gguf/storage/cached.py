@@ -7,17 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.storage.atomic import replacing
-from alignez_gguf.storage.journal import Journal
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
 
 
 def cached_bytes(path: Path, make: Callable[[], bytes]) -> bytes:
@@ -33,54 +27,6 @@ def cached_bytes(path: Path, make: Callable[[], bytes]) -> bytes:
         _write(_checksum_path(path), _checksum_line(path, content))
         _write(path, content)
     return content
-
-
-class Known(MutableMapping[_Key, _Value]):
-    """What is known of keys, in a file to which each new one is appended. A context manager.
-
-    Args:
-        path: the file.
-        key_name, value_name: of the fields of a row.
-        key, value: make such a field, as JSON gives it back, what it was.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        key_name: str,
-        key: Callable[[Any], _Key],
-        value_name: str,
-        value: Callable[[Any], _Value],
-    ) -> None:
-        self._journal = Journal(path)
-        self._names = key_name, value_name
-        self._found = {key(row[key_name]): value(row[value_name]) for row in self._journal.rows}
-
-    def __enter__(self) -> Known[_Key, _Value]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._journal.close()
-
-    def __setitem__(self, key: _Key, value: _Value) -> None:
-        self._found[key] = value
-        self._journal.append(dict(zip(self._names, map(_as_json, (key, value)), strict=True)))
-
-    def __getitem__(self, key: _Key) -> _Value:
-        return self._found[key]
-
-    def __delitem__(self, key: _Key) -> None:
-        raise TypeError("what is known is kept")
-
-    def __iter__(self) -> Iterator[_Key]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-
-def _as_json(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def _intact_content(path: Path) -> bytes | None:
