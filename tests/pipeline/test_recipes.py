@@ -369,7 +369,9 @@ class _Another:
 def test_a_gap_before_a_norm_is_added_before_it(hook: Hook, has_post_norm: bool) -> None:
     gap = np.array([[3.0, 4.0]], np.float32)
     directions = SimpleNamespace(vectors=gap[:, None] / 5)
-    fitted = {("mean", ActivationSite("refusal", hook)): SimpleNamespace(directions=directions, class_gap=gap)}
+    fitted = {
+        ("mean", ActivationSite("refusal", hook)): SimpleNamespace(directions=directions, class_gap=gap)
+    }
     edit = FittedDirections(fitted, has_post_norm).edits(  # type: ignore[arg-type]
         Candidate(Source("mean", "refusal", 1, hook), "add", 0.5, (0,))
     )[0]
