@@ -105,7 +105,7 @@ def serve(
 
     try:
         from alignez_gguf.server import run as serving
-        from alignez_gguf.server.service import Limits, Service
+        from alignez_gguf.server.service import RequestLimits, Service
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("alignez_gguf", "llama_cpp")):
             raise
@@ -139,7 +139,7 @@ def serve(
             n_parallel=parallel,
             n_threads=threads,
             n_gpu_layers=gpu_layers,
-            limits=Limits(max_tokens, max_prompt, queue, max_body),
+            limits=RequestLimits(max_tokens, max_prompt, queue, max_body),
         )
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The HTTP routes of the server."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from alignez_gguf.engines.llama.batching import SequenceRequest
-from alignez_gguf.server.errors import ApiError, install
+from alignez_gguf.server.errors import ApiError, install_error_handlers
 from alignez_gguf.server.limits import Admission
 from alignez_gguf.server.metrics import Metrics
-from alignez_gguf.server.openai_schema import ChatBody, CompletionBody, GenerationBody, SteeringDefaults
-from alignez_gguf.server.openapi import (
-    ANSWER,
-    HEALTH,
-    METRICS,
-    MODEL,
-    MODELS,
-    SET_STEERING,
-    STEERING,
-    describe,
+from alignez_gguf.server.openai_schema import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    ResponseBuilder,
+    SteeringDefaults,
 )
-from alignez_gguf.server.reply import Choice, Reply
-from alignez_gguf.server.service import Service
-from alignez_gguf.server.shapes import Frame
+from alignez_gguf.server.openapi import (
+    ANSWER_RESPONSES,
+    HEALTH_RESPONSES,
+    METRICS_RESPONSES,
+    MODEL_RESPONSES,
+    MODELS_RESPONSES,
+    SET_STEERING_RESPONSES,
+    STEERING_RESPONSES,
+    openapi_document,
+)
+from alignez_gguf.server.service import CollectedChoice, ResponseStream, Service
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -41,7 +45,7 @@ _PAGE = {
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; builder-ancestors 'none'"
     ),
     "Cache-Control": "no-cache",
 }
@@ -49,11 +53,11 @@ _CLIENT_IS_GONE = 499  # nginx's word for it; nobody reads it
 
 
 def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
-    """The application over a service, which it closes when it shuts down.
+    """Return the application over a service, which it closes when it shuts down.
 
     Args:
         service: the model.
-        api_keys: one of them is wanted from every client; none: no key is.
+        api_keys: every client has to send one of them; without any, no key is required.
     """
 
     @asynccontextmanager
@@ -62,7 +66,7 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
         await anyio.to_thread.run_sync(service.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
-    install(app)
+    install_error_handlers(app)
     scheduler = service.scheduler
     metrics = Metrics(lambda: scheduler.n_waiting, lambda: scheduler.n_running)
     app.state.service, app.state.metrics = service, metrics
@@ -72,7 +76,7 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
     _add_routes(app)
     open_paths = frozenset({"/health", *_PAGE})
     keys = tuple(api_keys)
-    document = describe(app, service, needs_key=bool(keys), open_paths=open_paths)
+    document = openapi_document(app, service, needs_key=bool(keys), open_paths=open_paths)
     app.openapi = lambda: document  # type: ignore[method-assign]
     paths = [path for route in app.routes if (path := getattr(route, "path", "")) and "{" not in path]
     app.add_middleware(
@@ -87,17 +91,19 @@ def create_app(service: Service, *, api_keys: Iterable[str] = ()) -> FastAPI:
 
 
 def _add_routes(app: FastAPI) -> None:
-    """All but the page. They answer with what they please: `response_model=None`."""
-    told: dict[str, Any] = {"response_model": None}
-    told_json: dict[str, Any] = told | {"dependencies": [Depends(_require_json)]}
-    app.get("/health", responses=HEALTH, **told)(_health)
-    app.get("/metrics", responses=METRICS, response_class=PlainTextResponse, **told)(_metrics)
-    app.get("/v1/models", responses=MODELS, **told)(_models)
-    app.get("/v1/models/{name:path}", responses=MODEL, **told)(_model)
-    app.get("/v1/steering", responses=STEERING, **told)(_steering)
-    app.put("/v1/steering", responses=SET_STEERING, **told_json)(_set_steering)
-    app.post("/v1/chat/completions", responses=ANSWER, **told_json)(_chat)
-    app.post("/v1/completions", responses=ANSWER, **told_json)(_complete)
+    """Add all routes but the page. `response_model=None` lets each return what it likes."""
+    route_options: dict[str, Any] = {"response_model": None}
+    json_route_options: dict[str, Any] = route_options | {"dependencies": [Depends(_require_json)]}
+    app.get("/health", responses=HEALTH_RESPONSES, **route_options)(_health)
+    app.get("/metrics", responses=METRICS_RESPONSES, response_class=PlainTextResponse, **route_options)(
+        _metrics
+    )
+    app.get("/v1/models", responses=MODELS_RESPONSES, **route_options)(_models)
+    app.get("/v1/models/{name:path}", responses=MODEL_RESPONSES, **route_options)(_model)
+    app.get("/v1/steering", responses=STEERING_RESPONSES, **route_options)(_steering)
+    app.put("/v1/steering", responses=SET_STEERING_RESPONSES, **json_route_options)(_set_steering)
+    app.post("/v1/chat/completions", responses=ANSWER_RESPONSES, **json_route_options)(_chat)
+    app.post("/v1/completions", responses=ANSWER_RESPONSES, **json_route_options)(_complete)
 
 
 async def _require_json(request: Request) -> None:
@@ -164,56 +170,56 @@ async def _set_steering(body: SteeringDefaults, service: Served) -> dict[str, An
 async def _chat(body: ChatBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    requests = await _read(service, service.chat_requests, body, steering)
-    frame = _frame(service, True, steering, requests, body)
-    return await _answer(request, body, frame)
+    requests = await _tokenized(service, service.chat_requests, body, steering)
+    builder = _response_builder(service, True, steering, requests, body)
+    return await _answer(request, body, builder)
 
 
 async def _complete(body: CompletionBody, request: Request, service: Served) -> Response:
     service.require_model(body.model)
     steering = service.steering(body.steering)
-    requests = await _read(service, service.completion_requests, body, steering)
-    frame = _frame(service, False, steering, requests, body)
-    return await _answer(request, body, frame)
+    requests = await _tokenized(service, service.completion_requests, body, steering)
+    builder = _response_builder(service, False, steering, requests, body)
+    return await _answer(request, body, builder)
 
 
-async def _read(
-    service: Service, read: Callable[..., list[SequenceRequest]], *arguments: Any
+async def _tokenized(
+    service: Service, tokenize: Callable[..., list[SequenceRequest]], *arguments: Any
 ) -> list[SequenceRequest]:
-    """Templates and tokenizers can take long over a long prompt."""
-    return await asyncio.get_running_loop().run_in_executor(service.readers, read, *arguments)
+    """Call `tokenize` in the pool: templates and tokenizers can take long over a long prompt."""
+    return await asyncio.get_running_loop().run_in_executor(service.tokenizer_pool, tokenize, *arguments)
 
 
-def _frame(
+def _response_builder(
     service: Service, is_chat: bool, steering: Any, requests: list[SequenceRequest], body: GenerationBody
-) -> Frame:
+) -> ResponseBuilder:
     fingerprint = f"fp_{service.model.info.fingerprint[:12]}"
     prompt_tokens = sum(len(request.tokens) for request in requests[:: body.n])
-    return Frame(is_chat, service.name, fingerprint, steering, requests, prompt_tokens)
+    return ResponseBuilder(is_chat, service.name, fingerprint, steering, requests, prompt_tokens)
 
 
-async def _answer(request: Request, body: GenerationBody, frame: Frame) -> Response:
+async def _answer(request: Request, body: GenerationBody, builder: ResponseBuilder) -> Response:
     service, metrics = _service(request), request.app.state.metrics
-    reply = service.submit(frame.requests, request.state.client)
-    metrics.prompt_tokens.inc(frame.prompt_tokens)
+    stream = service.submit(builder.requests, request.state.client)
+    metrics.prompt_tokens.inc(builder.prompt_tokens)
     if body.stream:
-        stream = _stream(reply, frame, body.stream_options.include_usage, metrics)
+        events = _event_stream(stream, builder, body.stream_options.include_usage, metrics)
         return StreamingResponse(
-            stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
     try:
-        choices = await _unless_client_leaves(request, reply)
+        choices = await _unless_client_leaves(request, stream)
     finally:
-        _count(reply, metrics)
-        reply.cancel()
+        _count_tokens(stream, metrics)
+        stream.cancel()
     if choices is None:
         return Response(status_code=_CLIENT_IS_GONE)
-    return JSONResponse(frame.whole(choices, reply.n_tokens))
+    return JSONResponse(builder.whole(choices, stream.n_tokens))
 
 
-async def _unless_client_leaves(request: Request, reply: Reply) -> list[Choice] | None:
-    """The whole answer, or None where nobody waits for it any more."""
-    choices: list[Choice] | None = None
+async def _unless_client_leaves(request: Request, stream: ResponseStream) -> list[CollectedChoice] | None:
+    """Return the whole choices, or None where nobody waits for them any more."""
+    choices: list[CollectedChoice] | None = None
     failure: ApiError | None = None
 
     async def watch() -> None:
@@ -224,7 +230,7 @@ async def _unless_client_leaves(request: Request, reply: Reply) -> list[Choice] 
     async with anyio.create_task_group() as group:
         group.start_soon(watch)
         try:
-            choices = await reply.collect()
+            choices = await stream.collect()
         except ApiError as error:  # a task group would wrap it
             failure = error
         group.cancel_scope.cancel()
@@ -233,34 +239,36 @@ async def _unless_client_leaves(request: Request, reply: Reply) -> list[Choice] 
     return choices
 
 
-async def _stream(reply: Reply, frame: Frame, include_usage: bool, metrics: Metrics) -> AsyncIterator[str]:
-    """Server-sent events. Starlette closes this where the client leaves."""
+async def _event_stream(
+    stream: ResponseStream, builder: ResponseBuilder, include_usage: bool, metrics: Metrics
+) -> AsyncIterator[str]:
+    """Yield server-sent events. Starlette closes this iterator where the client leaves."""
     started, waits = time.monotonic(), True
     try:
-        if frame.is_chat:
-            for index in range(len(frame.requests)):
-                yield _event(frame.opening(index))
-        async with aclosing(reply.events()) as events:
+        if builder.is_chat:
+            for index in range(len(builder.requests)):
+                yield _event(builder.opening(index))
+        async with aclosing(stream.events()) as events:
             async for index, event in events:
                 if waits:
                     metrics.first_token_seconds.observe(time.monotonic() - started)
                     waits = False
-                yield _event(frame.chunk(index, event))
+                yield _event(builder.chunk(index, event))
         if include_usage:
-            yield _event(frame.usage_chunk(reply.n_tokens))
+            yield _event(builder.usage_chunk(stream.n_tokens))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
     finally:
-        _count(reply, metrics)
-        reply.cancel()
+        _count_tokens(stream, metrics)
+        stream.cancel()
 
 
 def _event(document: dict[str, Any]) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"
 
 
-def _count(reply: Reply, metrics: Metrics) -> None:
-    metrics.generated_tokens.inc(reply.n_tokens)
-    if not reply.is_complete:
+def _count_tokens(stream: ResponseStream, metrics: Metrics) -> None:
+    metrics.generated_tokens.inc(stream.n_tokens)
+    if not stream.is_complete:
         metrics.cancelled.inc()

@@ -14,12 +14,12 @@ from alignez_gguf.engines.llama.sequences import UNSTEERED, SequenceSteering
 from alignez_gguf.errors import SteeringError
 
 NO_CONTROL = ""
-"""In place of a name where there is no control file at all."""
+"""The name of the control where there is no control file at all."""
 
 
 @dataclass(frozen=True)
 class SteeringChoice:
-    """How an answer is steered.
+    """The control, strength and scope that a response is steered with.
 
     Attributes:
         control: the name of a control file, or `NO_CONTROL`.
@@ -55,7 +55,7 @@ class Controls:
     def choose(
         self, strength: float | None = None, scope: str | None = None, control: str | None = None
     ) -> SteeringChoice:
-        """The default with what is given in its place.
+        """Return the default, with each given value in place of its own.
 
         Raises:
             SteeringError: an unknown control or scope, or a strength without a control.
@@ -73,14 +73,14 @@ class Controls:
         return SteeringChoice(name, chosen_strength, chosen_scope)
 
     def steering(self, choice: SteeringChoice, n_prompt: int) -> SequenceSteering:
-        """How a sequence with a prompt of `n_prompt` tokens is steered; controls are numbered in order."""
+        """Return the steering of a sequence with a prompt of `n_prompt` tokens."""
         if not choice.strength:
             return UNSTEERED
         first, end = choice.scope.positions(n_prompt)
         return SequenceSteering(choice.strength, first, end, list(self.files).index(choice.control))
 
     def gate(self, choice: SteeringChoice) -> Gate | None:
-        """What decides whether a request that asks for steering is steered, if its control has a gate."""
+        """Return the gate that decides whether a request is steered; None without a gate or at strength 0."""
         return self.files[choice.control].gate if choice.strength else None
 
     def set_default(
@@ -93,7 +93,7 @@ class Controls:
             self._scope = chosen.scope
 
     def document(self) -> dict[str, Any]:
-        """The default, and what every control does to each layer."""
+        """Return the default, and the edit of each layer by each control, as JSON can hold it."""
         return {
             **self.choose().document(),
             "controls": [

@@ -26,9 +26,9 @@ class ApiError(Exception):
     """A request that is not answered.
 
     Args:
-        status: of HTTP.
-        message: what is wrong and how to mend it.
-        code: OpenAI's word for it, which programs can test.
+        status: the HTTP status.
+        message: what is wrong and how to fix it.
+        code: OpenAI's name for the error, which programs can test.
         param: the field of the request that is at fault.
     """
 
@@ -55,7 +55,7 @@ class ApiError(Exception):
 
 
 def _field(error: Mapping[str, Any]) -> str | None:
-    """The field at fault, as OpenAI writes it: `messages[1].content`; None where it is the whole body."""
+    """Return the field at fault, as OpenAI writes it: `messages[1].content`; None for the whole body."""
     if error["type"] == "json_invalid":
         return None  # the location is a number of characters
     path = list(error["loc"][1:])  # it begins with "body"
@@ -66,19 +66,19 @@ def _field(error: Mapping[str, Any]) -> str | None:
 
 
 def _shown(name: str) -> str:
-    """A name that a client chose, in one line and not too long."""
+    """Return a name that a client chose, in one line and not too long."""
     return name if name.isidentifier() and len(name) <= _LONGEST_NAME else repr(name[:_LONGEST_NAME])
 
 
 def _methods(request: Request) -> set[str]:
-    """What a path can be asked with; Starlette names those of the first route only."""
+    """Return the methods of a path; Starlette names those of the first route only."""
     fitting = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
     methods = {method for route in fitting for method in getattr(route, "methods", None) or ()}
     return methods | {"HEAD"} if "GET" in methods else methods  # see `Admission`
 
 
-def install(app: FastAPI) -> None:
-    """Answer whatever a route raises in this shape."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception of a route with an error body of OpenAI's shape."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -97,8 +97,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        what = f"{request.method} {request.url.path}: {error.detail}"
-        response = ApiError(error.status_code, what).response()
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        response = ApiError(error.status_code, message).response()
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(request)))
         return response

@@ -1,4 +1,4 @@
-"""What Prometheus can ask a server."""
+"""The counters and gauges that Prometheus reads from a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 
 class Metrics:
-    """Counters of one server. The gauges are read when somebody asks."""
+    """The metrics of one server. The gauges are computed when Prometheus reads them."""
 
     def __init__(self, n_waiting: Callable[[], int], n_running: Callable[[], int]) -> None:
         self._registry = CollectorRegistry()
@@ -40,5 +40,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """All of them in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

@@ -99,23 +99,25 @@ def _json(schema: Mapping[str, Any], **more: Schema) -> Responses:
     return {200: {"description": "Success.", "content": {"application/json": {"schema": schema}, **more}}}
 
 
-HEALTH: Responses = _json(_HEALTH) | {
+HEALTH_RESPONSES: Responses = _json(_HEALTH) | {
     503: {"description": "Not able to answer.", "content": {"application/json": {"schema": _HEALTH}}}
 }
-METRICS: Responses = {
+METRICS_RESPONSES: Responses = {
     200: {
         "description": "Counters, for Prometheus.",
         "content": {"text/plain": {"schema": {"type": "string"}}},
     }
 }
-MODELS = _json(_MODELS)
-MODEL = _json(_MODEL) | _failures(404)
-STEERING = _json(_DEFAULTS)
-SET_STEERING = STEERING | _failures(*_OF_A_BODY)
-ANSWER = _json(_ANSWER, **{"text/event-stream": {}}) | _failures(*_OF_AN_ANSWER)
+MODELS_RESPONSES = _json(_MODELS)
+MODEL_RESPONSES = _json(_MODEL) | _failures(404)
+STEERING_RESPONSES = _json(_DEFAULTS)
+SET_STEERING_RESPONSES = STEERING_RESPONSES | _failures(*_OF_A_BODY)
+ANSWER_RESPONSES = _json(_ANSWER, **{"text/event-stream": {}}) | _failures(*_OF_AN_ANSWER)
 
 
-def describe(app: FastAPI, service: Service, *, needs_key: bool, open_paths: frozenset[str]) -> Schema:
+def openapi_document(
+    app: FastAPI, service: Service, *, needs_key: bool, open_paths: frozenset[str]
+) -> Schema:
     """The OpenAPI document. It names this server's model, controls and limits.
 
     Args:

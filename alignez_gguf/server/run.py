@@ -14,8 +14,7 @@ from fastapi import FastAPI
 
 from alignez_gguf.errors import AlignezError
 from alignez_gguf.server.app import create_app
-from alignez_gguf.server.connection import Connection
-from alignez_gguf.server.limits import HEAD_BYTES
+from alignez_gguf.server.limits import HEAD_BYTES, Connection
 from alignez_gguf.server.service import Service
 
 _BACKLOG = 2048
@@ -32,7 +31,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for clients; port 0 takes a free one. Raises `AlignezError`."""
+    """Return a socket that waits for clients; port 0 takes a free one. Raises `AlignezError`."""
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
@@ -58,7 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
 def configuration(
     app: FastAPI, *, grace_seconds: int = 30, connection: type[Connection] = Connection
 ) -> uvicorn.Config:
-    """How uvicorn runs the application: quietly, and with limits to what a client can hold."""
+    """Return uvicorn's configuration: quiet, and with limits to what a client can hold."""
     return uvicorn.Config(
         app,
         http=connection,

@@ -4,12 +4,51 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from alignez_gguf.engines.llama.batching import Batch, Failed, QueuedRequest
-from alignez_gguf.server.fair_queue import FairQueue
 
 _LOG = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+class FairQueue(Generic[Item]):
+    """A queue in which clients take turns, however many requests each of them has.
+
+    First come, first served for one client; round robin between clients. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[Hashable, deque[Item]] = OrderedDict()
+
+    def put(self, client: Hashable, item: Item) -> None:
+        self._waiting.setdefault(client, deque()).append(item)
+
+    def peek(self) -> Item | None:
+        """Return the item that `pop` would take, or None."""
+        return next(iter(self._waiting.values()))[0] if self._waiting else None
+
+    def pop(self) -> Item:
+        """Take the first item of the client whose turn it is. Raises `KeyError` where there is none."""
+        client, items = self._waiting.popitem(last=False)
+        item = items.popleft()
+        if items:
+            self._waiting[client] = items
+        return item
+
+    def keep(self, wanted: Callable[[Item], bool]) -> None:
+        """Drop every item that is not wanted any more."""
+        kept = ((client, deque(filter(wanted, items))) for client, items in self._waiting.items())
+        self._waiting = OrderedDict((client, items) for client, items in kept if items)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (item for items in self._waiting.values() for item in items)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._waiting.values()))
 
 
 class QueueFullError(Exception):
@@ -21,7 +60,7 @@ class Scheduler:
 
     Args:
         batch: closed with the scheduler.
-        limit: the most requests that wait; those that are being answered do not count.
+        limit: the most requests that wait; running ones do not count.
     """
 
     def __init__(self, batch: Batch, limit: int) -> None:
@@ -35,13 +74,13 @@ class Scheduler:
 
     @property
     def n_waiting(self) -> int:
-        """Requests in the queue."""
+        """The number of requests in the queue."""
         with self._changed:
             return self._count_waiting()
 
     @property
     def n_running(self) -> int:
-        """Answers that are being written."""
+        """The number of requests that are being completed."""
         return self._batch.n_running
 
     @property
@@ -92,13 +131,13 @@ class Scheduler:
             self._batch.fail(f"the model could not go on: {error}")
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is something to compute; False once the scheduler is to end."""
+        """Sleep until there is something to compute. Return False once the scheduler is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._count_waiting() or self.n_running)
             return not self._closing
 
     def _next(self, room: int) -> QueuedRequest | None:
-        """The request whose turn it is, if it needs no more sequences than there is room for."""
+        """Return the request whose turn it is, if it needs at most `room` sequences."""
         with self._changed:
             while (queued := self._queue.peek()) is not None:
                 if not queued.cancelled and queued.request.n_sequences > room:

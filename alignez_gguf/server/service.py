@@ -1,26 +1,41 @@
-"""The model behind the HTTP routes: turns bodies of requests into sequences to be written, and replies."""
+"""The model behind the HTTP routes: turns bodies of requests into sequences, and collects their events."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from alignez_gguf.control.control_file import ControlFile
-from alignez_gguf.engines.base import Sampling
-from alignez_gguf.engines.llama.batching import Batch, SequenceRequest
+from alignez_gguf.engines.base import Completion, Sampling
+from alignez_gguf.engines.llama.batching import (
+    Batch,
+    Event,
+    Failed,
+    QueuedRequest,
+    SequenceRequest,
+    TextDelta,
+)
 from alignez_gguf.engines.llama.sequences import EXACT_CHUNK_TOKENS
 from alignez_gguf.errors import AlignezError, QueryError, SteeringError
 from alignez_gguf.prompts.chat_template import ChatTemplate, FramingChoice, Message, other_framing
 from alignez_gguf.runtime.model import Model
 from alignez_gguf.server.controls import Controls, SteeringChoice
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.openai_schema import ChatBody, CompletionBody, GenerationBody, SteeringFields
-from alignez_gguf.server.readers import readers
-from alignez_gguf.server.reply import Reply
+from alignez_gguf.server.openai_schema import (
+    ChatBody,
+    CollectedChoice,
+    CompletionBody,
+    GenerationBody,
+    SteeringFields,
+)
 from alignez_gguf.server.scheduler import QueueFullError, Scheduler
 
 _DEFAULT_CONTEXT = 4096
@@ -28,22 +43,30 @@ _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _CHARACTERS_PER_TOKEN = 16
 """No text has more on average; the time of some tokenizers grows with the square of the length."""
 _CACHE_BYTES = 4 << 30
-"""All sequences together keep at most so much in their KV cache."""
+"""The most bytes of the KV cache of all sequences together."""
 _PREFILL_TOKENS = 4 * EXACT_CHUNK_TOKENS
 """Tokens of prompts between two steps: new requests get in, and running ones never wait long."""
+
+_MOST_UNREAD = 8192
+"""The most events that wait for a client which does not read; its answers end beyond them."""
+_TOKENIZER_THREADS = 2
+_STACK_BYTES_PER_CHARACTER = 1024
+"""A thread that tokenizes needs 330, as was measured. Stack that is not used takes no memory."""
+_STACK_PAGE = 64 << 10
+_SPARE_STACK_BYTES = 1 << 20
 
 _ROLES = {"developer": "system"}
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how many may wait.
+class RequestLimits:
+    """The most that one request may ask for, and how many requests may wait.
 
     Attributes:
-        max_tokens: of an answer; also what a chat gets that does not say.
-        max_prompt_tokens: `None`: what the context holds.
+        max_tokens: tokens of an answer; also the number for a chat that does not say.
+        max_prompt_tokens: tokens of a prompt; `None` for as many as the context holds.
         queue: the most requests that wait.
-        body_bytes: of a request.
+        body_bytes: bytes of the body of a request.
     """
 
     max_tokens: int = 1024
@@ -52,13 +75,74 @@ class Limits:
     body_bytes: int = 1 << 20
 
 
+class ResponseStream:
+    """The events of all choices of one HTTP request, made and read in one event loop.
+
+    Attributes:
+        queued: a request for each choice, to be given to the scheduler.
+        n_tokens: how many tokens the finished choices have.
+    """
+
+    def __init__(self, requests: Sequence[SequenceRequest]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.queued = [
+            QueuedRequest(request, partial(self._listen, index)) for index, request in enumerate(requests)
+        ]
+        self._n_left = len(requests)
+        self.n_tokens = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self._n_left == 0
+
+    async def events(self) -> AsyncGenerator[tuple[int, TextDelta | Completion], None]:
+        """Yield each event with the index of its choice, until all are finished.
+
+        Raises:
+            ApiError: a 503, where the server cannot go on.
+        """
+        while self._n_left:
+            index, event = await self._events.get()
+            if isinstance(event, Failed):
+                raise ApiError(503, event.message)
+            if isinstance(event, Completion):
+                self._n_left -= 1
+                self.n_tokens += event.n_tokens
+            yield index, event
+
+    async def collect(self) -> list[CollectedChoice]:
+        """Wait for all events, and return the whole choices."""
+        choices = [CollectedChoice() for _ in self.queued]
+        async for index, event in self.events():
+            choices[index].add(event)
+        return choices
+
+    def cancel(self) -> None:
+        """Stop the choices that are not finished."""
+        for queued in self.queued:
+            queued.cancel()
+
+    def _listen(self, index: int, event: Event) -> None:
+        # The loop is closed where the server went down before the model did.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._put, index, event)
+
+    def _put(self, index: int, event: Event) -> None:
+        if self._events.qsize() == _MOST_UNREAD:
+            self.cancel()
+            event = Failed("the answer is not being read; ask for less at once, or read it faster")
+        if self._events.qsize() <= _MOST_UNREAD:
+            self._events.put_nowait((index, event))
+
+
 class Service:
     """A model, its controls, and the thread that answers.
 
     Args:
         model_path: the GGUF file.
         controls: control files by name; the first is the default.
-        strength, scope: of requests that do not say; no scope: the one that their control was chosen for.
+        strength, scope: the defaults of requests; without a scope, the one that their control was chosen for.
         name: what the API calls the model; default: the name of the file.
         templates: a TOML file with prompt templates.
         framing: whether conversations go through the model's chat template; see `chat_template.templates_of`.
@@ -85,9 +169,9 @@ class Service:
         n_parallel: int = 16,
         n_threads: int | None = None,
         n_gpu_layers: int = -1,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits = limits or RequestLimits()
         self.controls = Controls(controls, strength, scope)
         self.name = name or Path(model_path).stem
         with ExitStack() as opened:
@@ -103,8 +187,8 @@ class Service:
             self.n_ctx = n_ctx or min(_DEFAULT_CONTEXT, self.model.n_ctx_train)
             room = _CACHE_BYTES // (self.n_ctx * self.model.cache_bytes)
             self._max_characters = min(self.n_ctx * _CHARACTERS_PER_TOKEN, self.limits.body_bytes)
-            self.readers = opened.enter_context(readers(self._max_characters))
-            """Where `chat_requests` and `completion_requests` have to be called."""
+            self.tokenizer_pool = opened.enter_context(tokenizer_pool(self._max_characters))
+            """The threads in which `chat_requests` and `completion_requests` have to be called."""
             for control in controls.values():
                 control.check_fits(self.model.info)
                 if control.gate is not None:
@@ -132,31 +216,33 @@ class Service:
             )
 
     def steering(self, fields: SteeringFields) -> SteeringChoice:
-        """How a request is steered. Raises a 400 where it cannot be."""
+        """Return how a request is steered. Raises a 400 where it cannot be."""
         try:
             return self.controls.choose(fields.strength, fields.scope, fields.control)
         except SteeringError as error:
             raise ApiError(400, str(error), param="steering") from error
 
     def chat_requests(self, body: ChatBody, steering: SteeringChoice) -> list[SequenceRequest]:
-        """A request for each choice of a chat request. Raises a 400."""
-        messages = [Message(_ROLES.get(one.role, one.role), one.text) for one in body.messages]
+        """Return a request for each choice of a chat request. Raises a 400."""
+        messages = [
+            Message(_ROLES.get(message.role, message.role), message.text) for message in body.messages
+        ]
         try:
             prompt = self._framing.prompt_of(messages)
         except AlignezError as error:
             raise ApiError(400, str(error), param="messages") from error
         tokens = self._tokens(prompt, "messages")
         stop = (*body.stop_strings, *self._framing.stop)
-        self._check_wanted(body.max_tokens)
+        self._check_max_tokens(body.max_tokens)
         wanted = body.max_completion_tokens or body.max_tokens
         return self._requests(
             body, steering, [tokens], wanted, self.limits.max_tokens, stop, body.n_alternatives
         )
 
     def completion_requests(self, body: CompletionBody, steering: SteeringChoice) -> list[SequenceRequest]:
-        """A request for each choice of each prompt. Raises a 400."""
+        """Return a request for each choice of each prompt. Raises a 400."""
         prompts = [
-            self._tokens(prompt, "prompt") if isinstance(prompt, str) else self._checked(prompt)
+            self._tokens(prompt, "prompt") if isinstance(prompt, str) else self._checked_tokens(prompt)
             for prompt in body.prompts
         ]
         if not prompts:
@@ -165,14 +251,14 @@ class Service:
             body, steering, prompts, body.max_tokens, _COMPLETION_TOKENS, body.stop_strings, body.logprobs
         )
 
-    def submit(self, requests: Sequence[SequenceRequest], client: Hashable) -> Reply:
-        """Queue requests; called in the event loop that reads the reply. Raises a 429."""
-        reply = Reply(requests)
+    def submit(self, requests: Sequence[SequenceRequest], client: Hashable) -> ResponseStream:
+        """Queue requests; called in the event loop that reads the response. Raises a 429."""
+        stream = ResponseStream(requests)
         try:
-            self.scheduler.submit(reply.queued, client)
+            self.scheduler.submit(stream.queued, client)
         except QueueFullError as error:
             raise ApiError(429, str(error), code="rate_limit_exceeded") from error
-        return reply
+        return stream
 
     def close(self) -> None:
         """End all answers and free everything. Idempotent."""
@@ -230,7 +316,7 @@ class Service:
         return requests
 
     def _max_tokens(self, n_prompt: int, wanted: int | None, default: int, param: str) -> int:
-        """How long an answer may become. Raises a 400 where it cannot be as long as is wanted."""
+        """Return the most tokens of an answer. Raises a 400 where it cannot have as many as are wanted."""
         limit = self.limits.max_prompt_tokens
         if limit is not None and n_prompt > limit:
             message = f"the prompt has {n_prompt} tokens, more than the {limit} that this server takes"
@@ -241,7 +327,7 @@ class Service:
                 message = f"the prompt has {n_prompt} tokens, but the context only {self.n_ctx}"
                 raise _too_long(message, param)
             return min(default, self.limits.max_tokens, room)
-        self._check_wanted(wanted)
+        self._check_max_tokens(wanted)
         if wanted > room:
             raise _too_long(
                 f"the prompt has {n_prompt} tokens, which with {wanted} for the answer are more than the "
@@ -250,7 +336,7 @@ class Service:
             )
         return wanted
 
-    def _check_wanted(self, wanted: int | None) -> None:
+    def _check_max_tokens(self, wanted: int | None) -> None:
         limit = self.limits.max_tokens
         if wanted is not None and wanted > limit:
             message = f"max_tokens is {wanted}, and this server gives at most {limit}"
@@ -268,7 +354,7 @@ class Service:
             raise ApiError(400, "the prompt is empty; give it text", param=param)
         return tokens
 
-    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def _checked_tokens(self, tokens: Sequence[int]) -> tuple[int, ...]:
         if not tokens or not all(0 <= token < self.model.n_vocab for token in tokens):
             raise ApiError(
                 400, f"a prompt of tokens needs numbers from 0 to {self.model.n_vocab - 1}", param="prompt"
@@ -278,3 +364,23 @@ class Service:
 
 def _too_long(message: str, param: str) -> ApiError:
     return ApiError(400, f"{message}; shorten it", code="context_length_exceeded", param=param)
+
+
+def tokenizer_pool(n_characters: int) -> ThreadPoolExecutor:
+    """Start threads with a stack deep enough to tokenize `n_characters` characters.
+
+    Many vocabularies are split with std::regex (unicode_regex_split_stl in llama.cpp's src/unicode.cpp),
+    which calls itself for every character of an unbroken run: on a usual stack, 20,000 digits end the
+    process.
+    """
+    n_bytes = _SPARE_STACK_BYTES + n_characters * _STACK_BYTES_PER_CHARACTER
+    barrier = threading.Barrier(_TOKENIZER_THREADS + 1)
+    pool = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="alignez-tokenizer")
+    usual = threading.stack_size(-(-n_bytes // _STACK_PAGE) * _STACK_PAGE)
+    try:
+        for _ in range(_TOKENIZER_THREADS):
+            pool.submit(barrier.wait)  # a pool makes its threads when they are needed
+    finally:
+        threading.stack_size(usual)
+    barrier.wait()
+    return pool

@@ -17,7 +17,7 @@ import openai
 import uvicorn
 
 from alignez_gguf.server.app import create_app
-from alignez_gguf.server.connection import Connection
+from alignez_gguf.server.limits import Connection
 from alignez_gguf.server.run import configuration, listen
 from alignez_gguf.server.service import Service
 

@@ -15,8 +15,8 @@ from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.engines.base import GenerationRequest, Sampling
 from alignez_gguf.engines.llama.engine import LlamaEngine
-from alignez_gguf.server.connection import Connection
-from alignez_gguf.server.service import Limits, Service
+from alignez_gguf.server.limits import Connection
+from alignez_gguf.server.service import RequestLimits, Service
 from tests.server.client import Server, serving
 
 NAMES = ("safe", "other")
@@ -59,7 +59,12 @@ def serve(controls: dict[str, ControlFile]) -> Serve:
         **limits: int,
     ) -> AbstractContextManager[Server]:
         service = Service(
-            demo.MODEL, controls, n_ctx=n_ctx, n_parallel=n_parallel, n_threads=1, limits=Limits(**limits)
+            demo.MODEL,
+            controls,
+            n_ctx=n_ctx,
+            n_parallel=n_parallel,
+            n_threads=1,
+            limits=RequestLimits(**limits),
         )
         return serving(service, api_keys, connection)
 

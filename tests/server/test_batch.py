@@ -16,8 +16,7 @@ from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.engines.llama.sequences import EXACT_CHUNK_TOKENS
-from alignez_gguf.server.openai_schema import CompletionBody, SteeringFields
-from alignez_gguf.server.reply import Choice
+from alignez_gguf.server.openai_schema import CollectedChoice, CompletionBody, SteeringFields
 from alignez_gguf.server.service import Service
 from tests.models import quantized, tiny_model
 from tests.server.conftest import Lone
@@ -26,10 +25,10 @@ PROMPT = "Human: hi"
 N_TOKENS = 12
 
 
-def answers(service: Service, *asked: dict[str, Any]) -> list[Choice]:
+def answers(service: Service, *asked: dict[str, Any]) -> list[CollectedChoice]:
     """The answers to requests that arrive at the same moment."""
 
-    async def ask() -> list[Choice]:
+    async def ask() -> list[CollectedChoice]:
         submitted = []
         for fields in asked:
             body = CompletionBody.model_validate({"model": service.name, **fields})

@@ -15,10 +15,9 @@ import pytest
 from alignez_gguf.engines.base import Sampling
 from alignez_gguf.engines.llama.batching import QueuedRequest, SequenceRequest, TextDelta
 from alignez_gguf.server import reply as reply_module
-from alignez_gguf.server.connection import Connection
 from alignez_gguf.server.errors import ApiError
-from alignez_gguf.server.limits import HEAD_BYTES
-from alignez_gguf.server.reply import Reply
+from alignez_gguf.server.limits import HEAD_BYTES, Connection
+from alignez_gguf.server.service import ResponseStream
 from tests.server.client import Server, until
 from tests.server.conftest import Serve
 
@@ -236,7 +235,7 @@ def test_answer_that_nobody_reads_ends_before_it_fills_the_memory(monkeypatch: p
     monkeypatch.setattr(reply_module, "_MOST_UNREAD", 3)
 
     async def read_late() -> list[object]:
-        reply = Reply([SequenceRequest((1,), Sampling(9))])
+        reply = ResponseStream([SequenceRequest((1,), Sampling(9))])
         for _ in range(9):
             reply.queued[0].listen(TextDelta("x"))
         await asyncio.sleep(0)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignez_gguf.server.fair_queue import FairQueue
+from alignez_gguf.server.scheduler import FairQueue
 
 
 def test_clients_take_turns_and_each_is_served_in_order() -> None:
