@@ -29,23 +29,23 @@ from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.control.edits import edits_sha256
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.steering.handle import ControlState
 from alignez_gguf.steering.patched import SteeringBackend
 
 _ATTRIBUTE = "_alignez_steering"
 _REPLACED = ("generate", "eval", "sample", "embed", "reset", "save_state", "load_state")
 
 
-class AttachedControl:
+class AttachedControl(ControlState):
     """One of the controls that steer a model."""
 
     def __init__(self, control: ControlFile, strength: float, scope: Scope, backend: SteeringBackend) -> None:
-        self.strength = strength
-        self.scope = scope
+        super().__init__(strength, scope)
         self.gate = control.gate
         self.backend = backend
         self.digest = edits_sha256(control.edits)
         self.positions = range(0)
-        """What is steered in the present request."""
+        """The positions that are steered in the present request."""
 
     def steer(self, positions: range) -> None:
         """Steer these positions, and no others, from the next decode on."""
@@ -59,7 +59,7 @@ class AttachedControl:
 
 @dataclass
 class _Cached:
-    """What is known of the tokens in the KV cache of a `Llama`."""
+    """The strengths that the tokens in the KV cache of a `Llama` were computed under, as far as known."""
 
     n_tokens: int
     n_prefix: int
@@ -187,7 +187,7 @@ class LlamaHooks:
         return tuple(control.strength_at(position) for control in self.controls)
 
     def _unsteered(self, n_tokens: int) -> _Cached:
-        """What is known of tokens that were cached while nothing was attached: anybody may have done so."""
+        """Describe tokens that were cached while nothing was attached: any code may have computed them."""
         foreign = range(n_tokens if self._llm.chat_handler is not None else 0)
         return _Cached(n_tokens, n_tokens, (0.0,) * len(self.controls), foreign)
 

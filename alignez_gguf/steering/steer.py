@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from types import TracebackType
 from typing import Any, Literal
 
 from alignez_gguf.control.control_file import ControlFile, ModelInfo
@@ -12,6 +11,7 @@ from alignez_gguf.control.edits import check_strength
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.errors import AlignezError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.runtime import bindings
+from alignez_gguf.steering.handle import SteeringHandle
 from alignez_gguf.steering.llama_hooks import AttachedControl, LlamaHooks
 from alignez_gguf.steering.patched import Patched, SteeringBackend
 from alignez_gguf.steering.stock_adapters import attach
@@ -64,8 +64,8 @@ def steer(
     return Steering(llm, control, check_strength(strength), chosen, runtime)
 
 
-class Steering:
-    """A control on a model. Leaving the `with` block, or `remove()`, gives the model back without it."""
+class Steering(SteeringHandle):
+    """The handle of a control on a `llama_cpp.Llama`."""
 
     def __init__(
         self,
@@ -81,49 +81,23 @@ class Steering:
         control.check_fits(ModelInfo.from_llama(llm))
         if control.gate is not None:
             control.gate.check_fits(llm.n_vocab())
-        self.control = control
-        backend = _backend(llm, control, runtime, [other.backend for other in self._hooks.controls])
+        backend = _backend(llm, control, runtime, [attached.backend for attached in self._hooks.controls])
         self._attached = AttachedControl(control, strength, scope, backend)
+        super().__init__(control, self._attached)
         self._hooks.attach(self._attached)
-
-    def __enter__(self) -> Steering:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     @property
     def runtime(self) -> Literal["patched", "stock"]:
-        """Which way the edits reach llama.cpp."""
+        """The way in which the edits reach llama.cpp: the patch, or adapters of any version."""
         return "patched" if isinstance(self._attached.backend, Patched) else "stock"
-
-    @property
-    def strength(self) -> float:
-        """How much of the edit is applied; a change holds from the next token on."""
-        return self._attached.strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._require_attached()
-        self._attached.strength = check_strength(value)
-        self._attached.steer(self._attached.positions)
-
-    @property
-    def scope(self) -> Scope:
-        """Which tokens are steered; a change holds from the next request on."""
-        return self._attached.scope
-
-    @scope.setter
-    def scope(self, value: str | Scope) -> None:
-        self._require_attached()
-        self._attached.scope = Scope.parse(value)
 
     def remove(self) -> None:
         """Give the model back without this control; the cache keeps what it did not steer. Idempotent."""
         if self._attached in self._hooks.controls:
             self._hooks.detach(self._attached)
+
+    def _apply_strength(self) -> None:
+        self._attached.steer(self._attached.positions)
 
     def _require_attached(self) -> None:
         if self._attached not in self._hooks.controls or self._hooks.is_closed:
@@ -131,11 +105,15 @@ class Steering:
 
 
 def _backend(
-    llm: Any, control: ControlFile, runtime: Runtime, others: Sequence[SteeringBackend]
+    llm: Any, control: ControlFile, runtime: Runtime, nest: Sequence[SteeringBackend]
 ) -> SteeringBackend:
-    """Set the edits the way that is asked for; for "auto", the other way where the patch cannot."""
-    if others:
-        return _nested(llm, control, runtime, others[-1])
+    """Set the edits by the requested runtime; for "auto", by adapters where the patch cannot.
+
+    Args:
+        nest: the backends of the controls that steer the model already.
+    """
+    if nest:
+        return _nested(llm, control, runtime, nest[-1])
     bindings.require_supported()
     if runtime == "stock":
         return _adapters(llm, control)

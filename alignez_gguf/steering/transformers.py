@@ -6,7 +6,6 @@ import inspect
 from contextlib import ExitStack
 from functools import cache
 from os import PathLike
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from alignez_gguf.engines.transformers.hooks import TensorEdit, edit_columns, ho
 from alignez_gguf.engines.transformers.info import gguf_architecture
 from alignez_gguf.engines.transformers.model import cache_in, cache_name, decoder_layers, layer_mlps
 from alignez_gguf.errors import SteeringError
+from alignez_gguf.steering.handle import ControlState, SteeringHandle
 
 
 def steer_transformers(
@@ -59,8 +59,8 @@ def steer_transformers(
     return TransformersSteering(model, control, check_strength(strength), chosen)
 
 
-class TransformersSteering:
-    """A steered model. Leaving the `with` block, or `remove()`, gives the original model back."""
+class TransformersSteering(SteeringHandle):
+    """The handle of a control on a transformers model."""
 
     def __init__(self, model: Any, control: ControlFile, strength: float, scope: Scope) -> None:
         if hasattr(model, "get_base_model"):
@@ -77,15 +77,13 @@ class TransformersSteering:
                 gguf_architecture(config.model_type), int(config.hidden_size), int(config.num_hidden_layers)
             )
         )
-        self.control = control
-        self._strength = strength
-        self._scope = scope
+        super().__init__(control, ControlState(strength, scope))
         self._positions: tuple[int, int | None] = (0, 0)
         """First steered position and the end (exclusive, or none) of the present request."""
         self._first: int | None = None
         """The position at which the present forward pass begins; `None` outside of one."""
         self._parameters = tuple(inspect.signature(model.forward).parameters)
-        """Of a forward pass, in the order in which they can be given without a name."""
+        """The parameters of a forward pass, in the order in which they can be given without a name."""
         cache_name(self._parameters, config)
         blocks = decoder_layers(model, config)
         mlps = cache(lambda: layer_mlps(blocks, config))
@@ -98,38 +96,13 @@ class TransformersSteering:
             self._hooks = hooks.pop_all()
         self._attached = True
 
-    @property
-    def strength(self) -> float:
-        """How much of the edit is applied; a change holds from the next forward pass on."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._require_attached()
-        self._strength = check_strength(value)
-
-    @property
-    def scope(self) -> Scope:
-        """Which tokens are steered; a change holds from the next prompt on."""
-        return self._scope
-
-    @scope.setter
-    def scope(self, value: str | Scope) -> None:
-        self._require_attached()
-        self._scope = Scope.parse(value)
-
     def remove(self) -> None:
         """Give the original model back. Idempotent."""
         self._attached = False
         self._hooks.close()
 
-    def __enter__(self) -> TransformersSteering:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+    def _apply_strength(self) -> None:
+        """Do nothing: every forward pass asks for the strength."""
 
     def _require_attached(self) -> None:
         if not self._attached:
@@ -145,7 +118,7 @@ class TransformersSteering:
         cache, width = cache_in(given), tokens.shape[1]
         self._first = 0 if cache is None else int(cache.get_seq_length())
         if self._first == 0 or width > 1:
-            self._positions = self._scope.positions(self._first + width)
+            self._positions = self.scope.positions(self._first + width)
 
     def _end(self, *_: object) -> None:
         self._first = None
@@ -158,6 +131,6 @@ class TransformersSteering:
             )
         begin, end = self._positions
         columns = slice(max(0, begin - self._first), None if end is None else max(0, end - self._first))
-        if self._strength == 0 or states[:, columns].shape[1] == 0:
+        if self.strength == 0 or states[:, columns].shape[1] == 0:
             return states
-        return edit_columns(states, columns, edit, self._strength)
+        return edit_columns(states, columns, edit, self.strength)
