@@ -24,10 +24,41 @@ KEY_VARIABLE = "ALIGNEZ_API_KEY"
 _MOST_STOPS = 4
 """Stop strings that the protocol lets a request have; further ones are looked for here."""
 _MOST_NAMED = 20
-"""Models that an error names."""
+"""The most models that an error names."""
 
 
-class EndpointGenerator:
+class OpenAIServer:
+    """An OpenAI-compatible server, its key, and how its clients treat it.
+
+    Args:
+        url: the address of the server, with or without the `/v1` at its end.
+        api_key: by default the environment variable `ALIGNEZ_API_KEY`; it is never shown.
+        concurrency: the most requests at a time.
+        timeout: seconds for one answer, the wait in the server's queue included.
+        retries: attempts after the first where the server is busy, out of reach or answers with broken JSON.
+
+    Raises:
+        EndpointError: the URL or the key cannot be used.
+    """
+
+    def __init__(
+        self, url: str, *, api_key: str | None, concurrency: int, timeout: float, retries: int
+    ) -> None:
+        self.url = base_url(url)
+        self._key = usable_key(api_key)
+        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
+
+    def _api(self) -> JsonApi:
+        return JsonApi(
+            self.url,
+            key=self._key,
+            timeout=self._timeout,
+            retries=self._retries,
+            connections=self._concurrency,
+        )
+
+
+class EndpointGenerator(OpenAIServer):
     """Completes prompts over `POST {url}/v1/completions`, several at a time.
 
     What a server writes need not be the same twice, even for one seed: that is up to the server. So is what
@@ -58,13 +89,11 @@ class EndpointGenerator:
     ) -> None:
         if concurrency < 1 or not timeout > 0 or retries < 0:
             raise ValueError("concurrency must be at least 1, timeout above 0 and retries not negative")
-        self.url = base_url(url)
-        self._key = usable_key(api_key)
+        super().__init__(url, api_key=api_key, concurrency=concurrency, timeout=timeout, retries=retries)
         self._model = model
-        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
 
     def __repr__(self) -> str:
-        """What decides the texts: a work directory keeps them under it."""
+        """Name what determines the texts: a work directory caches them under it."""
         return f"EndpointGenerator({self.url!r}, model={self._model!r})"
 
     @cached_property
@@ -105,12 +134,12 @@ class EndpointGenerator:
         if not requests:
             return
         model = self.model
-        turn = asyncio.Semaphore(self._concurrency)
+        slots = asyncio.Semaphore(self._concurrency)
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._api()) as api:
 
             async def complete(request: GenerationRequest) -> Completion:
                 # Held during the pauses too: a server that is busy gets less to do, not other requests.
-                async with turn:
+                async with slots:
                     return await self._complete(api, model, request, sampling)
 
             under_way = {portal.start_task_soon(complete, request): n for n, request in enumerate(requests)}
@@ -121,7 +150,7 @@ class EndpointGenerator:
                         on_text(under_way[finished], completion.text)
                     yield under_way[finished], completion
             finally:
-                for future in reversed(under_way):  # those that wait for their turn before those that give it
+                for future in reversed(under_way):  # waiting requests before those that hold a slot
                     future.cancel()
 
     async def _complete(
@@ -141,10 +170,10 @@ class EndpointGenerator:
         try:
             return await api.ask("/completions", body, lambda document: _completion(document, sampling.stop))
         except ClientError as error:
-            raise EndpointError(f"{self.url} answers {error}; {await self._mend(error, model)}") from error
+            raise EndpointError(f"{self.url} answers {error}; {await self._remedy(error, model)}") from error
 
-    async def _mend(self, error: ClientError, model: str) -> str:
-        """What the user can do about an answer."""
+    async def _remedy(self, error: ClientError, model: str) -> str:
+        """Say what the user can do about an error of the server."""
         if error.status in (401, 403):
             given = "another key" if self._key else "the key"
             return f"give {given} with --api-key or in the environment variable {KEY_VARIABLE}"
@@ -163,21 +192,12 @@ class EndpointGenerator:
     async def _ask_models(self) -> list[str]:
         async with self._api() as api:
             try:
-                return await api.ask("/models", None, _models)
+                return await api.ask("/models", None, model_ids)
             except ClientError as error:
-                mend = "name the model with --generator-model"
+                remedy = "name the model with --generator-model"
                 if error.status in (401, 403):
-                    mend = await self._mend(error, "")
-                raise EndpointError(f"{self.url}/models answers {error}; {mend}") from error
-
-    def _api(self) -> JsonApi:
-        return JsonApi(
-            self.url,
-            key=self._key,
-            timeout=self._timeout,
-            retries=self._retries,
-            connections=self._concurrency,
-        )
+                    remedy = await self._remedy(error, "")
+                raise EndpointError(f"{self.url}/models answers {error}; {remedy}") from error
 
 
 def _completion(document: object, stop: Sequence[str]) -> Completion:
@@ -201,8 +221,8 @@ def _completion(document: object, stop: Sequence[str]) -> Completion:
     )
 
 
-def _models(document: object) -> list[str]:
-    """The ids in an answer of /v1/models. Raises LookupError or TypeError where it is none."""
+def model_ids(document: object) -> list[str]:
+    """Read the ids of an answer of /v1/models. Raises LookupError or TypeError where it is none."""
     if not isinstance(document, dict):
         raise TypeError("not an object")
     return [str(model["id"]) for model in document["data"]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from anyio.from_thread import start_blocking_portal
 
-from alignez_gguf.engines.endpoint import KEY_VARIABLE, base_url, usable_key
+from alignez_gguf.engines.endpoint import KEY_VARIABLE, OpenAIServer, model_ids
 from alignez_gguf.engines.json_api import ClientError, JsonApi
 from alignez_gguf.errors import EndpointError
 
@@ -25,7 +25,7 @@ class ChatRequest:
     seed: int = 0
 
 
-class ChatEndpoint:
+class ChatEndpoint(OpenAIServer):
     """Replies over `POST {url}/v1/chat/completions`.
 
     Args:
@@ -52,10 +52,8 @@ class ChatEndpoint:
         timeout: float = 300.0,
         retries: int = 6,
     ) -> None:
-        self.url = base_url(url)
-        self._key = usable_key(api_key)
-        self._concurrency, self._max_tokens = concurrency, max_tokens
-        self._timeout, self._retries = timeout, retries
+        super().__init__(url, api_key=api_key, concurrency=concurrency, timeout=timeout, retries=retries)
+        self._max_tokens = max_tokens
         self.model = model or self._only_model()
 
     def replies(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, str]]:
@@ -121,7 +119,7 @@ class ChatEndpoint:
         async def ask() -> list[str]:
             async with self._api() as api:
                 try:
-                    return await api.ask("/models", None, _models)
+                    return await api.ask("/models", None, model_ids)
                 except ClientError as error:
                     raise EndpointError(f"{self.url} answers {error}; {self._mend(error)}") from error
 
@@ -134,15 +132,6 @@ class ChatEndpoint:
             )
         return models[0]
 
-    def _api(self) -> JsonApi:
-        return JsonApi(
-            self.url,
-            key=self._key,
-            timeout=self._timeout,
-            retries=self._retries,
-            connections=self._concurrency,
-        )
-
 
 def _content(document: object) -> str:
     """Read a reply. Raises LookupError or TypeError where it is none."""
@@ -153,9 +142,3 @@ def _content(document: object) -> str:
     if content is not None and not isinstance(content, str):
         raise TypeError("the content is not a string")
     return content or ""
-
-
-def _models(document: object) -> list[str]:
-    if not isinstance(document, dict):
-        raise TypeError("not an object")
-    return [str(model["id"]) for model in document["data"]]
