@@ -26,7 +26,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {
+_LAZY_EXPORTS = {
     "AlignezError": "errors",
     "ControlFile": "control.control_file",
     "LayerEdit": "control.edits",
@@ -40,9 +40,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for: the command line starts without numpy."""
-    if name not in _HOMES:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,7 @@ from alignez_gguf.storage.atomic import write_text
 _NO_CONTROL = "no control file was given; start the chat with -c FILE, or write /control FILE"
 
 
-class SteerableEngine(Generator, Protocol):
+class EditableEngine(Generator, Protocol):
     """An engine whose edits can be set."""
 
     @property
@@ -66,7 +66,7 @@ class Conversation:
 
     def __init__(
         self,
-        engine: SteerableEngine,
+        engine: EditableEngine,
         framing: ChatTemplate,
         sampling: Sampling,
         seed: int,

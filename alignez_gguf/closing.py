@@ -1,4 +1,4 @@
-"""The context manager that most things with something to free are."""
+"""The context manager of objects that have to be closed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class Closing(ABC):
-    """What has to be closed; leaving its `with` block does."""
+    """Base class of objects that hold resources; leaving the `with` block closes them."""
 
     @abstractmethod
     def close(self) -> None:
-        """Free what is held."""
+        """Free the resources."""
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,7 @@ import httpx2 as httpx
 
 from alignez_gguf.errors import EndpointError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds before the first new attempt, which double with each, and the most that they become."""
@@ -73,7 +73,7 @@ class JsonApi:
     async def __aexit__(self, *error: object) -> None:
         await self._client.aclose()
 
-    async def ask(self, path: str, body: object | None, read: Callable[[object], T]) -> T:
+    async def ask(self, path: str, body: object | None, read: Callable[[object], _T]) -> _T:
         """POST `body` (or GET, without one) and read the answer.
 
         Tried again, after exponentially growing, jittered pauses or as long as Retry-After says: no
@@ -96,7 +96,7 @@ class JsonApi:
             await anyio.sleep(wait)
             attempt += 1
 
-    async def _attempt(self, path: str, body: object | None, read: Callable[[object], T]) -> T:
+    async def _attempt(self, path: str, body: object | None, read: Callable[[object], _T]) -> _T:
         try:
             with anyio.fail_after(self._timeout):
                 response = await self._request(path, body)

@@ -90,7 +90,7 @@ def write(
         weights,
         output,
         strength=strength,
-        tolerance=merged.TOLERANCE if tolerance is None else tolerance,
+        tolerance=merged.DEFAULT_TOLERANCE if tolerance is None else tolerance,
         progress=progress,
     )
     return Written((output,), shlex.join(["llama-server", "-m", str(output)]), notes, tuple(report))

@@ -23,7 +23,7 @@ from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
 from alignez_gguf.storage.atomic import replacing
 
-TOLERANCE = 0.02
+DEFAULT_TOLERANCE = 0.02
 """Root mean square error of rounding, relative to the weight, beyond which a wider type is taken."""
 
 
@@ -53,7 +53,7 @@ def write(
     output: Path,
     *,
     strength: float = 1.0,
-    tolerance: float = TOLERANCE,
+    tolerance: float = DEFAULT_TOLERANCE,
     progress: Reporter | None = None,
 ) -> list[MergedWeight]:
     """Write the merged model, in one file, in full or not at all; report on every weight that changed.

@@ -22,7 +22,7 @@ from alignez_gguf.runtime.quantize import quantize
 
 _ROUNDS = 8
 _COLUMNS = 1024
-"""Of n_ff that are worked on at once; a multiple of every block size."""
+"""The columns of n_ff that are computed at once; a multiple of every block size."""
 _ENOUGH, _MAX_BACK = 0.02, 0.1
 """Share of the removed component that may come back: no further rounds are made, and at most."""
 _GAIN = 0.9
@@ -30,7 +30,7 @@ _GAIN = 0.9
 
 
 @dataclass(frozen=True)
-class Share:
+class RoundingLoss:
     """Squared lengths of which `Loss` is made; add up over the pieces of a weight."""
 
     returned: float = 0.0
@@ -38,8 +38,8 @@ class Share:
     rounding: float = 0.0
     weight: float = 0.0
 
-    def __add__(self, other: Share) -> Share:
-        return Share(
+    def __add__(self, other: RoundingLoss) -> RoundingLoss:
+        return RoundingLoss(
             self.returned + other.returned,
             self.removed + other.removed,
             self.rounding + other.rounding,
@@ -82,14 +82,14 @@ class Requantiser:
         done = self._piece(0, starts[len(starts) // 2], kind)
         return done is not None and done[1].error <= tolerance and done[1].came_back <= _MAX_BACK
 
-    def rows(self, kind: Any) -> tuple[NDArray[np.uint8], Share]:
+    def rows(self, kind: Any) -> tuple[NDArray[np.uint8], RoundingLoss]:
         """The whole weight, in bytes [.., n_embd, bytes of a row].
 
         Raises:
             ModelFileError: ggml cannot write the type.
         """
         experts = []
-        total = Share()
+        total = RoundingLoss()
         for expert in range(self._down.n_expert):
             pieces = []
             for start in self._starts():
@@ -105,7 +105,7 @@ class Requantiser:
     def _starts(self) -> Iterator[int]:
         return iter(range(0, self._down.weight.shape[-1], self._columns))
 
-    def _piece(self, expert: int, start: int, kind: Any) -> tuple[NDArray[np.uint8], Share] | None:
+    def _piece(self, expert: int, start: int, kind: Any) -> tuple[NDArray[np.uint8], RoundingLoss] | None:
         """Some columns of an expert's weight; `None` where ggml cannot write the type."""
         import gguf
 
@@ -116,7 +116,7 @@ class Requantiser:
         kept = component + change
         wanted = weight + v.T @ change
         target = wanted.copy()
-        best: tuple[NDArray[np.uint8], Share] | None = None
+        best: tuple[NDArray[np.uint8], RoundingLoss] | None = None
         removed, length = _energy(change), _energy(weight)
         for _ in range(_ROUNDS):
             rows = quantize(target, kind)
@@ -124,7 +124,7 @@ class Requantiser:
                 return None
             rounded = np.asarray(gguf.dequantize(rows, kind), np.float32).reshape(wanted.shape)
             back = v @ rounded - kept
-            share = Share(_energy(back), removed, _energy(rounded - wanted), length)
+            share = RoundingLoss(_energy(back), removed, _energy(rounded - wanted), length)
             if best is not None and share.came_back > _GAIN * best[1].came_back:
                 return best if best[1].came_back <= share.came_back else (rows, share)
             best = rows, share

@@ -26,7 +26,7 @@ from alignez_gguf.exporters.weights import DownProjection, ModelWeights
 from alignez_gguf.progress import Reporter, SilentReporter
 from alignez_gguf.storage.atomic import replacing
 
-FORMAT_VERSION = 3
+LORA_FORMAT_VERSION = 3
 """Of the adapters; a cached one of another version is made anew."""
 
 
@@ -133,7 +133,7 @@ def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Report
                 writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
                 # llama_adapter_lora_weight::get_scale: 0 is a scale of 1 whatever the rank, and ranks differ.
                 writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
-                writer.add_uint32("alignez.format_version", FORMAT_VERSION)
+                writer.add_uint32("alignez.format_version", LORA_FORMAT_VERSION)
                 writer.add_string("alignez.model.fingerprint", weights.info.fingerprint)
                 writer.add_string("alignez.edits", edits_sha256(edits))
                 for name, pair in pairs.items():

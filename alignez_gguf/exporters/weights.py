@@ -21,7 +21,7 @@ from alignez_gguf.control.model_info import ModelInfo, model_parts, read_model_h
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.exporters.stacked import minima
 
-Kind = Literal["dense", "experts"]
+WeightKind = Literal["dense", "experts"]
 
 _DOWN = re.compile(r"blk\.(\d+)\.(ffn_down(?:_exps|_shexp|_chexps)?)\.weight")
 _PIECE = 1 << 22
@@ -105,7 +105,7 @@ class DownProjection:
     bias: StoredTensor | None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> WeightKind:
         return "dense" if len(self.weight.shape) == 2 else "experts"
 
     @property

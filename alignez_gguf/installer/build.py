@@ -53,7 +53,7 @@ _NOT_NEEDED = (
 )
 
 
-class Observer(Protocol):
+class BuildObserver(Protocol):
     """Who is told how a build goes."""
 
     def say(self, line: str) -> None:
@@ -77,7 +77,7 @@ class Wheel:
 
 
 def build_wheel(
-    observer: Observer,
+    observer: BuildObserver,
     cmake_args: Sequence[str] | None = None,
     *,
     patches: Sequence[Path] | None = None,
@@ -102,7 +102,7 @@ def build_wheel(
     plan = [Attempt((*asked, *portable_flags()))] if portable else attempts(asked, flags)
     planned = [argument for attempt in plan for argument in attempt.cmake_args]
     machine = _digest(VERSION, *planned, _compiler(), _system(), *sorted(flags), *_environment())
-    key = _digest(machine, source.digest(patches))
+    key = _digest(machine, source.patches_digest(patches))
     cache = source.cache_directory()
     kept, learned, work = cache / "wheels" / key, cache / "flags" / f"{machine}.json", cache / "build" / key
     for folder in (kept.parent, learned.parent, work.parent):
@@ -124,7 +124,7 @@ def build_wheel(
             observer.say(f"applied {', '.join(patch.name for patch in patches)}")
             log = cache / "build" / f"{key}.log"
             # So that wheels of several patches can lie in one folder, and pip takes them before the stock one
-            tag = f"1p{source.digest(patches)}" if portable else ""
+            tag = f"1p{source.patches_digest(patches)}" if portable else ""
             built, attempt = _first_that_works(plan, tree, work, log, observer, tag)
             result = work / "result"
             result.mkdir()
@@ -138,7 +138,7 @@ def build_wheel(
     return Wheel(kept / built.name, attempt.cmake_args, attempt.reason, cached=False)
 
 
-def wheel_from(path: Path, observer: Observer) -> Wheel:
+def wheel_from(path: Path, observer: BuildObserver) -> Wheel:
     """A wheel that was built elsewhere: `path`, or the best one in that folder. It is checked here.
 
     Raises:
@@ -185,7 +185,7 @@ def install(wheel: Path) -> None:
 
 
 def _first_that_works(
-    plan: Sequence[Attempt], tree: Path, work: Path, log: Path, observer: Observer, tag: str
+    plan: Sequence[Attempt], tree: Path, work: Path, log: Path, observer: BuildObserver, tag: str
 ) -> tuple[Path, Attempt]:
     failures = []
     for number, attempt in enumerate(plan, start=1):
@@ -209,7 +209,7 @@ def _first_that_works(
     )
 
 
-def probe_wheel(wheel: Path, folder: Path) -> probe.Probe:
+def probe_wheel(wheel: Path, folder: Path) -> probe.ProbeResult:
     """Unpack a wheel into `folder`, in place of what is there, and probe the library in it."""
     shutil.rmtree(folder, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
@@ -226,7 +226,7 @@ def share_compiled(line: str) -> float | None:
 
 
 def _compile(
-    tree: Path, cmake_args: Sequence[str], work: Path, log: Path, observer: Observer, tag: str
+    tree: Path, cmake_args: Sequence[str], work: Path, log: Path, observer: BuildObserver, tag: str
 ) -> Path:
     """Run pip's build of the tree. A second one with other flags recompiles only what they change.
 

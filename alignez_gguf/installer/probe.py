@@ -27,7 +27,7 @@ _WINDOWS_EXCEPTION = 0xC0000000
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeResult:
     """What the child process found."""
 
     description: Mapping[str, Any]
@@ -40,8 +40,8 @@ class Probe:
     """Why it does not work, in one line; empty where it does."""
 
 
-def run(site: Path | None = None) -> Probe:
-    """Probe the llama-cpp-python in `site`, or the one that this interpreter would import."""
+def run(site: Path | None = None) -> ProbeResult:
+    """ProbeResult the llama-cpp-python in `site`, or the one that this interpreter would import."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         model = Path(temporary) / "probe.gguf"
         write_model(model)
@@ -56,11 +56,11 @@ def run(site: Path | None = None) -> Probe:
                 timeout=_TIMEOUT_S,
             )
         except subprocess.TimeoutExpired:
-            return Probe({}, works=False, died=False, failure=f"no answer within {_TIMEOUT_S} s")
+            return ProbeResult({}, works=False, died=False, failure=f"no answer within {_TIMEOUT_S} s")
     return interpret(child.returncode, child.stdout, child.stderr)
 
 
-def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
+def interpret(returncode: int, stdout: str, stderr: str) -> ProbeResult:
     """What the end of the child process means."""
     lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     description = lines[0] if lines else {}
@@ -75,7 +75,7 @@ def interpret(returncode: int, stdout: str, stderr: str) -> Probe:
         failure = f"a quantized matrix product dies with {_signal_name(returncode)}"
     else:
         failure = (stderr.strip().splitlines() or [f"exit status {returncode}"])[-1]
-    return Probe(description, works=not failure, died=died, failure=failure)
+    return ProbeResult(description, works=not failure, died=died, failure=failure)
 
 
 def _signal_name(returncode: int) -> str:

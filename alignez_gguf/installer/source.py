@@ -181,7 +181,7 @@ def load_backends(tree: Path) -> None:
     bindings.write_text(before + anchor + _LOAD_BACKENDS + after, encoding="utf-8")
 
 
-def digest(patches: Sequence[Path]) -> str:
+def patches_digest(patches: Sequence[Path]) -> str:
     """What tells one set of patches from another, whatever the line ends of a checkout."""
     texts = (text for patch in patches for text in (patch.name, patch.read_text(encoding="utf-8")))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
@@ -189,7 +189,7 @@ def digest(patches: Sequence[Path]) -> str:
 
 def record_patches(tree: Path, patches: Sequence[Path]) -> None:
     """Let the package that is built from `tree` say what it was built from; see `recorded_patches`."""
-    text = json.dumps({"llama_cpp_python": VERSION, "patches": digest(patches)})
+    text = json.dumps({"llama_cpp_python": VERSION, "patches": patches_digest(patches)})
     (tree / "llama_cpp" / RECORD).write_text(text + "\n", encoding="utf-8")
 
 

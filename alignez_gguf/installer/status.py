@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alignez_gguf.installer import probe
-from alignez_gguf.installer.source import digest, patch_files
+from alignez_gguf.installer.source import patch_files, patches_digest
 from alignez_gguf.runtime.bindings import PATCH_VERSION, other_patch
 from alignez_gguf.runtime.version import VERSION
 
@@ -33,7 +33,7 @@ class RuntimeStatus:
     """The libllama that it loads."""
     patched: bool
     patches: str | None
-    """The digest of the patches that it was built with (`source.digest`), where the build says so."""
+    """The digest of the patches that it was built with (`source.patches_digest`), where the build says so."""
     steers: Literal["patched", "stock", "no"]
     """How `steer` reaches it: through the patch, through the adapters of stock llama.cpp, or not at all."""
     devices: tuple[Device, ...]
@@ -53,13 +53,13 @@ def status(site: Path | None = None) -> RuntimeStatus:
     return from_probe(probe.run(site))
 
 
-def from_probe(found: probe.Probe) -> RuntimeStatus:
+def from_probe(found: probe.ProbeResult) -> RuntimeStatus:
     """The status that a probe amounts to."""
     description = found.description
     version = description.get("version")
     patch_version: int | None = description.get("patch_version")
     patched = patch_version == PATCH_VERSION
-    patches, ours = description.get("patches"), digest(patch_files())
+    patches, ours = description.get("patches"), patches_digest(patch_files())
     if version is None:
         mend = f"llama-cpp-python cannot be loaded ({found.failure}); {_MEND}"
     elif version != VERSION:

@@ -59,7 +59,7 @@ def _fault(wheel: Path, supported: dict[Tag, int]) -> tuple[int, str]:
         return 3, f"cannot be read: {error}"
     if built_with is None:
         return 3, f"lacks llama_cpp/{source.RECORD}: it was not built with the patches of alignez-gguf"
-    patches = source.digest(source.patch_files())
+    patches = source.patches_digest(source.patch_files())
     if built_with != patches:
         return 4, f"was built with other patches ({built_with}) than this alignez-gguf has ({patches})"
     return 5, ""

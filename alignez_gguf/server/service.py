@@ -13,6 +13,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.control.control_file import ControlFile
 from alignez_gguf.engines.base import Completion, Sampling
 from alignez_gguf.engines.llama.batching import (
@@ -136,7 +137,7 @@ class ResponseStream:
             self._events.put_nowait((index, event))
 
 
-class Service:
+class Service(Closing):
     """A model, its controls, and the thread that answers.
 
     Args:
@@ -264,12 +265,6 @@ class Service:
         """End all answers and free everything. Idempotent."""
         self.scheduler.close()
         self._open.close()
-
-    def __enter__(self) -> Service:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _requests(
         self,

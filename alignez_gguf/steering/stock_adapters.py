@@ -150,7 +150,7 @@ def cached_lora(weights: ModelWeights, edits: Edits) -> Path | None:
     if all(edit.remove is None for edit in edits.values()):
         return None
     folder = cache_directory() / "adapters"
-    identity = f"{weights.info.fingerprint[:32]}-{edits_sha256(edits)[:32]}-{stock.FORMAT_VERSION}"
+    identity = f"{weights.info.fingerprint[:32]}-{edits_sha256(edits)[:32]}-{stock.LORA_FORMAT_VERSION}"
     path = folder / f"{identity}.lora.gguf"
     if not path.is_file():
         try:

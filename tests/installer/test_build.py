@@ -39,8 +39,8 @@ diff --git a/include/llama.h b/include/llama.h
 """
 AVX2 = frozenset({"sse4_2", "avx", "avx2", "bmi2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw", "avx512_vnni", "avx512vbmi"}
-WORKS = probe.Probe({}, works=True, died=False, failure="")
-DIES = probe.Probe({}, works=False, died=True, failure="a quantized matrix product dies with SIGILL")
+WORKS = probe.ProbeResult({}, works=True, died=False, failure="")
+DIES = probe.ProbeResult({}, works=False, died=True, failure="a quantized matrix product dies with SIGILL")
 
 
 class Lines:
@@ -83,7 +83,9 @@ def patch(tmp_path: Path) -> Path:
 class Compiler:
     """Stands in for the compilation and the probe: keeps the flags, and works from build `n_dead` on."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, n_dead: int = 0, failure: probe.Probe = DIES) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, n_dead: int = 0, failure: probe.ProbeResult = DIES
+    ) -> None:
         self.built: list[tuple[str, ...]] = []
         self.n_dead, self.failure = n_dead, failure
         monkeypatch.setattr(build, "_compile", self._compile)
@@ -99,7 +101,7 @@ class Compiler:
         wheel.write_bytes(b"wheel")
         return wheel
 
-    def _probe(self, wheel: Path, folder: Path) -> probe.Probe:
+    def _probe(self, wheel: Path, folder: Path) -> probe.ProbeResult:
         return self.failure if len(self.built) <= self.n_dead else WORKS
 
 
@@ -253,7 +255,7 @@ def test_when_every_library_dies_the_error_names_the_mend(
 def test_a_library_that_fails_without_dying_is_not_built_again(
     tree: Path, patch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failure = probe.Probe({}, works=False, died=False, failure="OSError: libcudart.so.12: no such file")
+    failure = probe.ProbeResult({}, works=False, died=False, failure="OSError: libcudart.so.12: no such file")
     compiler = Compiler(monkeypatch, n_dead=9, failure=failure)
     with pytest.raises(RuntimeUnavailableError, match="libcudart"):
         build.build_wheel(Lines(), [], patches=[patch])
@@ -341,7 +343,7 @@ def test_status_names_a_package_that_does_not_load_or_has_another_version(tmp_pa
     found = status.status(broken)
     assert found.version is None
     assert "libllama.so: no such file" in found.mend
-    other = status.from_probe(probe.Probe({"version": "0.3.9", "patch_version": None}, True, False, ""))
+    other = status.from_probe(probe.ProbeResult({"version": "0.3.9", "patch_version": None}, True, False, ""))
     assert "0.3.9" in other.mend
     assert VERSION in other.mend
 
@@ -354,7 +356,7 @@ def test_runtime_status_prints_json_and_exits_1_when_something_is_missing(
         "patch_version": None,
         "devices": [{"name": "CPU", "description": "x"}],
     }
-    monkeypatch.setattr(probe, "run", lambda site: probe.Probe(description, True, False, ""))
+    monkeypatch.setattr(probe, "run", lambda site: probe.ProbeResult(description, True, False, ""))
     result = CliRunner().invoke(main, ["runtime", "status", "--json"])
     assert result.exit_code == 1
     document = json.loads(result.stdout)

@@ -24,11 +24,11 @@ def test_a_build_records_its_patches_where_the_probe_finds_them(
     tree: Path, patch: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source.record_patches(tree, [patch])
-    assert source.recorded_patches(tree) == source.digest([patch])
+    assert source.recorded_patches(tree) == source.patches_digest([patch])
     patch.write_bytes(patch.read_bytes().replace(b"\n", b"\r\n"))  # as git writes it on Windows
-    assert source.recorded_patches(tree) == source.digest([patch])
+    assert source.recorded_patches(tree) == source.patches_digest([patch])
     patch.write_text(patch.read_text().replace("edited", "edited_again"))
-    assert source.recorded_patches(tree) != source.digest([patch])
+    assert source.recorded_patches(tree) != source.patches_digest([patch])
 
 
 class PortableCompiler(Compiler):
@@ -50,13 +50,13 @@ def test_a_portable_build_has_every_variant_and_loads_them_and_is_another_build(
     bindings.write_text("a = 1\n_lib = load_shared_library(_lib_base_name, _base_path)\nb = 2\n")
     compiler = PortableCompiler(monkeypatch)
     native = build.build_wheel(Lines(), [], patches=[patch])
-    assert (compiler.bindings, compiler.patches) == (bindings.read_text(), source.digest([patch]))
+    assert (compiler.bindings, compiler.patches) == (bindings.read_text(), source.patches_digest([patch]))
     assert compiler.tag == ""
     monkeypatch.setattr(build, "portable_flags", lambda: VARIANTS)
     portable = build.build_wheel(Lines(), ["-DA=B"], patches=[patch], portable=True)
     assert compiler.built[-1] == ("-DA=B", *VARIANTS)
     assert compiler.bindings.endswith("\n_load_backends()\nb = 2\n")
-    assert compiler.tag == f"1p{source.digest([patch])}"
+    assert compiler.tag == f"1p{source.patches_digest([patch])}"
     assert portable.path != native.path
     assert build.build_wheel(Lines(), ["-DA=B"], patches=[patch], portable=True).cached
 
@@ -130,8 +130,12 @@ def test_a_folder_without_a_backend_for_this_cpu_is_an_error(tmp_path: Path) -> 
 
 def test_status_says_which_patches_and_refuses_others() -> None:
     described = {"version": VERSION, "patch_version": library.PATCH_VERSION}
-    for record, mend in ((None, False), (source.digest(source.patch_files()), False), ("0123456789ab", True)):
-        found = status.from_probe(probe.Probe({**described, "patches": record}, True, False, ""))
+    for record, mend in (
+        (None, False),
+        (source.patches_digest(source.patch_files()), False),
+        ("0123456789ab", True),
+    ):
+        found = status.from_probe(probe.ProbeResult({**described, "patches": record}, True, False, ""))
         assert found.patches == record
         assert ("other patches" in found.mend) == bool(found.mend) == mend
 

@@ -21,7 +21,7 @@ from alignez_gguf.runtime import bindings
 from alignez_gguf.runtime.version import VERSION
 from tests.installer.test_build import DIES, Lines, fake_llama_cpp
 
-OURS = json.dumps({"patches": source.digest(source.patch_files())})
+OURS = json.dumps({"patches": source.patches_digest(source.patch_files())})
 OTHERS = json.dumps({"patches": "0123456789ab"})
 HERE = next(tag.platform for tag in sys_tags() if tag.platform != "any")
 NAME = f"llama_cpp_python-{VERSION}-py3-none-any.whl"
@@ -116,7 +116,7 @@ def test_a_wheel_that_dies_on_this_cpu_is_refused_before_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described = {"version": VERSION, "patch_version": bindings.PATCH_VERSION}
-    dies = probe.Probe(described, works=False, died=True, failure=DIES.failure)
+    dies = probe.ProbeResult(described, works=False, died=True, failure=DIES.failure)
     monkeypatch.setattr(build, "probe_wheel", lambda *_: dies)
     with pytest.raises(RuntimeUnavailableError, match=f"{NAME} does not work here: .*SIGILL"):
         build.wheel_from(wheel(tmp_path), Lines())
@@ -139,7 +139,7 @@ def installs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The wheels that the command installs, in an environment without a compiler."""
     installed: list[Path] = []
     described = {"version": VERSION, "patch_version": bindings.PATCH_VERSION, "location": "site"}
-    works = probe.Probe(described, works=True, died=False, failure="")
+    works = probe.ProbeResult(described, works=True, died=False, failure="")
 
     def build_wheel(*_: Any, **__: Any) -> build.Wheel:
         raise RuntimeUnavailableError("no C++ compiler")

@@ -1,4 +1,4 @@
-"""The steered model as the search measures it: many edits along the same answers.
+"""Measures many edits of a GGUF model along the same answers, for the search.
 
 The prompts are computed once, unsteered, and stay in the KV cache. Where only the last prompt token and what
 follows it is steered, an edit costs one token per prompt and those of the answer. Needs the patched runtime.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.control.edits import Edits
 from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.engines.base import Passage
@@ -24,7 +25,7 @@ from alignez_gguf.selection.logprobs import log_softmax
 from alignez_gguf.selection.scoring import ANSWER_TOKENS
 
 _BATCH = 256
-"""Tokens that are computed together, at most, but for a prompt and answer that have more."""
+"""The most tokens that are computed together, unless a prompt and its answer have more."""
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ in llama.cpp's src/llama-cparams.h
 
 
@@ -37,8 +38,8 @@ class _Text:
     answer: list[int]
 
 
-class SteeredPassages:
-    """Prompts and answers whose likelihood is asked for under one edit after the other.
+class LlamaEditScorer(Closing):
+    """Measures the likelihoods of the same answers under one edit after the other.
 
     Args:
         model: outlives this object.
@@ -52,10 +53,12 @@ class SteeredPassages:
     """
 
     def __init__(self, model: Model, passages: Sequence[Passage], *, n_threads: int | None = None) -> None:
-        sequences = {prompt: i for i, prompt in enumerate(dict.fromkeys(one.prompt for one in passages))}
+        sequences = {
+            prompt: i for i, prompt in enumerate(dict.fromkeys(passage.prompt for passage in passages))
+        }
         self._texts = [
-            _Text(sequences[one.prompt], *steered_tokens(model.tokenize, one, ANSWER_TOKENS))
-            for one in passages
+            _Text(sequences[passage.prompt], *steered_tokens(model.tokenize, passage, ANSWER_TOKENS))
+            for passage in passages
         ]
         prompts = list({text.sequence: text.prompt for text in self._texts}.values())
         count = len(prompts)
@@ -67,7 +70,7 @@ class SteeredPassages:
         longest = max(len(text.prompt) + len(text.answer) for text in self._texts)
         n_batch = max(_BATCH, longest)
         self._whole = count
-        """The sequence in which prompts are computed anew, steered, for the scope `all`."""
+        """The sequence in which prompts are computed again, steered, for the scope `all`."""
         self._context = Context(
             model,
             n_ctx=shared + sum(len(prompt) - shared for prompt in prompts) + n_batch,
@@ -85,7 +88,12 @@ class SteeredPassages:
     def log_likelihoods(
         self, edits: Edits, passages: Sequence[int], *, scope: Scope = GENERATION
     ) -> NDArray[np.float64]:
-        """log P(answer | prompt) of these passages by number, in nat, over `ANSWER_TOKENS` tokens at most.
+        """Return log P(answer | prompt) in nat, [n_passages], over at most `ANSWER_TOKENS` tokens each.
+
+        Args:
+            edits: by layer; at strength 1.
+            passages: the numbers of the passages.
+            scope: the tokens that are edited.
 
         Raises:
             SteeringError: the edits do not fit the model.
@@ -94,21 +102,16 @@ class SteeredPassages:
         bindings.set_edits(self._context.pointer, edits)
         try:
             chunks = self._chunks(texts, scope)
-            return np.array([found for chunk in chunks for found in self._computed(chunk, edits, scope)])
+            values = [value for chunk in chunks for value in self._computed(chunk, edits, scope)]
+            return np.array(values)
         finally:
             bindings.set_edits(self._context.pointer, {})
 
     def close(self) -> None:
         self._context.close()
 
-    def __enter__(self) -> SteeredPassages:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _computed(self, texts: Sequence[_Text], edits: Edits, scope: Scope) -> Iterator[float]:
-        """The log-likelihoods of texts that are computed together; the cache is left as it was."""
+        """Yield the log-likelihoods of texts that are computed together; leave the cache as it was."""
         tokens: list[int] = []
         positions: list[int] = []
         sequences: list[int] = []
@@ -138,16 +141,16 @@ class SteeredPassages:
         return self._whole if scope.kind == "all" else text.sequence
 
     def _start(self, text: _Text, scope: Scope) -> int:
-        """The first position that is computed for an edit."""
+        """Return the first position that is computed for an edit."""
         return 0 if scope.kind == "all" else len(text.prompt) - 1
 
     def _chunks(self, texts: Sequence[_Text], scope: Scope) -> Iterator[list[_Text]]:
-        """Texts that are computed together: of different sequences, and of so many tokens at most."""
+        """Yield texts that are computed together: of different sequences, with at most `n_batch` tokens."""
         chunk: list[_Text] = []
         used = 0
         for text in texts:
             count = len(text.prompt) - 1 - self._start(text, scope) + len(text.answer)
-            taken = {self._sequence(one, scope) for one in chunk}
+            taken = {self._sequence(other, scope) for other in chunk}
             if chunk and (used + count > self._context.n_batch or self._sequence(text, scope) in taken):
                 yield chunk
                 chunk, used = [], 0

@@ -12,13 +12,14 @@ from os import PathLike
 import numpy as np
 from numpy.typing import NDArray
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.control.edits import Edits
 from alignez_gguf.control.gate import Gate
 from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.engines.base import DEFAULT_N_PARALLEL, Completion, GenerationRequest, Passage, Sampling
 from alignez_gguf.engines.llama.batching import Batch, SequenceRequest, complete
-from alignez_gguf.engines.llama.edit_scoring import SteeredPassages
+from alignez_gguf.engines.llama.edit_scoring import LlamaEditScorer
 from alignez_gguf.engines.llama.prefix_cache import PrefixCache
 from alignez_gguf.engines.llama.sequences import UNSTEERED, Sequences, SequenceSteering, can_be_exact
 from alignez_gguf.engines.tokens import passage_tokens, prompt_tokens, response_tokens
@@ -45,7 +46,7 @@ _ANY_TEXT = "a b c"
 """To see the graph; of a few tokens, which are computed in one chunk."""
 
 
-class LlamaEngine:
+class LlamaEngine(Closing):
     """A GGUF model that writes and reads texts.
 
     The completion of a request depends neither on `n_parallel` nor on other requests: to the bit on a CPU
@@ -143,11 +144,11 @@ class LlamaEngine:
         ]
         return self._complete(tokenized, on_text)
 
-    def steered(self, passages: Sequence[Passage]) -> SteeredPassages:
-        """Prompts and answers whose likelihood is asked for under many edits; see `SteeredPassages`."""
+    def steered(self, passages: Sequence[Passage]) -> LlamaEditScorer:
+        """Return a scorer of many edits along the same answers; see `LlamaEditScorer`."""
         self._close_batch()
         self._stop_reading()
-        return SteeredPassages(self.model, passages, n_threads=self._n_threads)
+        return LlamaEditScorer(self.model, passages, n_threads=self._n_threads)
 
     @property
     def hooks(self) -> Collection[Hook]:
@@ -189,12 +190,6 @@ class LlamaEngine:
         if self._prefix_cache is not None:
             self._prefix_cache.close()
         self.model.close()
-
-    def __enter__(self) -> LlamaEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @cached_property
     def _reader(self) -> LayerReader:

@@ -1,4 +1,4 @@
-"""A steered transformers model as the search measures it: many edits along the same answers.
+"""Measures many edits of a transformers model along the same answers, for the search.
 
 The edits act through forward hooks: a removal on the output of the MLP, an addition on that of the block, as
 `alignez_gguf.control.edits` defines them. The prompts are computed once and their keys and values are kept:
@@ -24,7 +24,7 @@ from alignez_gguf.control.scope import GENERATION, Scope
 from alignez_gguf.engines.base import Passage
 from alignez_gguf.engines.tokens import passage_tokens, steered_tokens
 from alignez_gguf.engines.transformers.hooks import TensorEdit, edit_columns, hook_edits
-from alignez_gguf.engines.transformers.model import Padded, TorchModel, hidden
+from alignez_gguf.engines.transformers.model import PaddedBatch, TorchModel, hidden
 from alignez_gguf.errors import SteeringError
 from alignez_gguf.selection.scoring import ANSWER_TOKENS
 
@@ -49,13 +49,13 @@ class _Group:
     """
 
     answers: list[list[int]]
-    prompts: Padded
-    ends: Padded
+    prompts: PaddedBatch
+    ends: PaddedBatch
     cache: Any
 
 
-class SteeredPassages(Closing):
-    """Prompts and answers whose likelihood is asked for under one edit after the other.
+class TransformersEditScorer(Closing):
+    """Measures the likelihoods of the same answers under one edit after the other.
 
     Satisfies `scoring.SteeredModel`.
 
@@ -83,12 +83,17 @@ class SteeredPassages(Closing):
     def log_likelihoods(
         self, edits: Edits, passages: Sequence[int], *, scope: Scope = GENERATION
     ) -> NDArray[np.float64]:
-        """log P(answer | prompt) of these passages by number, in nat, over `ANSWER_TOKENS` tokens at most.
+        """Return log P(answer | prompt) in nat, [n_passages], over at most `ANSWER_TOKENS` tokens each.
+
+        Args:
+            edits: by layer; at strength 1.
+            passages: the numbers of the passages.
+            scope: the tokens that are edited.
 
         Raises:
             SteeringError: the edits do not fit the model.
         """
-        found: list[float] = []
+        values: list[float] = []
         for first in range(0, len(passages), self._n_parallel):
             numbers = tuple(passages[first : first + self._n_parallel])
             if numbers not in self._groups:
@@ -97,8 +102,8 @@ class SteeredPassages(Closing):
             rows = self._logprobs(group, edits, scope)
             for row, answer in zip(rows, group.answers, strict=True):
                 tokens = torch.tensor(answer, device=row.device)
-                found.append(float(row[: len(answer)].gather(-1, tokens[:, None]).double().sum()))
-        return np.array(found)
+                values.append(float(row[: len(answer)].gather(-1, tokens[:, None]).double().sum()))
+        return np.array(values)
 
     def close(self) -> None:
         """Forget the keys and values."""
@@ -106,13 +111,13 @@ class SteeredPassages(Closing):
 
     def _group(self, texts: list[_Text]) -> _Group:
         prompts = self._model.padded([text.prompt for text in texts])
-        body = Padded(prompts.ids[:, :-1], prompts.positions[:, :-1], prompts.mask[:, :-1])
+        body = PaddedBatch(prompts.ids[:, :-1], prompts.positions[:, :-1], prompts.mask[:, :-1])
         _, cache = self._model.logits(body, 1)
-        ends = Padded(prompts.ids[:, -1:], prompts.positions[:, -1:], prompts.mask)
+        ends = PaddedBatch(prompts.ids[:, -1:], prompts.positions[:, -1:], prompts.mask)
         return _Group([text.answer for text in texts], prompts, ends, cache)
 
     def _logprobs(self, group: _Group, edits: Edits, scope: Scope) -> Tensor:
-        """Log-probabilities from the end of each prompt on, [n_texts, longest answer, n_vocab].
+        """Return the log-probabilities from the end of each prompt on, [n_texts, longest answer, n_vocab].
 
         Behind the end of an answer the rows mean nothing.
         """
@@ -123,7 +128,7 @@ class SteeredPassages(Closing):
             [(answer + [0] * (longest - len(answer)))[:-1] for answer in group.answers], dtype=torch.int64
         ).to(computed.ids.device)
         ahead = torch.arange(1, longest, device=padded.device)
-        rows = Padded(
+        rows = PaddedBatch(
             ids=torch.cat([computed.ids, padded], dim=1),
             positions=torch.cat([computed.positions, computed.positions[:, -1:] + ahead], dim=1),
             mask=torch.cat([computed.mask, torch.ones_like(padded)], dim=1),
@@ -142,7 +147,7 @@ def edited(model: TorchModel, edits: Edits, strength: float, columns: slice, wid
 
     Raises:
         SteeringError: the edits do not fit the model.
-        ModelFileError: the MLPs cannot be told.
+        ModelFileError: the MLPs cannot be identified.
     """
     n_layer, n_embd = model.info.n_layer, model.info.n_embd
     edits = {layer: edit for layer, edit in edits.items() if edit.n_embd is not None and strength > 0}

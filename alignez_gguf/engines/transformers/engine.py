@@ -20,8 +20,8 @@ from alignez_gguf.closing import Closing
 from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sampling
 from alignez_gguf.engines.tokens import passage_tokens, prompt_tokens, response_tokens
-from alignez_gguf.engines.transformers.edit_scoring import SteeredPassages
-from alignez_gguf.engines.transformers.generation import Job, generate
+from alignez_gguf.engines.transformers.edit_scoring import TransformersEditScorer
+from alignez_gguf.engines.transformers.generation import TokenizedRequest, generate
 from alignez_gguf.engines.transformers.model import TorchModel, hidden
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.readout import HOOKS, Hook, Pooling, Readout
@@ -82,11 +82,15 @@ class TransformersEngine(Closing):
         if any(request.strength != 0 for request in requests):
             raise SteeringError("a transformers model writes unsteered; use a GGUF file to steer")
         tokenize = self.model.tokenize
-        jobs = [
-            Job(index, prompt_tokens(tokenize, request.prompt, self.n_ctx, sampling.max_tokens), request.seed)
+        tokenized = [
+            TokenizedRequest(
+                index,
+                prompt_tokens(tokenize, request.prompt, self.n_ctx, sampling.max_tokens),
+                request.seed,
+            )
             for index, request in enumerate(requests)
         ]
-        return generate(self.model, self.n_parallel, jobs, sampling, on_text)
+        return generate(self.model, self.n_parallel, tokenized, sampling, on_text)
 
     @property
     def hooks(self) -> Collection[Hook]:
@@ -133,9 +137,9 @@ class TransformersEngine(Closing):
             for array in self._logprobs(batch, 1)[:, 0].cpu().numpy()
         )
 
-    def steered(self, passages: Sequence[Passage]) -> SteeredPassages:
-        """Prompts and answers whose likelihood is asked for under many edits; see `SteeredPassages`."""
-        return SteeredPassages(
+    def steered(self, passages: Sequence[Passage]) -> TransformersEditScorer:
+        """Return a scorer of many edits along the same answers; see `TransformersEditScorer`."""
+        return TransformersEditScorer(
             self.model,
             passages,
             n_ctx=self.n_ctx,

@@ -1,4 +1,4 @@
-"""Writes many texts at once with a transformers model.
+"""Generates many texts at once with a transformers model.
 
 What a text becomes depends on its own prompt and seed, but for the rounding of batched products.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignez_gguf.engines.base import Completion, Sampling
 from alignez_gguf.engines.completion import StreamingCompletion
-from alignez_gguf.engines.transformers.model import Padded, TorchModel
+from alignez_gguf.engines.transformers.model import PaddedBatch, TorchModel
 
 _CONTEXT_TOKENS = 4
 """Tokens of the prompt that decide how the first generated ones are spelled."""
@@ -22,8 +22,14 @@ _UNKNOWN_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request, ready to be computed."""
+class TokenizedRequest:
+    """A request whose prompt is tokenized.
+
+    Attributes:
+        index: its number among all requests.
+        tokens: the prompt.
+        seed: the seed of its draws.
+    """
 
     index: int
     tokens: list[int]
@@ -33,15 +39,15 @@ class Job:
 def generate(
     model: TorchModel,
     n_parallel: int,
-    jobs: Sequence[Job],
+    requests: Sequence[TokenizedRequest],
     sampling: Sampling,
     on_text: Callable[[int, str], None] | None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Complete all jobs, `n_parallel` at a time; each is yielded when it is finished.
+    """Complete all requests, `n_parallel` at a time; each is yielded when it is finished.
 
     Prompts of like length are batched, the longest first, so that little is spent on padding.
     """
-    ordered = sorted(jobs, key=lambda job: -len(job.tokens))
+    ordered = sorted(requests, key=lambda request: -len(request.tokens))
     for first in range(0, len(ordered), n_parallel):
         yield from _complete(model, ordered[first : first + n_parallel], sampling, on_text)
 
@@ -49,12 +55,12 @@ def generate(
 @torch.inference_mode()
 def _complete(
     model: TorchModel,
-    jobs: Sequence[Job],
+    requests: Sequence[TokenizedRequest],
     sampling: Sampling,
     on_text: Callable[[int, str], None] | None,
 ) -> Iterator[tuple[int, Completion]]:
-    running = [_RunningSequence(model, job, sampling, on_text) for job in jobs]
-    rows = model.padded([job.tokens for job in jobs])
+    running = [_RunningSequence(model, request, sampling, on_text) for request in requests]
+    rows = model.padded([request.tokens for request in requests])
     logits, cache = model.logits(rows, 1)
     while True:
         drawn = draw(logits[:, 0], [sequence.generator for sequence in running], sampling)
@@ -69,9 +75,9 @@ def _complete(
         if len(left) < len(running):
             kept = torch.tensor(left)  # on the CPU: the layers of the cache may lie on several devices
             cache.batch_select_indices(kept)
-            rows = Padded(rows.ids[kept], rows.positions[kept], rows.mask[kept])
+            rows = PaddedBatch(rows.ids[kept], rows.positions[kept], rows.mask[kept])
             running = [running[index] for index in left]
-        rows = Padded(
+        rows = PaddedBatch(
             ids=torch.tensor([[sequence.last] for sequence in running], device=model.device),
             positions=rows.positions[:, -1:] + 1,
             mask=torch.cat([rows.mask, rows.mask.new_ones(len(running), 1)], dim=1),
@@ -99,31 +105,31 @@ def draw(logits: Tensor, generators: Sequence[torch.Generator], sampling: Sampli
 
 
 class _RunningSequence(StreamingCompletion):
-    """A job with what has been generated for it, and the generator that draws its tokens."""
+    """A request with what has been generated for it, and the generator that draws its tokens."""
 
     def __init__(
         self,
         model: TorchModel,
-        job: Job,
+        request: TokenizedRequest,
         sampling: Sampling,
         on_text: Callable[[int, str], None] | None,
     ) -> None:
         super().__init__(sampling)
-        self.index = job.index
-        self.generator = torch.Generator().manual_seed(job.seed)
+        self.index = request.index
+        self.generator = torch.Generator().manual_seed(request.seed)
         self._model = model
-        self._spelling = Spelling(model.decode, job.tokens)
+        self._detokenizer = IncrementalDetokenizer(model.decode, request.tokens)
         self._on_text = on_text
 
     def take(self, token: int) -> None:
-        """Go on with a token that was drawn."""
+        """Add a token that was drawn."""
         ends = self._model.ends_text(token)
-        shown = self.end() if ends else self.add(token, self._spelling.add(token))
+        shown = self.end() if ends else self.add(token, self._detokenizer.add(token))
         if shown and self._on_text is not None:
             self._on_text(self.index, shown)
 
 
-class Spelling:
+class IncrementalDetokenizer:
     """Turns tokens into text as they come: how a token is spelled can depend on those before it.
 
     Args:
@@ -137,7 +143,7 @@ class Spelling:
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
-        """The characters that are complete with this token."""
+        """Add a token, and return the characters that are complete with it."""
         self._waiting.append(token)
         before = self._decode(self._spelled)
         text = self._decode(self._spelled + self._waiting)

@@ -38,7 +38,7 @@ _CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True, eq=False)
-class Padded:
+class PaddedBatch:
     """Rows of tokens, padded on the left so that they end together.
 
     Attributes:
@@ -124,7 +124,7 @@ class TorchModel:
         """Whether the model ends its text with this token."""
         return token in self._ends
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> Padded:
+    def padded(self, rows: Sequence[Sequence[int]]) -> PaddedBatch:
         """Rows of different lengths, padded on the left."""
         width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
@@ -133,9 +133,9 @@ class TorchModel:
             ids[row, width - len(tokens) :] = torch.tensor(tokens)
             mask[row, width - len(tokens) :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return Padded(ids.to(self.device), positions.to(self.device), mask.to(self.device))
+        return PaddedBatch(ids.to(self.device), positions.to(self.device), mask.to(self.device))
 
-    def logits(self, rows: Padded, n_last: int, cache: Any = None) -> tuple[Tensor, Any]:
+    def logits(self, rows: PaddedBatch, n_last: int, cache: Any = None) -> tuple[Tensor, Any]:
         """The logits of the last tokens of each row, float32 [n_rows, n_last, n_vocab], and the cache behind.
 
         With a cache, `rows.mask` covers what it holds as well, and `ids` are what follows that.

@@ -1,4 +1,4 @@
-"""SteeredPassages against PyTorch with forward hooks that edit each token at its own strength."""
+"""LlamaEditScorer against PyTorch with forward hooks that edit each token at its own strength."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignez_gguf.control.edits import Edits, LayerEdit
 from alignez_gguf.control.scope import Scope
 from alignez_gguf.engines.base import Passage
 from alignez_gguf.engines.llama import edit_scoring
-from alignez_gguf.engines.llama.edit_scoring import SteeredPassages
+from alignez_gguf.engines.llama.edit_scoring import LlamaEditScorer
 from alignez_gguf.errors import QueryError, SteeringError
 from alignez_gguf.runtime.context import Context
 from alignez_gguf.runtime.model import Model
@@ -116,8 +116,8 @@ def expected(torch_model: TinyModel, model: Model, edits: Edits, scope: str = "g
 
 
 @pytest.fixture
-def passages(model: Model, _full_precision: None) -> Iterator[SteeredPassages]:
-    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+def passages(model: Model, _full_precision: None) -> Iterator[LlamaEditScorer]:
+    with LlamaEditScorer(model, PASSAGES, n_threads=1) as passages:
         yield passages
 
 
@@ -130,7 +130,7 @@ def test_the_passages_are_what_they_should_be(model: Model) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("edits", [EDITS, FEWER, {}], ids=["all layers", "one layer", "no edit"])
 def test_likelihoods_are_those_of_pytorch_edited_in_the_same_time_steps(
-    passages: SteeredPassages, torch_model: TinyModel, model: Model, edits: Edits, scope: str
+    passages: LlamaEditScorer, torch_model: TinyModel, model: Model, edits: Edits, scope: str
 ) -> None:
     found = passages.log_likelihoods(edits, ALL, scope=Scope.parse(scope))
     wanted = expected(torch_model, model, edits, scope)
@@ -140,13 +140,13 @@ def test_likelihoods_are_those_of_pytorch_edited_in_the_same_time_steps(
 
 
 def test_likelihoods_with_the_cache_that_users_have(torch_model: TinyModel, model: Model) -> None:
-    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+    with LlamaEditScorer(model, PASSAGES, n_threads=1) as passages:
         found = passages.log_likelihoods(EDITS, ALL)
     np.testing.assert_allclose(found, expected(torch_model, model, EDITS), atol=PARITY_F16 * ANSWER_TOKENS)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_some_passages_are_measured_as_among_all(passages: SteeredPassages, scope: str) -> None:
+def test_some_passages_are_measured_as_among_all(passages: LlamaEditScorer, scope: str) -> None:
     chosen = Scope.parse(scope)
     found = passages.log_likelihoods(EDITS, ALL, scope=chosen)
     for some in ([3], [4, 1], [5, 0, 2]):
@@ -156,14 +156,14 @@ def test_some_passages_are_measured_as_among_all(passages: SteeredPassages, scop
 
 
 def test_likelihoods_do_not_depend_on_what_was_measured_before(
-    passages: SteeredPassages, model: Model
+    passages: LlamaEditScorer, model: Model
 ) -> None:
     base, steered_ones = passages.log_likelihoods({}, ALL), passages.log_likelihoods(EDITS, ALL)
     for scope in map(Scope.parse, SCOPES):
         passages.log_likelihoods(FEWER, [1, 0], scope=scope)
     np.testing.assert_array_equal(passages.log_likelihoods({}, ALL), base)
     np.testing.assert_array_equal(passages.log_likelihoods(EDITS, ALL), steered_ones)
-    with SteeredPassages(model, PASSAGES, n_threads=1) as fresh:
+    with LlamaEditScorer(model, PASSAGES, n_threads=1) as fresh:
         np.testing.assert_array_equal(fresh.log_likelihoods(EDITS, ALL), steered_ones)
 
 
@@ -172,14 +172,14 @@ def test_passages_that_do_not_fit_into_one_batch(
     model: Model, torch_model: TinyModel, monkeypatch: pytest.MonkeyPatch, batches: list[int]
 ) -> None:
     monkeypatch.setattr(edit_scoring, "_BATCH", 8)
-    with SteeredPassages(model, PASSAGES, n_threads=1) as passages:
+    with LlamaEditScorer(model, PASSAGES, n_threads=1) as passages:
         batches.clear()
         found = passages.log_likelihoods(EDITS, ALL)
     assert len(batches) > 2
     np.testing.assert_allclose(found, expected(torch_model, model, EDITS), atol=PARITY * ANSWER_TOKENS)
 
 
-def test_edits_for_another_model_are_refused_and_leave_no_trace(passages: SteeredPassages) -> None:
+def test_edits_for_another_model_are_refused_and_leave_no_trace(passages: LlamaEditScorer) -> None:
     base = passages.log_likelihoods({}, ALL)
     with pytest.raises(SteeringError):
         passages.log_likelihoods(random_edits(0, n_embd=32), ALL)
@@ -189,18 +189,18 @@ def test_edits_for_another_model_are_refused_and_leave_no_trace(passages: Steere
 def test_more_prompts_than_sequences_are_refused(model: Model) -> None:
     many = [Passage(f"Question: what is {number}?", " x") for number in range(256)]
     with pytest.raises(QueryError, match="256 prompts are too many to score at once; give 255 at most"):
-        SteeredPassages(model, many, n_threads=1)
+        LlamaEditScorer(model, many, n_threads=1)
 
 
 def test_prompt_of_one_token_is_refused_by_name(model: Model) -> None:
     assert len(model.tokenize("x")) == 1
     with pytest.raises(QueryError, match="'x' is too short to steer"):
-        SteeredPassages(model, [Passage("x", " y")], n_threads=1)
+        LlamaEditScorer(model, [Passage("x", " y")], n_threads=1)
 
 
 def test_empty_answer_is_refused_by_name(model: Model) -> None:
     with pytest.raises(QueryError, match="the answer to 'why not' is empty"):
-        SteeredPassages(model, [Passage("why not", "")], n_threads=1)
+        LlamaEditScorer(model, [Passage("why not", "")], n_threads=1)
 
 
 def test_log_softmax_is_that_of_float64_even_for_large_logits() -> None:

@@ -20,7 +20,7 @@ from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sa
 from alignez_gguf.engines.llama import sequences
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.engines.transformers.engine import TransformersEngine
-from alignez_gguf.engines.transformers.generation import Spelling, draw
+from alignez_gguf.engines.transformers.generation import IncrementalDetokenizer, draw
 from alignez_gguf.engines.transformers.info import gguf_architecture
 from alignez_gguf.errors import ModelFileError, QueryError, RuntimeUnavailableError, SteeringError
 from alignez_gguf.readout import Readout
@@ -178,8 +178,8 @@ def test_token_that_ends_a_text_is_not_part_of_it(engine: TransformersEngine) ->
 def test_characters_split_over_tokens_appear_when_they_are_complete() -> None:
     text = "é 日本 x"
     pieces = tokenizer().encode(text)
-    spelling = Spelling(tokenizer().decode, tokenizer().encode("a"))
-    shown = [spelling.add(token) for token in pieces]
+    detokenizer = IncrementalDetokenizer(tokenizer().decode, tokenizer().encode("a"))
+    shown = [detokenizer.add(token) for token in pieces]
     assert "".join(shown) == text
     assert len(pieces) > len(text)
     assert not any("\ufffd" in piece for piece in shown)
@@ -191,8 +191,8 @@ def test_a_leading_space_that_a_tokenizer_drops_at_the_start_is_kept() -> None:
     def decode(tokens: object) -> str:
         return "".join(words[token] for token in tokens).replace("\u2581", " ").removeprefix(" ")  # type: ignore[attr-defined]
 
-    spelling = Spelling(decode, [0])
-    assert [spelling.add(1), spelling.add(2)] == [" do", " I"]
+    detokenizer = IncrementalDetokenizer(decode, [0])
+    assert [detokenizer.add(1), detokenizer.add(2)] == [" do", " I"]
 
 
 def test_text_that_does_not_fit_is_refused_before_anything_is_computed(engine: TransformersEngine) -> None:
