@@ -54,10 +54,10 @@ class Conversation:
     Args:
         engine: its edits are set from the control.
         framing: how the turns become a prompt.
-        sampling: of the answers.
-        seed: of the first answer; each further message takes the next one.
+        sampling: how tokens of the answers are drawn.
+        seed: the seed of the first answer; each further message takes the next one.
         control: steers the answers; may come later.
-        strength: of the answers to come.
+        strength: the strength of the answers to come.
         scope: which tokens are steered; default: those that the control was chosen for.
 
     Raises:
@@ -87,7 +87,7 @@ class Conversation:
             self._steer(control, scope)
 
     def answer(self, message: str, show: Callable[[str], None]) -> Completion:
-        """Answer a message; `show` gets the text as it grows. An interrupted answer leaves no turn behind.
+        """Answer a message; `show` gets each new piece of text. An interrupted answer leaves no turn behind.
 
         When the conversation outgrows the context, its oldest turns are left out.
 
@@ -156,15 +156,15 @@ class Conversation:
         rows: list[dict[str, object]] = []
         if self._system:
             rows.append({"role": "system", "content": self._system})
-        for one in self._exchanges:
-            rows.append({"role": "user", "content": one.message})
+        for exchange in self._exchanges:
+            rows.append({"role": "user", "content": exchange.message})
             answer = {
                 "role": "assistant",
-                "content": one.answer,
-                "strength": one.strength,
-                "scope": one.scope,
+                "content": exchange.answer,
+                "strength": exchange.strength,
+                "scope": exchange.scope,
             }
-            rows.append(answer if one.base is None else {**answer, "base": one.base})
+            rows.append(answer if exchange.base is None else {**answer, "base": exchange.base})
         write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return f"saved {len(rows)} messages in {path}"
 
@@ -182,23 +182,23 @@ class Conversation:
     def _complete(
         self, message: str, strengths: Sequence[float], show: Callable[[int, str], None]
     ) -> list[Completion]:
-        """An answer for each strength, of which the last one becomes the turn."""
-        kept = self._exchanges
+        """Return an answer for each strength, of which the last one becomes the turn."""
+        exchanges = self._exchanges
         while True:
-            turns = [(one.message, one.answer) for one in kept]
+            turns = [(exchange.message, exchange.answer) for exchange in exchanges]
             prompt = self._framing.prompt(turns, message, self._system)
             requests = [GenerationRequest(prompt, self._seed, strength) for strength in strengths]
             try:
                 completions = self._engine.generate(requests, self._sampling, on_text=show)
                 break
             except QueryError:
-                if not kept:
+                if not exchanges:
                     raise
-                kept = kept[1:]
-        found = [completion for _, completion in sorted(completions, key=lambda pair: pair[0])]
-        *others, answer = (completion.text.strip() for completion in found)
-        strength = 0.0 if self.is_closed(found[-1]) else strengths[-1]
-        exchange = Exchange(message, answer, strength, str(self._scope), *others)
-        self._exchanges = [*kept, exchange]
+                exchanges = exchanges[1:]
+        ordered = [completion for _, completion in sorted(completions, key=lambda pair: pair[0])]
+        *base, answer = (completion.text.strip() for completion in ordered)
+        strength = 0.0 if self.is_closed(ordered[-1]) else strengths[-1]
+        exchange = Exchange(message, answer, strength, str(self._scope), *base)
+        self._exchanges = [*exchanges, exchange]
         self._seed += 1
-        return found
+        return ordered

@@ -1,4 +1,4 @@
-"""What is read of a model: at which tokens, of which part of a layer. Imports no other module."""
+"""The hidden states that are read: at which tokens, of which part of a layer. Imports no other module."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 Hook = Literal["mlp", "residual"]
-"""What is read of a layer: the output of its MLP, or the residual stream at the end of its block."""
+"""The hidden state of a layer: the output of its MLP, or the residual stream at the end of its block."""
 
 HOOKS: tuple[Hook, ...] = ("mlp", "residual")
 
 Pooling = Literal["last", "mean"]
-"""Which tokens are read: the last one, or the mean over those of the response."""
+"""The tokens that are read: the last one, or the mean over those of the response."""
 
 
 @dataclass(frozen=True)
 class Readout:
-    """What is taken of every layer."""
+    """The hidden state that is read of every layer, and at which tokens."""
 
     hook: Hook = "mlp"
     pooling: Pooling = "last"

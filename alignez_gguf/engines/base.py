@@ -1,4 +1,4 @@
-"""What every engine that runs a model takes and gives; no more, so that it can be imported anywhere."""
+"""The protocols of engines, and the data that they take and give. Light enough to be imported anywhere."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DEFAULT_N_PARALLEL = 64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """The settings by which tokens are drawn.
 
     Attributes:
-        max_tokens: at most so many are generated.
+        max_tokens: the most tokens that are generated.
         temperature: 0 takes the most likely token.
         top_p: only the most likely tokens that together have this probability can be drawn.
         stop: strings that end the text; they are not part of it.
@@ -47,13 +47,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One text to be written: it depends on these fields and the sampling alone, never on its neighbours.
+    """One text to be generated: it depends on these fields and the sampling alone, not on other requests.
 
     Attributes:
-        prompt: taken as it is, special tokens included.
-        seed: of the draws.
-        strength: of the engine's edit, if it has one.
-        keep_prompt: the prompt will come again, so that an engine may keep what it computes of it.
+        prompt: the text to go on from; special tokens in it are parsed.
+        seed: the seed of the draws.
+        strength: the strength of the engine's edit, if it has one.
+        keep_prompt: the prompt will come again, so that an engine may cache its KV state.
     """
 
     prompt: str
@@ -64,11 +64,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote.
+    """A text that a model has generated.
 
     Attributes:
-        text: without the prompt, and without the stop string that ended it.
-        n_tokens: how many tokens were generated, without the one that ends a text.
+        text: the text without the prompt, and without the stop string that ended it.
+        n_tokens: the number of generated tokens, without the one that ends a text.
         finish_reason: "stop" at a stop string or where the model ended the text, "length" at `max_tokens`.
         steered: whether an edit acted on it: one was asked for, and no gate stayed closed.
     """
@@ -81,7 +81,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to be read: a prompt and, directly behind it, a response to it, which may be empty."""
+    """A prompt and, directly behind it, a response to it, which may be empty."""
 
     prompt: str
     response: str = ""
@@ -92,7 +92,7 @@ class Passage:
 
 
 class Generator(Protocol):
-    """Writes texts; it may be a model on another machine."""
+    """Generates texts; it may be a model on another machine."""
 
     def generate(
         self,
@@ -103,7 +103,7 @@ class Generator(Protocol):
     ) -> Iterator[tuple[int, Completion]]:
         """Complete all requests; each is yielded with its index as soon as it is finished.
 
-        `on_text(index, piece)` is called with the text as it grows; the pieces add up to the completion.
+        `on_text(index, piece)` is called with each new piece of text; the pieces add up to the completion.
 
         Raises:
             QueryError: a prompt is empty, or does not fit into the context together with `max_tokens`.
@@ -112,10 +112,10 @@ class Generator(Protocol):
 
 
 class Engine(Generator, Protocol):
-    """Runs one model, and can look into it.
+    """Runs one model, and reads its hidden states and log-probabilities.
 
-    What is read is computed as it is asked for, so that several iterators over texts with the same beginnings
-    may take turns.
+    Values are computed as an iterator is advanced, so that several iterators over texts with the same
+    prefixes may take turns.
     """
 
     @property
@@ -123,13 +123,13 @@ class Engine(Generator, Protocol):
 
     @property
     def hooks(self) -> Collection[Hook]:
-        """What can be read of every layer of this architecture."""
+        """The hidden states that can be read of every layer of this architecture."""
         ...
 
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
-        """What every layer makes of each passage, [n_readouts, n_layer, n_embd], in order.
+        """Yield the hidden states of each passage, [n_readouts, n_layer, n_embd], in order.
 
         A passage is computed once for all readouts, and a readout does not depend on the others. The last
         token is that of the whole text; the mean is taken over the tokens behind those of the prompt alone,
@@ -144,7 +144,7 @@ class Engine(Generator, Protocol):
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
     ) -> Iterator[float]:
-        """log P(response | prompt) in nat, summed over its first `max_tokens` tokens, passage by passage.
+        """Yield log P(response | prompt) in nat, summed over its first `max_tokens` tokens, in order.
 
         Raises:
             QueryError: a text is empty, has no response, or is longer than the context.
@@ -152,7 +152,7 @@ class Engine(Generator, Protocol):
         ...
 
     def next_token_logprobs(self, prompts: Sequence[str]) -> Iterator[NDArray[np.float32]]:
-        """The log-probabilities of the token after each prompt, [n_vocab], in order.
+        """Yield the log-probabilities of the token after each prompt, [n_vocab], in nat, in order.
 
         Raises:
             QueryError: a prompt is empty or longer than the context.

@@ -1,4 +1,4 @@
-"""A completion that is being written, whatever computes its tokens."""
+"""A completion that is being generated, whatever computes its tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from alignez_gguf.engines.text import StopStringFilter
 
 
 class StreamingCompletion:
-    """Grows token by token, until the model ends it, a stop string does, or it is as long as it may be.
+    """Collects tokens until the model ends the text, a stop string does, or there are `max_tokens`.
 
     Attributes:
         last: the token to be computed next; -1 before the first one.
-        text: what was generated so far, and what of it can be shown.
-        completion: what it came to; `None` while it grows.
+        text: the text generated so far, and how much of it can be shown.
+        completion: the result; `None` until it is finished.
         steered: whether an edit acts on it.
     """
 
@@ -27,7 +27,7 @@ class StreamingCompletion:
         self._max_tokens = sampling.max_tokens
 
     def add(self, token: int, piece: bytes | str) -> str:
-        """Go on with a token and what it adds to the text; the characters that can be shown now."""
+        """Add a token, and return the characters that can now be shown."""
         self.last = token
         self._n_tokens += 1
         shown = self.text.feed(piece)
@@ -38,7 +38,7 @@ class StreamingCompletion:
         return shown
 
     def end(self) -> str:
-        """The model has ended the text; the characters that were held back."""
+        """End the text as the model has done, and return the characters that were held back."""
         return self._finish("stop")
 
     def _finish(self, reason: Literal["stop", "length"]) -> str:

@@ -1,6 +1,6 @@
-"""JSON over HTTP from servers that are busy, restarting or far away: what may pass is tried again.
+"""JSON over HTTP from servers that are busy, restarting or far away: temporary failures are retried.
 
-Knows status codes and waiting, not what is asked for.
+Knows status codes and waiting, not the meaning of a request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClientError(Exception):
-    """The server will not do what it is asked, however often; `status` says why."""
+    """The server refuses a request for good; `status` is the HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class ClientError(Exception):
 
 
 class _PassingError(Exception):
-    """What may be over at the next attempt; `wait` is for how many seconds the server asks."""
+    """A failure that may be over at the next attempt; the server asks for `wait` seconds before it."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -47,14 +47,14 @@ class _PassingError(Exception):
 
 
 class JsonApi:
-    """One server.
+    """A client of one server.
 
     Args:
-        url: that paths are put behind.
+        url: the address that paths are appended to.
         key: sent as a bearer token, never shown.
-        timeout: seconds for the whole of one answer.
+        timeout: seconds for one whole answer.
         retries: attempts after the first.
-        connections: open at a time.
+        connections: the most connections that are open at a time.
     """
 
     def __init__(self, url: str, *, key: str | None, timeout: float, retries: int, connections: int) -> None:

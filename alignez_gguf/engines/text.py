@@ -13,7 +13,7 @@ class StopStringFilter:
 
     Attributes:
         stopped: whether a stop string has been met.
-        n_given: how many characters it has given.
+        n_given: the number of characters it has given.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -25,16 +25,16 @@ class StopStringFilter:
         self.n_given = 0
 
     def feed(self, piece: bytes | str) -> str:
-        """Add the bytes of a token, or characters; those that are now certain to be part of the text."""
+        """Add the bytes of a token, or characters; return those that are certain to be part of the text."""
         self._held += self._decoder.decode(piece) if isinstance(piece, bytes) else piece
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        starts = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if starts:
             self.stopped = True
-            return self._give(min(found))
+            return self._give(min(starts))
         return self._give(len(self._held) - self._possible_stop())
 
     def finish(self) -> str:
-        """No more bytes follow: the characters that were held back. An incomplete character is dropped."""
+        """End the text, and return the characters that were held back. An incomplete character is dropped."""
         return "" if self.stopped else self._give(len(self._held))
 
     @property
@@ -44,7 +44,7 @@ class StopStringFilter:
 
     @property
     def n_decoded(self) -> int:
-        """How many characters the tokens have, with those that are withheld."""
+        """The number of characters of all tokens, with those that are withheld."""
         return self.n_given + len(self._held)
 
     def _give(self, length: int) -> str:

@@ -1,4 +1,4 @@
-"""Where the response begins in the tokens of a passage, and whether it fits; the same for every engine."""
+"""Tokenizes prompts and passages, and checks that they fit the context; the same for every engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tokenize = Callable[[str], list[int]]
 
 
 def prompt_tokens(tokenize: Tokenize, prompt: str, n_ctx: int, n_new: int = 0) -> list[int]:
-    """The tokens of a prompt that is followed by `n_new` more.
+    """Return the tokens of a prompt that `n_new` generated tokens follow.
 
     Raises:
         QueryError: there are none, or they do not fit into the context.
@@ -31,9 +31,9 @@ def prompt_tokens(tokenize: Tokenize, prompt: str, n_ctx: int, n_new: int = 0) -
 
 
 def passage_tokens(tokenize: Tokenize, passage: Passage, n_ctx: int) -> tuple[list[int], int]:
-    """The tokens of a passage, and the index of the first that counts as response.
+    """Return the tokens of a passage, and the index of the first that counts as response.
 
-    That is the first one behind as many as the prompt alone has; at least the last one.
+    It is the first one behind as many as the prompt alone has; at least the last one.
 
     Raises:
         QueryError: the text is empty or does not fit into the context.
@@ -45,7 +45,7 @@ def passage_tokens(tokenize: Tokenize, passage: Passage, n_ctx: int) -> tuple[li
 def response_tokens(
     tokenize: Tokenize, passage: Passage, n_ctx: int, max_tokens: int | None
 ) -> tuple[list[int], int]:
-    """The same with only the first `max_tokens` of the response, for predicting it.
+    """Return the tokens of a passage with at most `max_tokens` of its response, and where that begins.
 
     Raises:
         QueryError: as `passage_tokens`; or there is no response, or nothing before it.
@@ -59,7 +59,7 @@ def response_tokens(
 
 
 def steered_tokens(tokenize: Tokenize, passage: Passage, max_tokens: int) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and the first `max_tokens` of its answer, whose likelihood is asked for.
+    """Return the tokens of a prompt, and the first `max_tokens` of its answer, to measure its likelihood.
 
     Raises:
         QueryError: the prompt has fewer than two tokens, or the answer none.

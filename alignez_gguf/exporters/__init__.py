@@ -20,7 +20,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True)
 class Written:
-    """What an export wrote.
+    """The files of an export, and how to use them.
 
     Attributes:
         paths: the files, in the order in which they are to be named.
@@ -58,7 +58,7 @@ def write(
 
     Raises:
         ControlFileError: the control is for another model, or cannot be written.
-        SteeringError: the form cannot carry an edit; the message says which, and the mend.
+        SteeringError: the form cannot carry an edit; the message says which, and how to fix it.
         ModelFileError: the model cannot be read.
         OutputError: a file cannot be written; nothing half-written is left.
     """

@@ -23,7 +23,7 @@ GUARD = "guard.project_do_not_add"
 
 
 def write(control: ControlFile, output: Path) -> list[Path]:
-    """Write the GLP file, in full or not at all.
+    """Write the GLP file atomically, and return its path.
 
     Raises:
         SteeringError: the control adds, edits layer 0, or has layers of different rank.

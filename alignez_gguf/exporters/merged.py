@@ -29,7 +29,7 @@ DEFAULT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """What became of one weight.
+    """The type and the rounding of one merged weight.
 
     Attributes:
         name: of the tensor.
@@ -56,7 +56,7 @@ def write(
     tolerance: float = DEFAULT_TOLERANCE,
     progress: Reporter | None = None,
 ) -> list[MergedWeight]:
-    """Write the merged model, in one file, in full or not at all; report on every weight that changed.
+    """Write the merged model, in one file, atomically; return a report on every weight that changed.
 
     A weight keeps its type where rounding changes it by no more than `tolerance`, else it becomes Q8_0, F16
     or F32, the first that does. Nor may rounding bring back more than a tenth of what was removed.

@@ -1,4 +1,4 @@
-"""What lies between the MLP output of an architecture and the residual stream.
+"""Tells how the MLP output of an architecture is scaled on its way into the residual stream.
 
 A constant that is added at the MLP output is one at the block's output too, and the other way round, where
 only the residual addition follows. Read in src/models/*.cpp of the pinned llama.cpp: these architectures
@@ -34,7 +34,7 @@ _ADDED_SCALED = frozenset({"granite"})
 
 
 def residual_scale(arch: str, metadata: Mapping[str, Value]) -> float | None:
-    """What a constant at the MLP output is multiplied with on its way into the residual stream.
+    """Return the factor of a constant at the MLP output on its way into the residual stream.
 
     `None` where the architecture loads no bias there, or where a norm or something unknown follows.
     """

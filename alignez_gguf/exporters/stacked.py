@@ -23,10 +23,10 @@ from alignez_gguf.errors import SteeringError
 from alignez_gguf.runtime.quantize import quantize
 
 _N_TERMS = {"Q8_0": 4, "Q6_K": 4, "Q5_1": 5, "BF16": 3}
-"""What so many lose is below a float32's own rounding: 3e-10 of the largest number in Q8_0, 6e-8 in Q6_K,
-4e-8 in Q5_1, 7e-9 in BF16."""
+"""The number of terms whose error is below a float32's own rounding: 3e-10 of the largest number in Q8_0,
+6e-8 in Q6_K, 4e-8 in Q5_1, 7e-9 in BF16."""
 _STEP = 2.0**-6
-"""Each term is as much smaller than the one before it. Powers of two lose nothing."""
+"""The ratio of each term to the one before it. Powers of two lose nothing."""
 _CARRIERS = {
     "Q8_0": ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"),
     "Q6_K": (

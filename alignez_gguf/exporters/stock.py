@@ -27,7 +27,7 @@ from alignez_gguf.progress import Reporter, SilentReporter
 from alignez_gguf.storage.atomic import replacing
 
 LORA_FORMAT_VERSION = 3
-"""Of the adapters; a cached one of another version is made anew."""
+"""The version of the adapters; a cached adapter of another version is regenerated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,10 @@ class LoraPair:
 
 
 def lora(edits: Edits, weights: ModelWeights, progress: Reporter | None = None) -> dict[str, LoraPair]:
-    """The pairs that remove, by the name of the adapted weight; empty where nothing is removed.
+    """Return the pairs that remove, by the name of the adapted weight; empty where nothing is removed.
 
     Raises:
-        SteeringError: llama.cpp cannot adapt a weight; the message says which, and the mend.
+        SteeringError: llama.cpp cannot adapt a weight; the message says which, and how to fix it.
         ModelFileError: a weight cannot be dequantised.
     """
     removed = {layer: edit for layer, edit in sorted(edits.items()) if edit.remove is not None}
@@ -116,7 +116,7 @@ def write(
 
 
 def write_lora(edits: Edits, weights: ModelWeights, path: Path, progress: Reporter | None = None) -> None:
-    """Write the LoRA that removes, in full or not at all.
+    """Write the LoRA that removes, atomically.
 
     Raises:
         SteeringError, ModelFileError: as `lora`.

@@ -54,7 +54,7 @@ _NOT_NEEDED = (
 
 
 class BuildObserver(Protocol):
-    """Who is told how a build goes."""
+    """Reports the progress of a build to the user."""
 
     def say(self, line: str) -> None:
         """A step begins or ends."""
@@ -300,10 +300,10 @@ def _end(process: subprocess.Popen[str]) -> None:
     if not hasattr(os, "killpg"):
         process.kill()
         return
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + _GRACE_S
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
+            os.killpg(process.pid, number)
             while time.monotonic() < deadline:
                 process.poll()  # a zombie would keep the group alive
                 os.killpg(process.pid, 0)

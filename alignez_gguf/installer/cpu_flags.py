@@ -91,7 +91,7 @@ def attempts(asked: Sequence[str], flags: frozenset[str]) -> list[Attempt]:
 
 
 def portable_flags(platform: str = sys.platform) -> tuple[str, ...]:
-    """What builds a library for every CPU that the platform runs on.
+    """Return the flags that build a library for every CPU that the platform runs on.
 
     On macOS that is one backend, for the first Apple silicon: Metal does the heavy work there.
     """

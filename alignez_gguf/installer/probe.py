@@ -28,7 +28,7 @@ _WINDOWS_EXCEPTION = 0xC0000000
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the child process found."""
+    """The findings of the child process."""
 
     description: Mapping[str, Any]
     """As `probe_child.describe` gives it; empty where llama-cpp-python cannot be imported."""
@@ -61,7 +61,7 @@ def run(site: Path | None = None) -> ProbeResult:
 
 
 def interpret(returncode: int, stdout: str, stderr: str) -> ProbeResult:
-    """What the end of the child process means."""
+    """Interpret the exit status and the output of the child process."""
     lines = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
     description = lines[0] if lines else {}
     finite = len(lines) > 1 and lines[1]["finite"]

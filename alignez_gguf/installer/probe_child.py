@@ -25,7 +25,7 @@ N_SINGLE = 4
 
 
 def describe() -> dict[str, Any]:
-    """What the loaded llama-cpp-python is, as JSON can hold it."""
+    """Describe the loaded llama-cpp-python, as JSON can hold it."""
     import llama_cpp
     from llama_cpp import llama_cpp as bindings
 

@@ -54,7 +54,7 @@ _load_backends()
 
 
 def cache_directory() -> Path:
-    """Where downloads and built wheels are kept; the environment variable ALIGNEZ_CACHE_DIR names another."""
+    """Return the folder of downloads and built wheels; the variable ALIGNEZ_CACHE_DIR names another."""
     if chosen := os.environ.get("ALIGNEZ_CACHE_DIR"):
         return Path(chosen).expanduser().resolve()
     if sys.platform == "win32":
@@ -182,7 +182,7 @@ def load_backends(tree: Path) -> None:
 
 
 def patches_digest(patches: Sequence[Path]) -> str:
-    """What tells one set of patches from another, whatever the line ends of a checkout."""
+    """Return a hash of a set of patches that does not depend on the line ends of a checkout."""
     texts = (text for patch in patches for text in (patch.name, patch.read_text(encoding="utf-8")))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
@@ -194,7 +194,7 @@ def record_patches(tree: Path, patches: Sequence[Path]) -> None:
 
 
 def recorded_patches(folder: Path | zipfile.Path) -> str | None:
-    """The digest of the patches that llama_cpp in `folder` was built with; None where it does not say so.
+    """Return the digest of the patches that llama_cpp in `folder` was built with; None where it names none.
 
     Args:
         folder: site-packages, or the inside of a wheel.

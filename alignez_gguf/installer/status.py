@@ -1,4 +1,4 @@
-"""What the runtime of this Python environment is, and what it lacks."""
+"""Describes the runtime of this Python environment, and what it lacks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def status(site: Path | None = None) -> RuntimeStatus:
 
 
 def from_probe(found: probe.ProbeResult) -> RuntimeStatus:
-    """The status that a probe amounts to."""
+    """Return the status that follows from a probe."""
     description = found.description
     version = description.get("version")
     patch_version: int | None = description.get("patch_version")

@@ -33,15 +33,15 @@ def matching(path: Path) -> Path:
     if fitting:
         return min(fitting, key=lambda wheel: _rank(_tags(wheel), supported))
     nearest = max(faults, key=lambda wheel: faults[wheel][0])
-    others = "" if len(wheels) == 1 else f"none of the {len(wheels)} wheels in {path} fits: "
-    raise RuntimeUnavailableError(f"{others}{nearest.name} {faults[nearest][1]}; {_MEND}")
+    count = "" if len(wheels) == 1 else f"none of the {len(wheels)} wheels in {path} fits: "
+    raise RuntimeUnavailableError(f"{count}{nearest.name} {faults[nearest][1]}; {_MEND}")
 
 
 _MEND = "compile one here: alignez-gguf runtime build"
 
 
 def _fault(wheel: Path, supported: dict[Tag, int]) -> tuple[int, str]:
-    """How many checks a wheel passes, and what is wrong with it; empty where nothing is."""
+    """Return how many checks a wheel passes, and what is wrong with it; empty where nothing is."""
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
     except ValueError:

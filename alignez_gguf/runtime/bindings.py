@@ -126,9 +126,9 @@ def has_gpu() -> bool:
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """What ggml's CPU code was built with and finds, by its own names, such as AVX2."""
-    said = _library().llama_print_system_info().decode(errors="replace")
-    return frozenset(re.findall(r"(\w+) = 1", said))
+    """Return the CPU features that ggml was built with and finds, by its own names, such as AVX2."""
+    info = _library().llama_print_system_info().decode(errors="replace")
+    return frozenset(re.findall(r"(\w+) = 1", info))
 
 
 def is_patched() -> bool:

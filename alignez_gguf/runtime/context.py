@@ -21,9 +21,9 @@ CELLS = 256
 """llama.cpp rounds the cells of a sequence up to a multiple of this (src/llama-context.cpp)."""
 
 _STATE_HEADER = struct.Struct("=Ii")
-"""Of the state of a sequence: a magic number and the sequence."""
+"""The header of a sequence's state: a magic number and the number of the sequence."""
 _COUNT = struct.Struct("=I")
-"""Of the streams of cells, behind the header, and of the cells in each, before them."""
+"""The count of streams of cells, behind the header, and of the cells of each stream, before them."""
 _REASONS = {1: "the KV cache is full", 2: "it was aborted", -1: "the batch is invalid"}
 
 
@@ -31,9 +31,9 @@ class Context(Closing):
     """Decodes batches of tokens of one model.
 
     Args:
-        model: has to outlive the context.
+        model: the model, which has to outlive the context.
         n_ctx: the longest sequence, in tokens.
-        n_sequences: how many sequences the cache holds, numbered from 0.
+        n_sequences: the number of sequences in the cache, which are numbered from 0.
         n_batch: the most tokens in one `decode`. They are computed in one piece.
         n_threads: default: the number of physical cores.
         unified: one pool of cells for all sequences instead of `n_ctx` cells for each. A copy of a sequence
@@ -131,7 +131,7 @@ class Context(Closing):
             )
 
     def logits(self, index: int) -> NDArray[np.float32]:
-        """The logits after token `index` of the last batch, [n_vocab]: a view, valid until `decode`."""
+        """Return the logits after token `index` of the last batch, [n_vocab]: a view until `decode`."""
         row = llama.llama_get_logits_ith(self.pointer, index)
         if not row:
             raise ValueError(f"token {index} of the last batch has no logits")
@@ -150,7 +150,7 @@ class Context(Closing):
         return bool(llama.llama_memory_seq_rm(self._open_memory, sequence, length, -1))
 
     def save_sequence(self, sequence: int) -> bytes | None:
-        """What the cache holds of a sequence, for `load_sequence` of a context of the same model.
+        """Return the state of a sequence in the cache, for `load_sequence` of a context of the same model.
 
         None where that is not all in the cells of one cache, as the state of an empty sequence tells: of
         recurrent layers there is more, and of a second cache, for layers that attend only to the last tokens,

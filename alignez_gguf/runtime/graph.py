@@ -21,11 +21,11 @@ _WEIGHT_OF_HEAD = re.compile(rb"(?:^|#)(?:output|token_embd)[^#]*\.(?:weight|bia
 _DOWN_PROJECTION = re.compile(rb"blk\.(\d+)\.ffn_down(?:_exps|_shexp|_chexps)?\.(?:weight|bias)")
 _BLOCK_OUTPUT = re.compile(rb"l_out-(\d+)")
 _COPY = re.compile(rb"[^#]+#(.+)#\d+")
-"""What the scheduler calls the copy of a node for another device (ggml_backend_sched_split_graph)."""
+"""The name of a copy of a node for another device (ggml_backend_sched_split_graph)."""
 
 _EDIT = re.compile(rb"(?:[^#]+#)?leaf_\d+(?:#\d+)?")
-"""What ggml calls a tensor that has neither sources nor a name, as U, V and b of the patch. The weights and
-inputs of a model have names, and those of a LoRA begin with the name of the weight."""
+"""The name of a tensor that has neither sources nor a name of its own, as U, V and b of the patch. The
+weights and inputs of a model have names, and those of a LoRA begin with the name of the weight."""
 _PRODUCTS = frozenset({b"MUL_MAT", b"MUL_MAT_ID"})
 _SUMS = frozenset({b"ADD", b"ADD_ID", b"SUB"})
 _LINEAR = frozenset(
@@ -101,10 +101,10 @@ class MlpOutputs:
         """Nodes that others use."""
         self._unscaled: dict[int, int] = {}
         self._biases: set[int] = set()
-        """What the biases of edits add to each token."""
+        """The nodes that the biases of edits add to each token."""
 
     def visit(self, address: int) -> bool:
-        """To be called with every node of a graph, in order; whether it is a linear one."""
+        """Take the next node of a graph, in order, and return whether it is a linear one."""
         layer = self._layer(address)
         sources = [source for source in sources_of(address) if source in self._layer_of]
         (self._beyond if layer is None else self._within).update(sources)

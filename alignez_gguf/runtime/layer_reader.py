@@ -25,7 +25,7 @@ _Node = tuple[bytes, int]
 
 @dataclass
 class Observation:
-    """What one decode computed, by layer; a layer that could not be told is missing.
+    """The hidden states of one decode, by layer; a layer that could not be identified is missing.
 
     Attributes:
         mlp: the MLP output, with what edits it, [n_tokens, n_embd].
@@ -79,16 +79,21 @@ class LayerReader:
 
     @property
     def hooks(self) -> set[Hook]:
-        """What has been found of every layer."""
+        """The hidden states that were found in every layer."""
         layers = set(range(self._shape[0]))
         return {hook for hook, of_layer in (self._found or {}).items() if of_layer.keys() == layers}
 
     def learn(self, decode: Callable[[], object]) -> None:
-        """See from what `decode` computes where the outputs are, of one sequence, in one batch."""
+        """Learn where the outputs are from what `decode` computes: one sequence, in one batch."""
         self.observe(decode, 0)
 
     def observe(self, decode: Callable[[], object], n_tokens: int) -> Observation:
-        """What `decode` computes of `n_tokens` tokens of one sequence, in one batch; all must have logits."""
+        """Copy the hidden states of `n_tokens` tokens of one sequence, in one batch; all must have logits.
+
+        Args:
+            decode: computes the batch.
+            n_tokens: the number of its tokens; 0 copies nothing.
+        """
         mlp, block = self._finders = MlpOutputs(self._shape[1]), BlockOutputs(self._shape[0])
         self._n_observed = n_tokens
         self._nodes, self._copies, self._seen = {}, {}, {}
@@ -110,10 +115,10 @@ class LayerReader:
 
     @contextmanager
     def reading(self, readouts: Sequence[Readout]) -> Iterator[None]:
-        """Inside, this is read of the tokens that `arm` names.
+        """Inside, read these hidden states of the tokens that `arm` names.
 
         Raises:
-            ModelFileError: a layer has no such output that can be told with certainty.
+            ModelFileError: a layer has no such output that can be identified with certainty.
         """
         hooks = {readout.hook for readout in readouts}
         self._wanted = {node: (hook, layer) for hook in hooks for layer, node in self._outputs(hook).items()}
@@ -140,9 +145,9 @@ class LayerReader:
         self._armed = True
 
     def take(self) -> NDArray[np.float16]:
-        """What was read, [n_readouts, n_layer, n_embd]."""
+        """Return the hidden states that were read, [n_readouts, n_layer, n_embd]."""
         self._disarm()
-        found = np.stack(
+        states = np.stack(
             [
                 self._last[readout.hook]
                 if readout.pooling == "last"
@@ -151,7 +156,7 @@ class LayerReader:
             ]
         )
         # Massive activations of some models exceed float16.
-        return np.asarray(np.clip(found, -_MAX_FLOAT16, _MAX_FLOAT16), np.float16)
+        return np.asarray(np.clip(states, -_MAX_FLOAT16, _MAX_FLOAT16), np.float16)
 
     def _outputs(self, hook: Hook) -> dict[int, _Node]:
         """The outputs of all layers."""
@@ -209,7 +214,7 @@ class LayerReader:
         return True
 
     def _read(self, address: int) -> bool:
-        """It shows those that are, computed, and goes on if this returns True."""
+        """Read a wanted node once it is computed; llama.cpp goes on if this returns True."""
         if self._finders is not None:
             rows = self._copies[address] = np.empty((self._n_observed, self._shape[1]), np.float32)
             copy_rows(address, rows)

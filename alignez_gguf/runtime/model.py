@@ -38,7 +38,7 @@ class Model(Closing):
 
     Args:
         path: the GGUF file; of a split model, its first part.
-        n_gpu_layers: how many layers a GPU holds; -1 for all, which means none where there is no GPU.
+        n_gpu_layers: the layers that a GPU holds; -1 for all, which means none where there is no GPU.
         optimize_for_batches: whether mostly many tokens are computed at once, and not one or a few.
 
     Raises:
@@ -79,7 +79,7 @@ class Model(Closing):
         self._pieces: dict[int, bytes] = {}
         self.n_vocab = int(llama.llama_vocab_n_tokens(self._vocab))
         self.n_bytes = int(llama.llama_model_size(self._pointer))
-        """Of all weights, in every part of a split model."""
+        """The bytes of all weights, in every part of a split model."""
         self.n_ctx_train = int(llama.llama_model_n_ctx_train(self._pointer))
         self.adds_bos = bool(llama.llama_vocab_get_add_bos(self._vocab))
         self._adds_end = bool(
@@ -97,7 +97,7 @@ class Model(Closing):
 
     @property
     def cache_bytes(self) -> int:
-        """What one token takes in a KV cache in F16; an estimate where layers differ."""
+        """The bytes of one token in a KV cache in F16; an estimate where layers differ."""
         n_head = max(1, llama.llama_model_n_head(self.pointer))
         n_head_kv = max(1, llama.llama_model_n_head_kv(self.pointer))
         widths = (
@@ -193,14 +193,14 @@ def _skip_weight_repacking(quantization: str) -> bool:
 def _initialise() -> None:
     bindings.require_supported()
     llama.llama_backend_init()
-    # llama-cpp-python prints all of llama.cpp's log to stderr unless it has been told otherwise.
+    # llama-cpp-python prints all of llama.cpp's log to stderr unless its level is set.
     logger = logging.getLogger("llama-cpp-python")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.ERROR)
 
 
 def physical_cores() -> int:
-    """How many threads to compute with: one for each physical core that this process may use.
+    """Return the number of threads to compute with: one for each physical core that this process may use.
 
     Hyper-threads share the vector units that matrix products saturate, so a second one a core only gets in
     the way. Where the system does not tell, the number of logical ones.

@@ -1,5 +1,4 @@
-"""What sets the edits of a control on a context: the patch here, adapters of any llama.cpp in
-`stock_adapters`."""
+"""The ways to set the edits of a control on a context: the patch here, adapters in `stock_adapters`."""
 
 from __future__ import annotations
 
@@ -87,10 +86,10 @@ class Patched:
 
 @dataclass(frozen=True)
 class SteeringSupport:
-    """What `steer` does with a model.
+    """Whether and how `steer` can steer a model.
 
     Attributes:
-        steers: the way it takes: the patch, the adapters of stock llama.cpp, or none.
+        steers: the way that `steer` takes: the patch, the adapters of stock llama.cpp, or none.
         reason: why not the way before it; empty for the patch.
     """
 
@@ -121,7 +120,7 @@ def steering_support(path: Path) -> SteeringSupport:
 
 
 def _why_not_patched(path: Path) -> str:
-    """Why the patch does not reach every layer; empty where it does."""
+    """Return why the patch does not reach every layer; empty where it does."""
     from alignez_gguf.runtime.context import Context
     from alignez_gguf.runtime.model import Model
 

@@ -23,7 +23,7 @@ from alignez_gguf.installer.source import cache_directory
 from alignez_gguf.runtime.bindings import captured_log
 
 _CACHED = 16
-"""Adapters that are kept for later; the oldest go."""
+"""The most adapters that are cached; the oldest are deleted."""
 
 
 class StockAdapters:
@@ -142,7 +142,7 @@ def attach(context: Any, model: Any, model_path: str, edits: Edits) -> StockAdap
 
 
 def cached_lora(weights: ModelWeights, edits: Edits) -> Path | None:
-    """The LoRA of these edits for this file, made once; `None` where nothing is removed.
+    """Return the cached LoRA of these edits for this file, or write it; `None` where nothing is removed.
 
     Raises:
         SteeringError, ModelFileError, OutputError: as `stock.write_lora`.

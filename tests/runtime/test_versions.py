@@ -73,7 +73,9 @@ def test_another_version_of_the_patch_is_refused_with_the_mend(
     with pytest.raises(RuntimeUnavailableError, match=f"version {version} .*alignez-gguf runtime build"):
         bindings.is_patched()
 
-    said = status.from_probe(probe.Probe({"version": VERSION, "patch_version": version}, True, False, ""))
+    said = status.from_probe(
+        probe.ProbeResult({"version": VERSION, "patch_version": version}, True, False, "")
+    )
     assert (said.patched, said.steers) == (False, "no")
     assert "alignez-gguf runtime build" in said.mend
 

@@ -14,7 +14,7 @@ import pytest
 
 from alignez_gguf.engines.base import Sampling
 from alignez_gguf.engines.llama.batching import QueuedRequest, SequenceRequest, TextDelta
-from alignez_gguf.server import reply as reply_module
+from alignez_gguf.server import service as service_module
 from alignez_gguf.server.errors import ApiError
 from alignez_gguf.server.limits import HEAD_BYTES, Connection
 from alignez_gguf.server.service import ResponseStream
@@ -232,15 +232,15 @@ def test_upgrade_to_a_websocket_is_not_offered(impatient: Server) -> None:
 
 
 def test_answer_that_nobody_reads_ends_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply_module, "_MOST_UNREAD", 3)
+    monkeypatch.setattr(service_module, "_MOST_UNREAD", 3)
 
     async def read_late() -> list[object]:
-        reply = ResponseStream([SequenceRequest((1,), Sampling(9))])
+        stream = ResponseStream([SequenceRequest((1,), Sampling(9))])
         for _ in range(9):
-            reply.queued[0].listen(TextDelta("x"))
+            stream.queued[0].listen(TextDelta("x"))
         await asyncio.sleep(0)
-        assert reply.queued[0].cancelled
-        events = reply.events()
+        assert stream.queued[0].cancelled
+        events = stream.events()
         heard: list[object] = [await anext(events) for _ in range(3)]
         with pytest.raises(ApiError, match="not being read"):
             await anext(events)

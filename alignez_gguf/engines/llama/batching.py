@@ -36,15 +36,16 @@ from alignez_gguf.selection.logprobs import log_softmax
 
 @dataclass(frozen=True)
 class SequenceRequest:
-    """One text to be written: it depends on these fields alone, never on its neighbours.
+    """One text to be generated: it depends on these fields alone, never on its neighbours.
 
     Attributes:
         tokens: the prompt.
-        seed: of the draws.
+        seed: the seed of the draws.
         steering: the strength of a control over the prompt and what follows it.
         gate: steers only where it opens.
         cache_prefix: the prompt will come again, so that its KV cache is worth keeping.
-        n_alternatives: report the log-probability of every token, and of so many of the likeliest; or not.
+        n_alternatives: report the log-probability of every token, and of this many of the likeliest;
+            `None` for no report.
         divergence: report how far steering moved the distribution of every token. Takes a second sequence.
     """
 
@@ -115,7 +116,7 @@ class QueuedRequest:
 
 
 Take = Callable[[int], QueuedRequest | None]
-"""Gives the next waiting request that needs at most so many sequences, if there is one."""
+"""Given a number of sequences, gives the next waiting request that needs at most that many, or None."""
 
 _PREFILLED = object()
 
@@ -133,8 +134,8 @@ class Batch:
         n_parallel: the most sequences that are decoded at once.
         n_threads: default: the number of physical cores.
         exact: keep completions independent of each other to the bit where the weights allow that.
-        prefill_tokens: no more prompts are computed in a step after so many tokens of them, so that running
-            completions never wait long; by default, all there is room for.
+        prefill_tokens: the prompt tokens after which a step prefills no more, so that running completions
+            never wait long; by default, it prefills all that there is room for.
         prefix_cache: see `Sequences`.
 
     Raises:
@@ -171,8 +172,8 @@ class Batch:
         self._context = self._sequences.context
         self._threads = SamplerThreads(self._context)
         self._running: list[_Row] = []
-        """What the first sequences compute. llama.cpp computes only sequences with neighbouring numbers
-        together (`llama_batch_allocr::split_equal` in src/llama-batch.cpp)."""
+        """The rows that the first sequences compute. llama.cpp computes only sequences with neighbouring
+        numbers together (`llama_batch_allocr::split_equal` in src/llama-batch.cpp)."""
         self._arriving: RunningSequence | None = None
         self._prefill: Iterator[None] = iter(())
         self._prefill_tokens = prefill_tokens
@@ -180,7 +181,7 @@ class Batch:
 
     @property
     def n_running(self) -> int:
-        """How many requests are being completed."""
+        """The number of requests that are being completed."""
         return sum(not row.is_baseline for row in self._running) + (self._arriving is not None)
 
     def step(self, take: Take) -> None:
@@ -204,7 +205,7 @@ class Batch:
             self._drop_done()
 
     def stop(self) -> list[QueuedRequest]:
-        """Drop all requests; those that were not finished."""
+        """Drop all requests, and return those that were not finished."""
         dropped = {row.sequence: None for row in self._running}
         if self._arriving is not None:
             dropped[self._arriving] = None
@@ -275,7 +276,7 @@ class Batch:
         self._prefill_left -= max(len(chunk.tokens), EXACT_CHUNK_TOKENS)
 
     def _decode(self) -> None:
-        """One token of every running sequence."""
+        """Decode one token of every running sequence."""
         self._sequences.decode([row.sequence.last for row in self._running])
         baselines = {row.sequence: index for index, row in enumerate(self._running) if row.is_baseline}
         own = {index: row.sequence for index, row in enumerate(self._running) if not row.is_baseline}
@@ -311,7 +312,7 @@ class RunningSequence(StreamingCompletion):
         self._reports: list[TokenReport] = []
 
     def take(self, context: Context, index: int, token: int, base_logits: NDArray[np.float32] | None) -> None:
-        """Go on with a token that was drawn from the logits at `index`.
+        """Add a token that was drawn from the logits at `index`.
 
         `base_logits` [n_vocab] are those of the unsteered model behind the same tokens, for the divergence.
         """
@@ -353,8 +354,8 @@ class RunningSequence(StreamingCompletion):
         alternatives: tuple[tuple[bytes, float], ...] = ()
         if self.request.n_alternatives:
             alternatives = tuple(
-                (context.model.piece(int(one)), float(logprobs[one]))
-                for one in _likeliest(logprobs, self.request.n_alternatives)
+                (context.model.piece(int(likely)), float(logprobs[likely]))
+                for likely in _likeliest(logprobs, self.request.n_alternatives)
             )
         return TokenReport(
             data=data,
@@ -367,7 +368,7 @@ class RunningSequence(StreamingCompletion):
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """What one sequence computes: a request, or the unsteered model over the same tokens (`is_baseline`)."""
+    """The work of one sequence: a request, or the unsteered model over the same tokens (`is_baseline`)."""
 
     sequence: RunningSequence
     is_baseline: bool = False
@@ -406,13 +407,13 @@ def complete(
 
 
 def _likeliest(logprobs: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The likeliest tokens, best first; without sorting the whole vocabulary."""
-    found = np.argpartition(-logprobs, min(count, len(logprobs) - 1))[:count]
-    return found[np.argsort(-logprobs[found], kind="stable")]
+    """Return the likeliest tokens, best first, without sorting the whole vocabulary."""
+    likeliest = np.argpartition(-logprobs, min(count, len(logprobs) - 1))[:count]
+    return likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
 
 
 def _divergence(base: NDArray[np.float32], steered: NDArray[np.float32]) -> float:
-    """KL(P_base || P_steered) in nat, of log-probabilities [n_vocab]."""
+    """Return KL(P_base || P_steered) in nat, of log-probabilities [n_vocab]."""
     possible = np.isfinite(base)  # some models never let a token be drawn
     terms = np.exp(base[possible], dtype=np.float64) * (base[possible] - steered[possible])
     return max(0.0, float(np.sum(terms)))

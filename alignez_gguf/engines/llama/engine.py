@@ -1,4 +1,4 @@
-"""Runs a GGUF model through llama.cpp: many sequences at once, and what the layers make of texts.
+"""Runs a GGUF model through llama.cpp: many sequences at once, and hidden states of texts.
 
 Needs no patch, except to steer.
 """
@@ -43,11 +43,11 @@ _BATCHES_FROM = 16
 """Sequences in parallel from which on the weights are arranged for many tokens at once."""
 
 _ANY_TEXT = "a b c"
-"""To see the graph; of a few tokens, which are computed in one chunk."""
+"""A text of a few tokens, computed in one chunk to learn the graph."""
 
 
 class LlamaEngine(Closing):
-    """A GGUF model that writes and reads texts.
+    """A GGUF model that generates texts and reads hidden states.
 
     The completion of a request depends neither on `n_parallel` nor on other requests: to the bit on a CPU
     with F32, F16 or Q8_0 weights (see `sequences`), but for rounding with other quantizations and on GPUs.
@@ -152,20 +152,20 @@ class LlamaEngine(Closing):
 
     @property
     def hooks(self) -> Collection[Hook]:
-        """What can be read of every layer of this architecture."""
+        """The hidden states that can be read of every layer of this architecture."""
         return self._knowing_reader().hooks
 
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
-        """What every layer makes of each passage; see `Engine`. Never steered."""
+        """Yield the hidden states of each passage; see `Engine`. Never steered."""
         split = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
         return (self._activations(tokens, first, readouts) for tokens, first in split)
 
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
     ) -> Iterator[float]:
-        """log P(response | prompt) of each passage; see `Engine`. Never steered.
+        """Yield log P(response | prompt) of each passage; see `Engine`. Never steered.
 
         What passages have in common with the one before is computed once.
         """
@@ -177,7 +177,7 @@ class LlamaEngine(Closing):
     def next_token_logprobs(
         self, prompts: Sequence[str], strength: float = 0.0
     ) -> Iterator[NDArray[np.float32]]:
-        """The log-probabilities of the token after each prompt; see `Engine`."""
+        """Yield the log-probabilities of the token after each prompt; see `Engine`."""
         split = [self._tokens(prompt) for prompt in prompts]
         steering = [self._steering(strength, tokens) for tokens in split]
         return map(self._next_token_logprobs, split, steering)
@@ -196,7 +196,7 @@ class LlamaEngine(Closing):
         return LayerReader(self.info)
 
     def _ready_to_read(self) -> Sequences:
-        """The sequence to read in."""
+        """Open the sequence in which texts are read, and return it."""
         self._close_batch()
         if self._reading is None:
             self._reading = Sequences(
@@ -211,11 +211,11 @@ class LlamaEngine(Closing):
         return self._reading
 
     def _knowing_reader(self) -> LayerReader:
-        """The reader of the sequence to read in, which has seen the graph."""
+        """Return the reader of hidden states once it has learned the graph."""
         if not self._reader.knows_graph:
             tokens = self._tokens(_ANY_TEXT)
-            slots = self._ready_to_read()
-            self._reader.learn(lambda: slots.prefill(0, tokens))
+            sequences = self._ready_to_read()
+            self._reader.learn(lambda: sequences.prefill(0, tokens))
         return self._reader
 
     def _complete(
@@ -232,9 +232,9 @@ class LlamaEngine(Closing):
             self._generating = False
 
     def _open_batch(self, requests: Sequence[SequenceRequest]) -> Batch:
-        """The batch, with sequences that are long enough for these requests, and as many as they can use."""
+        """Return a batch whose sequences are long enough for these requests, and as many as they can use."""
         self._stop_reading()
-        longest = max(len(one.tokens) + one.sampling.max_tokens for one in requests)
+        longest = max(len(request.tokens) + request.sampling.max_tokens for request in requests)
         affordable = self._cache_bytes // (self._cells(longest) * self.model.cache_bytes)
         if _TILE < affordable < self.n_parallel:
             affordable -= affordable % _TILE
@@ -255,7 +255,7 @@ class LlamaEngine(Closing):
         return batch
 
     def _cells(self, longest: int) -> int:
-        """Of a sequence: what the longest text needs, or all of the context where there is room for that."""
+        """Return the cells of a sequence: for the longest text, or for the whole context if memory allows."""
         affordable = self.n_parallel * self.n_ctx * self.model.cache_bytes <= self._cache_bytes
         return self.n_ctx if affordable else min(self.n_ctx, -(-longest // CELLS) * CELLS)
 
@@ -303,14 +303,14 @@ class LlamaEngine(Closing):
             return reader.take()
 
     def _response_logprob(self, tokens: Sequence[int], first: int) -> float:
-        """The sum of the log-probabilities of the tokens from `first` on."""
-        sequences, found = self._ready_to_read(), 0.0
+        """Return the sum of the log-probabilities of the tokens from `first` on, in nat."""
+        sequences, total = self._ready_to_read(), 0.0
         for chunk in sequences.plan(0, tokens[:-1], first - 1):
             sequences.compute(0, chunk)
             for index in chunk.wanted:
                 logprobs = log_softmax(sequences.context.logits(index))
-                found += float(logprobs[tokens[chunk.begin + index + 1]])
-        return found
+                total += float(logprobs[tokens[chunk.begin + index + 1]])
+        return total
 
     def _next_token_logprobs(self, tokens: Sequence[int], steering: SequenceSteering) -> NDArray[np.float32]:
         sequences = self._ready_to_read()

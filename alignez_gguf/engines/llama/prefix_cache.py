@@ -1,4 +1,4 @@
-"""The KV cache of prompts that come again, in a temporary file."""
+"""Caches the KV state of prompts that come again, in a temporary file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PrefixCache:
         self._places[tuple(tokens)] = offset, len(state)
 
     def find(self, tokens: Sequence[int]) -> bytes | None:
-        """The state of a prompt, or None."""
+        """Return the state of a prompt, or None."""
         place = self._places.get(tuple(tokens))
         if place is None or self._file is None:
             return None

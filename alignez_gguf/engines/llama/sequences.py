@@ -61,12 +61,12 @@ class SequenceSteering:
     control: int = 0
 
     def at(self, position: int) -> tuple[int, float] | None:
-        """The control that acts at a position, and its strength; None where none does."""
+        """Return the control that acts at a position, and its strength; None where none does."""
         acts = self.strength > 0 and self.first <= position < (inf if self.end is None else self.end)
         return (self.control, self.strength) if acts else None
 
     def agrees_until(self, other: SequenceSteering) -> float:
-        """The first position that the two steer differently, or infinity."""
+        """Return the first position that the two steer differently, or infinity."""
         changes = {0, self.first, other.first} | {end for end in (self.end, other.end) if end is not None}
         return min((position for position in changes if self.at(position) != other.at(position)), default=inf)
 
@@ -81,13 +81,13 @@ def can_be_exact(model: Model) -> bool:
 
 @dataclass
 class _Cached:
-    """What the KV cache of one sequence was computed from."""
+    """The tokens and the steering that the KV cache of one sequence was computed from."""
 
     tokens: list[int]
     steering: SequenceSteering
 
     def shared_with(self, tokens: Sequence[int], steering: SequenceSteering) -> int:
-        """How many positions of a new prompt it holds."""
+        """Return how many positions of a new prompt it holds."""
         limit = int(min(len(self.tokens), len(tokens), self.steering.agrees_until(steering)))
         return next((i for i in range(limit) if self.tokens[i] != tokens[i]), limit)
 
@@ -98,7 +98,7 @@ class PrefillChunk:
 
     Attributes:
         tokens: from the position `begin` on.
-        n_wanted: how many of its last tokens are read, or their logits.
+        n_wanted: the number of its last tokens whose hidden states or logits are read.
     """
 
     tokens: Sequence[int]
@@ -107,7 +107,7 @@ class PrefillChunk:
 
     @property
     def n_outputs(self) -> int:
-        """How many of its last tokens have logits: at least two, where any is wanted.
+        """The number of its last tokens that have logits: at least two, where any is wanted.
 
         One alone takes other kernels in the last layer, and where chunks begin would decide whether it is.
         """
@@ -125,7 +125,7 @@ class Sequences:
     Args:
         model: has to outlive them.
         n_ctx: the longest sequence, in tokens.
-        n_sequences: how many sequences there are, numbered from 0.
+        n_sequences: the number of sequences, which are numbered from 0.
         n_threads: default: the number of physical cores.
         exact: a sequence may not depend on the others to the bit; see `can_be_exact`. `decode` needs a
             second sequence then, to pad a lone token with.
@@ -174,7 +174,7 @@ class Sequences:
             raise
 
     def prefill(self, number: int, tokens: Sequence[int], steering: SequenceSteering = UNSTEERED) -> int:
-        """Make a sequence hold a prompt, computing only what none holds; the index of its logits."""
+        """Prefill a sequence with a prompt, reusing cached prefixes, and return the index of its logits."""
         chunks = self.plan(number, tokens, len(tokens) - 1, steering)
         for chunk in chunks:
             self.compute(number, chunk)
@@ -183,7 +183,7 @@ class Sequences:
     def plan(
         self, number: int, tokens: Sequence[int], first_wanted: int, steering: SequenceSteering = UNSTEERED
     ) -> list[PrefillChunk]:
-        """Prepare a sequence to hold a text; the chunks that it has to `compute`, in order.
+        """Prepare a sequence to hold a text, and return the chunks that it has to `compute`, in order.
 
         A prefix that any sequence or the prefix cache holds under the same steering is reused, but only
         before the position `first_wanted`.
@@ -264,7 +264,7 @@ class Sequences:
     def _reuse_prefix(
         self, number: int, tokens: Sequence[int], steering: SequenceSteering, limit: int
     ) -> int:
-        """Leave in the cache of a sequence only what the new prompt begins with; the number of positions."""
+        """Keep the cached prefix that a new prompt shares, in its sequence, and return its length."""
         self._restore_prefix(number, tokens[:limit])
         shared = [cached.shared_with(tokens, steering) for cached in self._cached]
         donor = max(range(len(shared)), key=shared.__getitem__)

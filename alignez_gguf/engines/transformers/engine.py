@@ -21,7 +21,7 @@ from alignez_gguf.control.model_info import ModelInfo
 from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sampling
 from alignez_gguf.engines.tokens import passage_tokens, prompt_tokens, response_tokens
 from alignez_gguf.engines.transformers.edit_scoring import TransformersEditScorer
-from alignez_gguf.engines.transformers.generation import TokenizedRequest, generate
+from alignez_gguf.engines.transformers.generation import TokenizedRequest, generate_batches
 from alignez_gguf.engines.transformers.model import TorchModel, hidden
 from alignez_gguf.errors import ModelFileError, SteeringError
 from alignez_gguf.readout import HOOKS, Hook, Pooling, Readout
@@ -29,7 +29,7 @@ from alignez_gguf.selection.scoring import ANSWER_TOKENS
 
 _DEFAULT_CONTEXT = 1024
 _MAX_LOGITS = 1 << 27
-"""At most so many logits are held at once: half a gigabyte in float32."""
+"""The most logits that are held at once: half a gigabyte in float32."""
 
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
@@ -37,17 +37,17 @@ _Item = TypeVar("_Item")
 
 
 class TransformersEngine(Closing):
-    """A transformers model that writes and reads texts.
+    """A transformers model that generates texts and reads hidden states.
 
     A completion depends on its prompt and seed alone, but for the rounding of batched products.
 
     Args:
         source: a directory or a hub id.
-        dtype: of the weights: "auto" for that of the file, or "float32", "float16", "bfloat16".
+        dtype: the type of the weights: "auto" for that of the file, or "float32", "float16", "bfloat16".
         device_map: as transformers has it; "auto" takes the GPUs there are, or the CPU.
         n_ctx: the longest prompt and completion together, in tokens. Default: 1024, or what the model was
             trained for if that is less.
-        n_parallel: the most texts that are computed at once.
+        n_parallel: the most texts that are computed together.
 
     Raises:
         ModelFileError: there is no such model, or it is not complete.
@@ -90,11 +90,11 @@ class TransformersEngine(Closing):
             )
             for index, request in enumerate(requests)
         ]
-        return generate(self.model, self.n_parallel, tokenized, sampling, on_text)
+        return generate_batches(self.model, self.n_parallel, tokenized, sampling, on_text)
 
     @property
     def hooks(self) -> Collection[Hook]:
-        """What can be read of every layer of this architecture."""
+        """The hidden states that can be read of every layer of this architecture."""
         readable = set[Hook]()
         for hook in HOOKS:
             with suppress(ModelFileError):
@@ -105,7 +105,7 @@ class TransformersEngine(Closing):
     def activations(
         self, passages: Sequence[Passage], readouts: Sequence[Readout]
     ) -> Iterator[NDArray[np.float16]]:
-        """What every layer makes of each passage; see `Engine`."""
+        """Yield the hidden states of each passage; see `Engine`."""
         modules = [self._modules(readout.hook) for readout in readouts]
         texts = [passage_tokens(self.model.tokenize, passage, self.n_ctx) for passage in passages]
         return (
@@ -117,7 +117,7 @@ class TransformersEngine(Closing):
     def response_logprobs(
         self, passages: Sequence[Passage], *, max_tokens: int | None = None
     ) -> Iterator[float]:
-        """log P(response | prompt) of each passage; see `Engine`."""
+        """Yield log P(response | prompt) of each passage; see `Engine`."""
         texts = [
             response_tokens(self.model.tokenize, passage, self.n_ctx, max_tokens) for passage in passages
         ]
@@ -129,7 +129,7 @@ class TransformersEngine(Closing):
         )
 
     def next_token_logprobs(self, prompts: Sequence[str]) -> Iterator[NDArray[np.float32]]:
-        """The log-probabilities of the token after each prompt; see `Engine`."""
+        """Yield the log-probabilities of the token after each prompt; see `Engine`."""
         rows = [prompt_tokens(self.model.tokenize, prompt, self.n_ctx) for prompt in prompts]
         return (
             array
@@ -154,7 +154,7 @@ class TransformersEngine(Closing):
         return self.model.mlps if hook == "mlp" else self.model.blocks
 
     def _rows_of_logits(self, n_tokens: int) -> int:
-        """How many rows with logits for `n_tokens` each are computed together."""
+        """Return how many rows with logits for `n_tokens` tokens each are computed together."""
         return max(1, min(self.n_parallel, _MAX_LOGITS // (n_tokens * int(self.model.config.vocab_size))))
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ class TransformersEngine(Closing):
         readouts: Sequence[Readout],
         modules: Sequence[Sequence[nn.Module]],
     ) -> NDArray[np.float16]:
-        """[n_texts, n_readouts, n_layer, n_embd], of what the `modules` of each readout put out."""
+        """Return what the `modules` of each readout put out, [n_texts, n_readouts, n_layer, n_embd]."""
         width = max(len(tokens) for tokens, _ in texts)
 
         def taking(pooling: Pooling, layers: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
@@ -180,13 +180,13 @@ class TransformersEngine(Closing):
 
             return forward_hook
 
-        found: list[list[Tensor]] = [[] for _ in readouts]
+        outputs: list[list[Tensor]] = [[] for _ in readouts]
         with ExitStack() as hooks:
-            for readout, layers, hooked in zip(readouts, found, modules, strict=True):
+            for readout, layers, hooked in zip(readouts, outputs, modules, strict=True):
                 for module in hooked:
                     hooks.callback(module.register_forward_hook(taking(readout.pooling, layers)).remove)
             self.model.run([tokens for tokens, _ in texts])
-        array = torch.stack([torch.stack(layers, dim=1) for layers in found], dim=1)
+        array = torch.stack([torch.stack(layers, dim=1) for layers in outputs], dim=1)
         # Massive activations of some models exceed float16.
         return np.asarray(array.clamp(-_MAX_FLOAT16, _MAX_FLOAT16).numpy(), np.float16)
 
@@ -194,16 +194,16 @@ class TransformersEngine(Closing):
     def _response_logprobs(self, texts: Sequence[tuple[list[int], int]]) -> list[float]:
         n_last = max(len(tokens) - first for tokens, first in texts)
         logprobs = self._logprobs([tokens[:-1] for tokens, _ in texts], n_last)
-        found = []
+        sums = []
         for row, (tokens, first) in enumerate(texts):
             expected = torch.tensor(tokens[first:], device=logprobs.device)
-            each = logprobs[row, -len(expected) :].gather(1, expected[:, None])
-            found.append(sum(each[:, 0].tolist()))
-        return found
+            logprobs_of_row = logprobs[row, -len(expected) :].gather(1, expected[:, None])
+            sums.append(sum(logprobs_of_row[:, 0].tolist()))
+        return sums
 
     @torch.inference_mode()
     def _logprobs(self, rows: Sequence[list[int]], n_last: int) -> Tensor:
-        """After the last tokens of each row, [n_rows, n_last, n_vocab]."""
+        """Return the log-probabilities after the last tokens of each row, [n_rows, n_last, n_vocab]."""
         logits, _ = self.model.logits(self.model.padded(rows), n_last)
         return logits.log_softmax(-1)
 

@@ -36,14 +36,14 @@ class TokenizedRequest:
     seed: int
 
 
-def generate(
+def generate_batches(
     model: TorchModel,
     n_parallel: int,
     requests: Sequence[TokenizedRequest],
     sampling: Sampling,
     on_text: Callable[[int, str], None] | None,
 ) -> Iterator[tuple[int, Completion]]:
-    """Complete all requests, `n_parallel` at a time; each is yielded when it is finished.
+    """Complete all requests, `n_parallel` at a time; yield each with its index when it is finished.
 
     Prompts of like length are batched, the longest first, so that little is spent on padding.
     """

@@ -16,7 +16,7 @@ TensorEdit = Callable[[Tensor, float], Tensor]
 
 
 def mlp_edit(edit: LayerEdit) -> TensorEdit:
-    """x + s (V^T G V x + b), for an MLP output; see `edits.apply_to_mlp`."""
+    """Return the edit x + s (V^T G V x + b) of an MLP output; see `edits.apply_to_mlp`."""
     rows = None if edit.remove is None else torch.tensor(edit.remove)
     gains = torch.tensor(edit.gains)
     bias = None if edit.bias is None else torch.tensor(edit.bias)
@@ -34,7 +34,7 @@ def mlp_edit(edit: LayerEdit) -> TensorEdit:
 
 
 def block_edit(edit: LayerEdit) -> TensorEdit:
-    """h + s a, for a block output."""
+    """Return the edit h + s a of a block output."""
     assert edit.add is not None
     vector = torch.tensor(edit.add)
     return lambda h, strength: h + strength * vector.to(h.device)
@@ -50,7 +50,7 @@ def hook_edits(
     """Hook what the MLPs and the blocks of edited layers put out, until `hooks` is closed.
 
     Args:
-        edits: by layer.
+        edits: the edit of each layer.
         mlps: gives the MLP of each layer; called where one is edited.
         blocks: the block of each layer.
         edited: applies an edit, at whatever strength, to what a module puts out.
@@ -63,7 +63,7 @@ def hook_edits(
 
 
 def edit_columns(states: Tensor, columns: slice, edit: TensorEdit, strength: float) -> Tensor:
-    """A copy of [n_rows, width, n_embd] with some columns edited, in float32 whatever its own type."""
+    """Return a copy of [n_rows, width, n_embd] with some columns edited, in float32 whatever its own type."""
     states = states.clone()
     states[:, columns] = edit(states[:, columns].float(), strength).to(states.dtype)
     return states

@@ -1,4 +1,4 @@
-"""What identifies a transformers model: the counterpart of `ModelInfo.from_gguf`."""
+"""Identifies a transformers model: the counterpart of `ModelInfo.from_gguf`."""
 
 from __future__ import annotations
 

@@ -31,10 +31,10 @@ _MLP_NAMES = (
     "residual_mlp",
     "experts",
 )
-"""What decoder layers call their MLP, or its parts."""
+"""The names that decoder layers give their MLP, or its parts."""
 
 _CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward pass calls its KV cache: the first since transformers 5.24 (models/*/modeling_*.py)."""
+"""The names of the KV cache in forward passes: the first since transformers 5.24 (models/*/modeling_*.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class TorchModel:
 
     Args:
         source: a directory or a hub id.
-        dtype: of the weights: "auto" for that of the file, or "float32", "float16", "bfloat16".
+        dtype: the type of the weights: "auto" for that of the file, or "float32", "float16", "bfloat16".
         device_map: as transformers has it; "auto" takes the GPUs there are, or the CPU.
 
     Raises:
@@ -83,7 +83,7 @@ class TorchModel:
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in."""
+        """The device on which token ids are put in."""
         return torch.device(self.module.device)
 
     @cached_property
@@ -91,7 +91,7 @@ class TorchModel:
         """The decoder layers; what each puts out is the residual stream.
 
         Raises:
-            ModelFileError: they cannot be told.
+            ModelFileError: they cannot be identified.
         """
         return decoder_layers(self.module, self.config)
 
@@ -100,12 +100,12 @@ class TorchModel:
         """The MLP, or the whole mixture, of each decoder layer.
 
         Raises:
-            ModelFileError: they cannot be told.
+            ModelFileError: they cannot be identified.
         """
         return layer_mlps(self.blocks, self.config)
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, with the start token where the model wants one; special tokens are read.
+        """Return the tokens of a text, with the start token where the model wants one; parse special tokens.
 
         A text that brings the start token itself, as chat templates do, does not get a second one. Half
         characters (lone surrogates) become question marks.
@@ -115,7 +115,7 @@ class TorchModel:
         return [self._bos, *tokens] if self._adds_bos and tokens[:1] != [self._bos] else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """Return the text of tokens, without special ones."""
         return str(
             self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
@@ -125,7 +125,7 @@ class TorchModel:
         return token in self._ends
 
     def padded(self, rows: Sequence[Sequence[int]]) -> PaddedBatch:
-        """Rows of different lengths, padded on the left."""
+        """Pad rows of different lengths on the left."""
         width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -177,7 +177,7 @@ def is_causal(module: Any) -> bool:
 
 
 def cache_name(parameters: Collection[str], config: Any) -> str:
-    """What a forward pass with these parameters calls its KV cache.
+    """Return the name that a forward pass with these parameters gives its KV cache.
 
     Raises:
         ModelFileError: it takes none.
@@ -191,12 +191,12 @@ def cache_name(parameters: Collection[str], config: Any) -> str:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """The KV cache among what a forward pass takes or returns, if there is one."""
+    """Return the KV cache among what a forward pass takes or returns, if there is one."""
     return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
 
 
 def decoder_layers(model: nn.Module, config: Any) -> list[nn.Module]:
-    """The decoder layers of a causal language model with this (text) config; see `TorchModel.blocks`."""
+    """Return the decoder layers of a causal language model with this text config; see `TorchModel.blocks`."""
     lists = {
         name: module
         for name, module in model.named_modules()
