@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ class RuntimeUnavailableError(AlignezError):
     """llama-cpp-python is missing, of another version, or lacks the patch."""
 
 
+class MissingExtraError(AlignezError):
+    """A package of an optional extra is not installed, or cannot be imported."""
+
+
 class SteeringError(AlignezError):
     """An edit, a strength or a scope cannot be applied to a model in full."""
 
@@ -57,3 +63,28 @@ class OutputError(AlignezError):
 
 class EndpointError(AlignezError):
     """A completions endpoint cannot be reached, refuses a request, or answers with something else."""
+
+
+@contextmanager
+def require_extra(extra: str, purpose: str, alternative: str = "") -> Iterator[None]:
+    """Report a failed import inside the block as the extra of this package that provides it.
+
+    Args:
+        extra: the name of the extra in pyproject.toml.
+        purpose: what needs the package, as the subject of a sentence: "the server".
+        alternative: what the user can do without the extra: "give a .csv".
+
+    Raises:
+        MissingExtraError: a package that is not alignez_gguf or llama_cpp could not be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("alignez_gguf", "llama_cpp"):
+            raise
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        raise MissingExtraError(
+            f"{purpose} needs {package or extra}{reason}; run: pip install 'alignez-gguf[{extra}]'"
+            + (f", or {alternative}" if alternative else "")
+        ) from error

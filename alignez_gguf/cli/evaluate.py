@@ -116,6 +116,7 @@ def evaluate(
     from alignez_gguf.control.scope import Scope
     from alignez_gguf.errors import EndpointError
     from alignez_gguf.evaluation.judges.client import ChatEndpoint
+    from alignez_gguf.evaluation.plots import require_matplotlib
     from alignez_gguf.evaluation.queries import load_evaluation_queries
     from alignez_gguf.evaluation.report import json_path, write_report
     from alignez_gguf.evaluation.run import EvaluationSettings
@@ -124,6 +125,7 @@ def evaluate(
     from alignez_gguf.storage.atomic import require_writable
     from alignez_gguf.storage.workdir import WorkDirectory
 
+    require_matplotlib()
     check_strength(strength)
     loaded = ControlFile.load(control)
     settings = EvaluationSettings(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alignez_gguf.cli import options
-from alignez_gguf.errors import RuntimeUnavailableError
+from alignez_gguf.errors import require_extra
 
 if TYPE_CHECKING:
     from alignez_gguf.prompts.chat_template import FramingChoice
@@ -103,15 +103,9 @@ def serve(
     from alignez_gguf.control.control_file import ControlFile
     from alignez_gguf.runtime import bindings
 
-    try:
+    with require_extra("serve", "the server"):
         from alignez_gguf.server import run as serving
         from alignez_gguf.server.service import RequestLimits, Service
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith(("alignez_gguf", "llama_cpp")):
-            raise
-        raise RuntimeUnavailableError(
-            f"the server needs {error.name}; run: pip install {error.name}"
-        ) from error
 
     if not serving.is_loopback(host) and not api_keys:
         raise click.UsageError(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from alignez_gguf.errors import require_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +34,14 @@ def draw_plots(document: Mapping[str, Any]) -> dict[str, str]:
     return drawn
 
 
+def require_matplotlib() -> None:
+    """Raise `MissingExtraError` if the plots cannot be drawn, before anything long has begun."""
+    with require_extra("report", "the report of an evaluation"):
+        import_module("matplotlib")
+
+
 def _figure(name: str, draw: Any) -> str:
+    require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

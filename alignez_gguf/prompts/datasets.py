@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import QueryError, require_extra
 from alignez_gguf.prompts import tables
 
 
@@ -160,6 +161,7 @@ def load_dataset_rows(source: str) -> list[DatasetRow]:
     Raises:
         QueryError: there is no such data set; the file is missing, is not what its ending says, has other
             columns, or gives one request two labels; or there is neither a file nor a way to the Hub.
+        MissingExtraError: the Hub is asked for and `datasets` is not installed.
     """
     name, _, path = source.partition("=")
     if name not in SOURCES:
@@ -243,12 +245,10 @@ def _letters(text: str) -> str:
 
 def _hub(name: str, published: DatasetSource) -> Iterator[tables.Record]:
     mend = f"download {published.file} from {published.url} and give {name}=FILE"
+    with require_extra("datasets", f"the data set {name}", mend):
+        import_module("datasets")
     try:
         rows = _from_hub(published)
-    except ImportError as error:
-        raise QueryError(
-            f"the data set {name} needs the package datasets: pip install 'alignez-gguf[datasets]', or {mend}"
-        ) from error
     except Exception as error:  # errors of fsspec, pyarrow and several HTTP clients come through
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise QueryError(f"cannot load {published.hub_id} from the Hub: {reason}; {mend}") from error

@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import QueryError, require_extra
 
 LINE = "text"
 """The name of the only field of a line of plain text."""
@@ -80,7 +80,8 @@ def parse(data: bytes, name: str) -> Table:
     spreadsheets save TAB-delimited text as .txt.
 
     Raises:
-        QueryError: the content is not of that form, or pyarrow is needed and not installed.
+        QueryError: the content is not of that form.
+        MissingExtraError: pyarrow is needed and not installed.
     """
     data = _uncompressed(data, name)
     ending = _ending(name)
@@ -362,13 +363,9 @@ def _from_json(text: str, name: str, mend: str = "write one object per line") ->
 
 
 def _from_parquet(data: bytes, name: str) -> Iterator[Record]:
-    try:
+    with require_extra("datasets", f"reading {name}", "give a .csv or .jsonl"):
         import pyarrow as pa
         from pyarrow import parquet
-    except ImportError as error:
-        raise QueryError(
-            f"reading {name} needs pyarrow; pip install pyarrow, or give a .csv or .jsonl"
-        ) from error
     try:
         table = parquet.read_table(pa.BufferReader(data))
     except (OSError, pa.ArrowException) as error:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alignez_gguf.errors import QueryError
+from alignez_gguf.errors import MissingExtraError, QueryError
 from alignez_gguf.prompts.datasets import NAMES, SOURCES, DatasetRow, load_dataset_rows
 from alignez_gguf.prompts.queries import load_queries
 
@@ -202,7 +202,7 @@ def test_offline_error_says_which_file_to_give_and_where_it_is(
 def test_missing_library_is_named_with_the_file_that_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        QueryError, match=r"pip install 'alignez-gguf\[datasets\]', or download xstest_prompts"
+        MissingExtraError, match=r"pip install 'alignez-gguf\[datasets\]', or download xstest_prompts"
     ):
         load_queries("xstest")
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from alignez_gguf.engines.base import Sampling

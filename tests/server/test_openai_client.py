@@ -6,7 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest

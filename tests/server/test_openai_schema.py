@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import ChatCompletionMessage

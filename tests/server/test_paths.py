@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from tests.server.client import Server

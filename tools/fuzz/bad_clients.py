@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import httpx
+import httpx2 as httpx
 
 KEY, WRONG_KEY = "sk-the-right-one-1234", "sk-a-wrong-one-5678"
 MAX_BODY = 1 << 16

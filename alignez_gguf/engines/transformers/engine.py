@@ -51,7 +51,7 @@ class TransformersEngine(Closing):
 
     Raises:
         ModelFileError: there is no such model, or it is not complete.
-        RuntimeUnavailableError: transformers is missing.
+        MissingExtraError: transformers is missing.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alignez_gguf.engines.transformers.hub import require_findable
 from alignez_gguf.engines.transformers.info import model_info
-from alignez_gguf.errors import ModelFileError, RuntimeUnavailableError
+from alignez_gguf.errors import ModelFileError, require_extra
 
 _MLP_NAMES = (
     "mlp",
@@ -61,7 +61,7 @@ class TorchModel:
 
     Raises:
         ModelFileError: there is no such model, it is not complete, or its attention is not causal.
-        RuntimeUnavailableError: transformers is missing.
+        MissingExtraError: transformers is missing.
     """
 
     def __init__(self, source: str | PathLike[str], *, dtype: str = "auto", device_map: Any = "auto") -> None:
@@ -241,13 +241,8 @@ def hidden(output: Any, width: int, n_embd: int) -> Tensor:
 
 def _load(source: str, dtype: str, device_map: Any) -> tuple[Any, Any, Path]:
     """The model in evaluation mode, its tokenizer, and the directory of its files."""
-    try:
+    with require_extra("transformers", "a model that is no GGUF file"):
         transformers: Any = import_module("transformers")
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"a model that is no GGUF file needs transformers: {error}; "
-            "pip install 'alignez-gguf[transformers]'"
-        ) from error
     require_findable(source)
     placed = device_map != "auto" or find_spec("accelerate") is not None
     try:

@@ -22,7 +22,7 @@ from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.engines.transformers.engine import TransformersEngine
 from alignez_gguf.engines.transformers.generation import IncrementalDetokenizer, draw
 from alignez_gguf.engines.transformers.info import gguf_architecture
-from alignez_gguf.errors import ModelFileError, QueryError, RuntimeUnavailableError, SteeringError
+from alignez_gguf.errors import MissingExtraError, ModelFileError, QueryError, SteeringError
 from alignez_gguf.readout import Readout
 from alignez_gguf.runtime.context import Context
 from tests.models import ARCHITECTURES, tiny_model, tokenizer
@@ -296,7 +296,7 @@ def test_weights_that_are_missing_are_not_made_up(saved: Saved, tmp_path: Path) 
 
 def test_missing_package_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'alignez-gguf\[transformers\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'alignez-gguf\[transformers\]'"):
         TransformersEngine("some/model")
 
 
