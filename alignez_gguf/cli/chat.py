@@ -38,8 +38,10 @@ In a terminal, Alt+Enter begins a new line, and Ctrl-C stops an answer."""
 @options.strength
 @options.scope
 @click.option("--compare", is_flag=True, help="Answer base and steered side by side.")
-@click.option("--system", default="", help="What the model is told before the conversation.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of an answer.")
+@click.option("--system", default="", help="System prompt.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Maximum tokens per answer."
+)
 @click.option(
     "--temperature", type=options.FiniteRange(0), default=0.7, show_default=True, help="0 is greedy."
 )
@@ -47,9 +49,11 @@ In a terminal, Alt+Enter begins a new line, and Ctrl-C stops an answer."""
 @options.templates
 @options.framing
 @options.seed
-@click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
-@click.option("--context", type=click.IntRange(16), help="Longest conversation, in tokens.")
+@click.option(
+    "--context", type=click.IntRange(16), help="Context length in tokens: the longest conversation."
+)
 @options.rpc
 @options.quiet
 def chat(

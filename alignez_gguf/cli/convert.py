@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     type=options.FiniteRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="For merged: how much of the edit goes into the weights.",
+    help="Strength of the edit that --format merged writes into the weights.",
 )
 @click.option(
     "--tolerance",
     type=options.FiniteRange(0, min_open=True),
     default=0.02,
     show_default=True,
-    help="For merged: the relative error of a weight beyond which it gets a wider type than it had.",
+    help="Relative error beyond which --format merged gives a weight a wider type than it had.",
 )
 @options.quiet
 def convert(

@@ -63,7 +63,9 @@ _LABELLED = ("offline", "demo")
 )
 @options.strength
 @options.scope
-@click.option("--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=200, show_default=True, help="Maximum tokens per answer."
+)
 @click.option(
     "--temperature", type=options.FiniteRange(0), default=0.8, show_default=True, help="0 is greedy."
 )

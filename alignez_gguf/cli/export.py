@@ -49,17 +49,23 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
     show_default=True,
     help="auto chooses without labels; paper is AlignEZ to the letter.",
 )
-@click.option("--method", type=click.Choice(_METHODS), help="Only this one; default: all.")
+@click.option("--method", type=click.Choice(_METHODS), help="Try only this direction method; default: all.")
 @click.option(
     "--read",
     "reading",
     type=click.Choice(["prompt", "response", "response-mean", "verdict", "refusal"]),
-    help="Only this reading position.",
+    help="Read hidden states only at this position.",
 )
-@click.option("--hook", type=click.Choice(HOOKS), help="Read only here; default: wherever it can.")
-@click.option("--layers", help="Only these may be edited, as 4-20, 4- or 3,5,8.")
 @click.option(
-    "--threshold", type=options.FiniteRange(0, 1), default=0.5, show_default=True, help="For --recipe paper."
+    "--hook", type=click.Choice(HOOKS), help="Read only this hook; default: all that the model has."
+)
+@click.option("--layers", help="Layers that may be edited, as 4-20, 4- or 3,5,8.")
+@click.option(
+    "--threshold",
+    type=options.FiniteRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Threshold of --recipe paper.",
 )
 @click.option(
     "--kl-budget",
@@ -98,7 +104,7 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 @click.option(
     "--mix",
     type=options.FiniteRange(0, min_open=True),
-    help="With --pairs: generate pairs too, and count each given one so many times.",
+    help="With --pairs: generate pairs too, and count each given one this many times.",
 )
 @click.option(
     "--aspect",
@@ -110,7 +116,9 @@ _METHODS = ["ccs", "svd", "svd-diff", "mean", "logistic"]
 @click.option("--force", is_flag=True, help="Go on where the personas show no safety behaviour to amplify.")
 @click.option("--generator", help="URL of an OpenAI-compatible completions endpoint that writes the pairs.")
 @click.option("--generator-model", help="The model's id there, if there are several.")
-@click.option("--api-key", envvar="ALIGNEZ_API_KEY", help="For --generator; better in ALIGNEZ_API_KEY.")
+@click.option(
+    "--api-key", envvar="ALIGNEZ_API_KEY", help="API key for --generator; better set in ALIGNEZ_API_KEY."
+)
 @click.option(
     "--for",
     "target_file",

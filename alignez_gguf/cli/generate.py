@@ -45,13 +45,21 @@ _DECISION = "steered"
     help="The JSONL file to write; default: standard output.",
 )
 @click.option("--chat", is_flag=True, help="Put each prompt into the model's chat framing.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of a completion.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Maximum tokens per completion.",
+)
 @click.option(
     "--temperature", type=options.FiniteRange(0), default=0.0, show_default=True, help="0 is greedy."
 )
 @click.option("--top-p", type=options.FiniteRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--stop", multiple=True, help="A string that ends a completion; may be repeated.")
-@click.option("--n", "n_samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
+@click.option(
+    "--n", "n_samples", type=click.IntRange(1), default=1, show_default=True, help="Completions per prompt."
+)
 @options.strength
 @options.scope
 @click.option("--compare", is_flag=True, help="Add the field `base`: what the unsteered model says.")

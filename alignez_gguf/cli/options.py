@@ -54,7 +54,7 @@ queries = click.option("-q", "--queries", required=True, help=QUERIES_HELP)
 column = click.option("--column", help="The column or field of a table that holds the query.")
 output = click.option("-o", "--output", type=FILE, required=True, help="The file to write.")
 seed = click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every random draw."
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed."
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 framing = click.option(
@@ -89,15 +89,17 @@ rpc = click.option(
 work_dir = click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keeps what is done, so that the same command goes on after an interruption (default: OUTPUT.work, "
-    "removed at the end).",
+    help="Directory that caches finished work, so that the same command goes on after an interruption "
+    "(default: OUTPUT.work, removed at the end).",
 )
 
 
 def engine(command: Command) -> Command:
     """How the model is run."""
     for option in (
-        click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores."),
+        click.option(
+            "--threads", type=click.IntRange(1), help="CPU threads; default: the number of physical cores."
+        ),
         click.option(
             "--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all."
         ),
@@ -106,10 +108,10 @@ def engine(command: Command) -> Command:
             type=click.IntRange(1, 256),
             default=DEFAULT_N_PARALLEL,
             show_default=True,
-            help="Texts at once; fewer where they are long.",
+            help="Sequences decoded in parallel; fewer if they are long.",
         ),
         click.option(
-            "--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens."
+            "--context", type=click.IntRange(16), help="Context length in tokens, prompt and answer together."
         ),
         rpc,
     ):

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @options.queries
 @options.column
-@click.option("--limit", type=click.IntRange(10), help="Only so many of the queries, drawn by the seed.")
+@click.option(
+    "--limit", type=click.IntRange(10), help="Maximum number of queries; they are drawn with --seed."
+)
 @click.option(
     "--embedder",
     help="Compare with a sentence embedder: an embedding model as .gguf, or a name that "
@@ -38,14 +40,14 @@ if TYPE_CHECKING:
     type=click.Choice(["response", "response-mean"]),
     default="response",
     show_default=True,
-    help="Where answers are read: at their last token, or as a mean over their tokens.",
+    help="Where answers are read: at their last token, or as the mean over their tokens.",
 )
 @click.option(
     "--hook",
     type=click.Choice(HOOKS),
     default="mlp",
     show_default=True,
-    help="What is read of a layer.",
+    help="Which hidden state of a layer is read.",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens per answer."
@@ -54,8 +56,8 @@ if TYPE_CHECKING:
 @click.option(
     "--work-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keeps what is done, for this command after an interruption and for export (default: "
-    "MODEL.predict.work in this folder, removed at the end).",
+    help="Directory that caches finished work, for this command after an interruption and for export "
+    "(default: MODEL.predict.work in this folder, removed at the end).",
 )
 @options.templates
 @options.framing

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 )
 @options.strength
 @options.scope
-@click.option("--name", help="What the API calls the model; default: the name of its file.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Elsewhere needs --api-key.")
+@click.option("--name", help="Model id in the API; default: the name of the file.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; one that is not local needs --api-key.",
+)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one."
 )
@@ -39,33 +44,47 @@ if TYPE_CHECKING:
     show_envvar=True,
     help="A key that clients have to send; may be repeated.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of an answer.")
-@click.option("--max-prompt", type=click.IntRange(1), help="Tokens of a prompt; default: the context.")
 @click.option(
-    "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Bytes of a request."
+    "--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Maximum tokens per answer."
 )
 @click.option(
-    "--queue", type=click.IntRange(1), default=256, show_default=True, help="Requests that may wait."
+    "--max-prompt", type=click.IntRange(1), help="Maximum tokens per prompt; default: the context length."
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Maximum bytes per request body.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Maximum number of waiting requests.",
 )
 @click.option(
     "--grace",
     type=click.IntRange(0),
     default=30,
     show_default=True,
-    help="Seconds that running answers have to end when the server is stopped.",
+    help="Seconds that running requests get to finish when the server stops.",
 )
 @options.templates
 @options.framing
-@click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
 @click.option(
     "--parallel",
     type=click.IntRange(2, 250),
     default=16,
     show_default=True,
-    help="Texts at once.",
+    help="Sequences decoded in parallel.",
 )
-@click.option("--context", type=click.IntRange(16), help="Longest prompt and answer together, in tokens.")
+@click.option(
+    "--context", type=click.IntRange(16), help="Context length in tokens, prompt and answer together."
+)
 @options.rpc
 @options.quiet
 def serve(

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "patched", "stock"]),
     default="auto",
     show_default=True,
-    help="Through the patch, or through the adapters of stock llama.cpp; auto is the patch if it is there.",
+    help="Steer through the patch or through the adapters of stock llama.cpp; auto takes the patch if it is "
+    "there.",
 )
-@click.option("--prompt", help="What is decoded; its first 16 tokens are.")
-@click.option("--threads", type=click.IntRange(1), help="Default: the number of physical cores.")
+@click.option("--prompt", help="The prompt to decode; only its first 16 tokens are used.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: the number of physical cores.")
 @click.option("--gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @options.quiet
