@@ -16,17 +16,6 @@ DEFINED_ONCE_PER_MODULE = {
     "write": "the interface of an export format; `exporters.write` chooses the format",
 }
 
-TO_BE_RENAMED = {
-    "Job": "engines.transformers.generation, pipeline.job",
-    "Message": "prompts.jinja_template, server.openai_schema",
-    "SteerableEngine": "chat, pipeline.job: different protocols",
-    "SteeredPassages": "engines.llama.edit_scoring, engines.transformers.edit_scoring",
-    "declined": "pipeline.feasibility, pipeline.verdicts",
-    "describe": "installer.probe_child, server.openapi",
-    "install": "installer.build, server.errors",
-}
-"""Names with two meanings that are still to lose one of them."""
-
 
 def public_definitions() -> Iterator[tuple[str, str]]:
     """Yield the name and the module of every public class and function at the top level of a module.
@@ -48,6 +37,6 @@ def test_every_public_name_is_defined_in_one_module() -> None:
     for name, module in public_definitions():
         modules[name].append(module)
     several = {name: found for name, found in modules.items() if len(found) > 1}
-    allowed = DEFINED_ONCE_PER_MODULE.keys() | TO_BE_RENAMED.keys()
+    allowed = DEFINED_ONCE_PER_MODULE.keys()
     assert {name: found for name, found in several.items() if name not in allowed} == {}
     assert allowed - several.keys() == set(), "allowed, but defined in one module only: take it off the list"

@@ -61,7 +61,7 @@ def lack_of_contrast(job: Job) -> str:
     """
     if job.settings.force or not job.templates.twins:
         return ""
-    helpful, harmful = declined(job)
+    helpful, harmful = persona_refusals(job)
     reason = no_contrast(helpful, harmful)
     alike = "" if reason else alike_personas(helpful, harmful)
     if alike and job.settings.recipe == "paper":
@@ -73,7 +73,7 @@ def lack_of_contrast(job: Job) -> str:
     return reason
 
 
-def declined(job: Job) -> tuple[TwinRefusals, TwinRefusals]:
+def persona_refusals(job: Job) -> tuple[TwinRefusals, TwinRefusals]:
     """Find out which of the twins the helpful and the harmful persona decline; kept."""
     texts: list[list[str]] = job.work.cached_json(
         "feasibility",

@@ -20,6 +20,7 @@ from alignez_gguf.server.limits import Admission
 from alignez_gguf.server.metrics import Metrics
 from alignez_gguf.server.openai_schema import (
     ChatBody,
+    CollectedChoice,
     CompletionBody,
     GenerationBody,
     ResponseBuilder,
@@ -35,7 +36,7 @@ from alignez_gguf.server.openapi import (
     STEERING_RESPONSES,
     openapi_document,
 )
-from alignez_gguf.server.service import CollectedChoice, ResponseStream, Service
+from alignez_gguf.server.service import ResponseStream, Service
 
 _PAGE = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -45,7 +46,7 @@ _PAGE = {
 _PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; builder-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Cache-Control": "no-cache",
 }

@@ -15,8 +15,8 @@ from alignez_gguf.pipeline import Job, feasibility
 from alignez_gguf.pipeline.feasibility import (
     TwinRefusals,
     alike_personas,
-    declined,
     no_contrast,
+    persona_refusals,
     require_contrast,
 )
 from alignez_gguf.prompts.templates import Persona, Templates
@@ -79,7 +79,7 @@ def test_personas_that_decline_alike_are_told_and_end_the_paper_recipe_alone(
         assert found.startswith(
             f"the safety-first persona declines 8 of 8 harmful requests, and the malicious one {n_other}"
         )
-    monkeypatch.setattr(feasibility, "declined", lambda _: (persona(8), persona(n_other)))
+    monkeypatch.setattr(feasibility, "persona_refusals", lambda _: (persona(8), persona(n_other)))
     one = replace(job, templates=TEMPLATES)
     require_contrast(one)
     paper = replace(one, settings=replace(QUICK, recipe="paper"))
@@ -118,7 +118,7 @@ def test_answers_of_both_personas_to_the_twins_decide_and_are_kept(job: Job) -> 
 
     require_contrast(one)
 
-    helpful, harmful = declined(one)
+    helpful, harmful = persona_refusals(one)
     assert helpful == persona(N_TWINS)
     assert harmful == persona(0)
     assert len(engine.asked) == len(set(engine.asked)) == 4 * N_TWINS
@@ -149,7 +149,7 @@ def test_an_export_ends_before_it_writes_pairs_unless_it_is_forced(
 
 def test_only_the_first_twins_are_asked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility, "_N_TWINS", 3)
-    helpful, harmful = declined(replace(job, templates=replace(job.templates, twins=TWINS)))
+    helpful, harmful = persona_refusals(replace(job, templates=replace(job.templates, twins=TWINS)))
     assert len(helpful.harmful) == len(helpful.harmless) == len(harmful.harmful) == 3
 
 
