@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.engines.base import Completion
 from alignez_gguf.storage.journal import Journal
 
 
-class CompletionStore:
+class CompletionStore(Closing):
     """An append-only file of completions by the number of their request. A context manager.
 
     Raises:
@@ -28,12 +28,7 @@ class CompletionStore:
         """Store a completion; it is on the disk when this returns. Raises `WorkDirectoryError`."""
         self._take(**self._journal.append({"index": index, **asdict(completion)}))
 
-    def __enter__(self) -> CompletionStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._journal.close()
 
     def _take(self, index: int, **fields: object) -> None:

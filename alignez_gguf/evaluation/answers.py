@@ -87,7 +87,7 @@ def answer_queries(
     completion: Completion
     for position, completion in engine.generate(requests, sampling):
         answer = Answer(completion.text.strip(), completion.finish_reason == "stop")
-        store.put(keys[missing[position]], asdict(answer))
+        store[keys[missing[position]]] = asdict(answer)
         advance(1)
     return [Answer(**store[key]) for key in keys]
 
@@ -146,7 +146,7 @@ def measure_fluency(
     passages = [Passage(prompts[index], continued(answers[index].text)) for index in missing]
     for index, passage, logprob in zip(missing, passages, scorer.response_logprobs(passages), strict=True):
         n_tokens = max(1, len(tokenize(passage.text)) - len(tokenize(passage.prompt)))
-        store.put(keys[index], {"nat_per_token": -logprob / n_tokens, "n_tokens": n_tokens})
+        store[keys[index]] = {"nat_per_token": -logprob / n_tokens, "n_tokens": n_tokens}
         advance(1)
     return [
         Fluency(
@@ -194,7 +194,7 @@ def measure_topic(
     passages = [Passage(prompt, continued(text)) for prompt, text in map(keys.__getitem__, missing)]
     logprobs = scorer.response_logprobs(passages, max_tokens=TOPIC_TOKENS)
     for key, logprob in zip(missing, logprobs, strict=True):
-        store.put(key, {"logprob": logprob})
+        store[key] = {"logprob": logprob}
         advance(1)
 
     def logprob_of(prompt: str, text: str) -> float:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.errors import QueryError
 from alignez_gguf.pairs import preferences
 from alignez_gguf.prompts import tables
@@ -44,7 +45,7 @@ def unweighted(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     return [replace(pair, weight=1.0) for pair in pairs]
 
 
-class PairStore:
+class PairStore(Closing):
     """An append-only file of pairs that survives a crash: what `append` returned from is on the disk.
 
     Opening drops what is not as it was written; see `Journal`. One process at a time may append.
@@ -75,12 +76,6 @@ class PairStore:
 
     def close(self) -> None:
         self._journal.close()
-
-    def __enter__(self) -> PairStore:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def load_pairs(path: str | PathLike[str]) -> list[PreferencePair]:

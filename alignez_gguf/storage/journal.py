@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.storage.atomic import replacing, write_all
 
@@ -22,7 +23,7 @@ _SEAL = b', "sha256": "%s"}'
 _SEAL_LENGTH = len(_SEAL % bytes(_DIGITS))
 
 
-class Journal:
+class Journal(Closing):
     """The rows of a file, and a place for more of them. A context manager.
 
     Opening drops a last line that was cut off, and every row that is not as it was written; of a file with
@@ -64,12 +65,6 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def _load(self) -> None:
         data = self.path.read_bytes() if self.path.exists() else b""

@@ -7,16 +7,18 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.storage.journal import Journal
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-class KeyedJournal(MutableMapping[_Key, _Value]):
+class KeyedJournal(Closing, MutableMapping[_Key, _Value]):
     """A mapping whose entries are rows of a `Journal`. A context manager; nothing can be deleted.
 
     A key that is assigned twice has its last value. Keys and values may be dataclasses or what JSON can hold.
+    A value is the one that would be read again, so that a resumed run sees what an uninterrupted one saw.
 
     Args:
         path: the file; created where it is missing.
@@ -37,17 +39,15 @@ class KeyedJournal(MutableMapping[_Key, _Value]):
     ) -> None:
         self._journal = Journal(path)
         self._key_field, self._value_field = key_field, value_field
+        self._read_value = read_value
         self._entries = {read_key(row[key_field]): read_value(row[value_field]) for row in self._journal.rows}
 
-    def __enter__(self) -> KeyedJournal[_Key, _Value]:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._journal.close()
 
     def __setitem__(self, key: _Key, value: _Value) -> None:
-        self._entries[key] = value
-        self._journal.append({self._key_field: _as_json(key), self._value_field: _as_json(value)})
+        row = self._journal.append({self._key_field: _as_json(key), self._value_field: _as_json(value)})
+        self._entries[key] = self._read_value(row[self._value_field])
 
     def __getitem__(self, key: _Key) -> _Value:
         return self._entries[key]

@@ -13,18 +13,18 @@ import shutil
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from alignez_gguf.closing import Closing
 from alignez_gguf.errors import WorkDirectoryError
 from alignez_gguf.storage.cached import cached_bytes
 
 
-class WorkDirectory:
+class WorkDirectory(Closing):
     """A cache of results that one process at a time may use. A context manager.
 
     A directory that was created for the job is removed again where nothing was written to it.
@@ -100,11 +100,3 @@ class WorkDirectory:
         self._lock.release()
         if self._is_new and not any(file.is_file() and file.stat().st_size for file in self.path.rglob("*")):
             shutil.rmtree(self.path, ignore_errors=True)
-
-    def __enter__(self) -> WorkDirectory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -35,6 +35,14 @@ def test_entries_come_back_with_their_last_value(tmp_path: Path) -> None:
         assert dict(entries) == written == {first: (1e-300,), second: ()}
 
 
+def test_value_is_what_would_be_read_again(tmp_path: Path) -> None:
+    with KeyedJournal(tmp_path / "entries.jsonl", "key", str, "value", dict) as entries:
+        entries["a"] = {"layers": (1, 2), "text": "\ud800"}
+        written = entries["a"]
+    with KeyedJournal(tmp_path / "entries.jsonl", "key", str, "value", dict) as entries:
+        assert entries["a"] == written == {"layers": [1, 2], "text": "?"}
+
+
 def test_entry_that_was_cut_off_is_missing_and_can_be_written_again(tmp_path: Path) -> None:
     path = tmp_path / "entries.jsonl"
     with opened(path) as entries:

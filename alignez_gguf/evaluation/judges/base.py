@@ -157,7 +157,7 @@ class RatingJudge:
         advance(len(answers) - len(missing))
         missing_keys = list(missing)
         for index, rating in self._rater.rate(list(missing.values())):
-            store.put(missing_keys[index], asdict(rating))
+            store[missing_keys[index]] = asdict(rating)
             advance(1)
         return [_rating(store, key) for key in keys]
 

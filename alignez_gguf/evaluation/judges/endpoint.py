@@ -253,7 +253,7 @@ def _ask(
         if attempt == 0:
             advance(len(waiting) - len(missing))
         for position, text in endpoint.replies(requests):
-            store.put(keys[missing[position]], {"reply": text})
+            store[keys[missing[position]]] = {"reply": text}
             if attempt == 0:
                 advance(1)
         for index in waiting:
