@@ -3,9 +3,9 @@
 Every source of directions is tried in a few operations, amounts and spans of layers on the first queries;
 the best go on to more of them, as in successive halving (Jamieson and Talwalkar, 2016); then the best one
 goes from neighbour to neighbour while it gets better, and on from there in another scope, where that is
-better. What costs more than the budget is not chosen. The gain
-that the choice was made by is not the one to believe: `pipeline.confirmation` measures that on other queries.
-Everything is deterministic. This module knows nothing of engines.
+better. What costs more than the budget is not chosen. The gain that the choice was made by is not the one to
+believe: `pipeline.confirmation` measures that on other queries. Everything is deterministic. This module
+knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -160,14 +160,13 @@ class Search:
         A scope decides where in an answer an edit gains: of a whole answer, one query whose answer is a long
         set phrase can outweigh ten others, and the mean is that of one query.
         """
-        for scope in self.scopes:
-            candidate = replace(best.candidate, scope=scope)
-            if candidate in self._tried and self._tried[candidate].kl is not None:
-                continue
+        others = [
+            replace(best.candidate, scope=scope) for scope in self.scopes if scope != best.candidate.scope
+        ]
+        for candidate in others:
             self._measured(candidate, self.scorer.n_queries)
             score = self._with_divergence(candidate)
-            is_affordable = score.kl is not None and score.kl <= self.budget
-            if is_affordable and score.lower_bound > best.score.lower_bound:
+            if self._is_affordable(score) and score.lower_bound > best.score.lower_bound:
                 best = Scored(candidate, score)
         return best
 
@@ -207,9 +206,13 @@ class Search:
             if self._tried[candidate].gain <= floor:
                 break
             score = self._with_divergence(candidate)
-            if score.kl is not None and score.kl <= self.budget:
+            if self._is_affordable(score):
                 return Scored(candidate, score)
         return former
+
+    def _is_affordable(self, score: EditScore) -> bool:
+        """Whether the divergence was measured and is within the budget."""
+        return score.kl is not None and score.kl <= self.budget
 
     def _with_divergence(self, candidate: Candidate) -> EditScore:
         known = self.known[candidate]
