@@ -1,4 +1,4 @@
-"""What works without the optional extras, and what is said where one of them is missing."""
+"""Commands work without the extras that they do not need, and name the one that they do."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     type=click.Choice(["response", "response-mean"]),
     default="response",
     show_default=True,
-    help="Where answers are read: at their last token, or as the mean over their tokens.",
+    help="Read answers at their last token, or as the mean over their tokens.",
 )
 @click.option(
     "--hook",

@@ -70,5 +70,5 @@ def _tags(wheel: Path) -> frozenset[Tag]:
 
 
 def _rank(tags: frozenset[Tag], supported: dict[Tag, int]) -> int:
-    """How far a wheel is from the one that pip likes best here."""
+    """Return the rank of a wheel among those that pip takes here; 0 is the best."""
     return min(supported[tag] for tag in tags if tag in supported)

@@ -1,1 +1,1 @@
-"""From a table of queries to the prompts that a model is given."""
+"""Reads tables of queries, and makes the prompts that a model is given of them."""

@@ -181,7 +181,7 @@ class BlockOutputs:
         self._latest: dict[bytes, int] = {}
 
     def visit(self, address: int) -> bool:
-        """To be called with every node of a graph, in order; whether it is called an output."""
+        """Take the next node of a graph, in order, and return whether its name is that of an output."""
         name = name_of(address)
         sources = [self._original(source) for source in sources_of(address)]
         layers = [self._layer(source) for source in sources]

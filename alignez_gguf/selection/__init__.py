@@ -1,1 +1,1 @@
-"""Which edit is best: candidates, their score, and the search. Knows nothing of engines."""
+"""Finds the best edit: candidates, their score, and the search. Knows nothing of engines."""

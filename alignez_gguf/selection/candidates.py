@@ -1,4 +1,4 @@
-"""What an edit may be made of: where its directions come from, operation, amount, layers and time steps."""
+"""Candidates for an edit: each is a source of directions, an operation, an amount, layers and a scope."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class _Cached:
     strengths: tuple[float, ...]
     """One for each control."""
     foreign: range
-    """From the first token that somebody else computed to the last one; their ids mean nothing."""
+    """The positions from the first to the last token that somebody else computed; their ids mean nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is computed together, and in which chunks: counted in llama.cpp's contexts and batches."""
+"""The server computes requests together and prompts in chunks, as llama.cpp's contexts and batches show."""
 
 from __future__ import annotations
 

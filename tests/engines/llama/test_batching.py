@@ -50,7 +50,7 @@ class Arrivals:
         self.n_steps = 0
 
     def run(self, after_step: Callable[[int], None] = lambda _: None) -> list[str]:
-        """What is written after each prompt, once nothing waits or runs any more."""
+        """Return the text after each prompt, once no request waits or runs."""
         while self._waiting or self.batch.n_running:
             self.batch.step(self._take)
             self.n_steps += 1
