@@ -42,7 +42,7 @@ def _blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def _commands(page: Path) -> Iterator[str]:
-    """What stands behind a `$` in a console block, and indented lines that begin with a program of ours."""
+    """Return the commands behind a `$` in console blocks, and indented lines that begin with our programs."""
     for language, block in _blocks(page):
         if language == "console":
             yield from re.findall(r"^\$ ((?:[^\n]|\\\n)+)", block, re.MULTILINE)
@@ -132,7 +132,9 @@ def test_command_has_these_options(snippet: Snippet, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("alignez_gguf.runtime.rpc.use_servers", lambda endpoints: None)
     program, *arguments = shlex.split(snippet.text, comments=True)
     command: click.Command = main
-    context = click.Context(main, info_name=program)
+    context = click.Context(
+        main, info_name=program, **main.context_settings
+    )  # a command keeps its help option
     while isinstance(command, click.Group):
         name, found, arguments = command.resolve_command(context, arguments)
         assert found is not None
@@ -159,7 +161,7 @@ def test_makefile_runs_tools_that_exist() -> None:
 
 @pytest.mark.parametrize("snippet", PATHS, ids=_id)
 def test_path_is_there(snippet: Snippet) -> None:
-    """Of a file of this repository; a name in capitals stands for one that a reader will write."""
+    """A path names a file of this repository; a name in capitals stands for one that a reader writes."""
     assert (ROOT / snippet.text).exists() or "NAME" in snippet.text
 
 
@@ -195,5 +197,5 @@ def test_readme_has_the_figures_of_the_real_model() -> None:
 
 
 def _anchor(heading: str) -> str:
-    """Of a heading, as GitHub makes it."""
+    """Return the anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

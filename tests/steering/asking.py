@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama
+from llama_cpp import GGML_TYPE_F32, Llama, LlamaRAMCache
 from numpy.typing import NDArray
 
+from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.steering.steer import steer
 from tests.runtime import gpu
 from tests.runtime.gpu import tolerance
 
@@ -44,3 +46,32 @@ def strengths(scope: str, strength: float, n_prompt: int, n_tokens: int) -> list
     n_steered = {"generation": n_tokens - last, "all": n_tokens, "first:2": min(2, n_tokens - last)}[scope]
     before = 0 if scope == "all" else last
     return [0.0] * before + [strength] * n_steered + [0.0] * (n_tokens - before - n_steered)
+
+
+def assert_cache_of_states_leaks_nothing(
+    llm: Llama, control: ControlFile, expected_answer: Callable[[list[int], float], list[int]]
+) -> None:
+    """Ask through a cache of states, steered, steered less and not, and hold each text against the oracle.
+
+    Args:
+        expected_answer: greedy tokens to a prompt, steered everywhere by `control` at a strength.
+    """
+
+    def ask(prompt: list[int]) -> str:
+        text: str = llm.create_completion(prompt, max_tokens=N_ANSWER, temperature=0.0)["choices"][0]["text"]
+        return text
+
+    def expected(prompt: list[int], strength: float) -> str:
+        tokens = expected_answer(prompt, strength)
+        assert llm.token_eos() not in tokens
+        text: str = llm.detokenize(tokens).decode(errors="ignore")
+        return text
+
+    llm.set_cache(LlamaRAMCache())
+    with steer(llm, control, scope="all") as steering:
+        assert ask(PROMPT) == expected(PROMPT, 1.0)
+        llm.reset()
+        steering.strength = 0.5
+        assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.5)
+    llm.reset()
+    assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.0)

@@ -4,7 +4,7 @@ of PyTorch with forward hooks, as without a gate."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,20 +31,6 @@ WEIGHTS = RANDOM.normal(size=40).astype(np.float32)
 @pytest.fixture(scope="module", params=["llama", "lfm2"], ids=["keys and values", "a state too"])
 def model(request: pytest.FixtureRequest) -> TinyModel:
     return tiny_model(request.param)
-
-
-@pytest.fixture
-def llm(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
-
-
-@pytest.fixture
-def never_steered(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
 
 
 def score(model: TinyModel, prompt: Sequence[int]) -> float:

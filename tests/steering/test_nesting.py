@@ -3,7 +3,7 @@ alone, the hooks of one control after those of another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, permutations
 
@@ -47,13 +47,6 @@ C = Asked(2, 0.5, "first:2")
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
     return tiny_model("llama")
-
-
-@pytest.fixture
-def llm(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
 
 
 def expected_logits(

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from llama_cpp import Llama, LlamaRAMCache
+from llama_cpp import Llama
 
 from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.control.edits import LayerEdit
@@ -21,7 +21,17 @@ from alignez_gguf.steering.steer import steer
 from tests.models import RECURRENT, TinyModel, tiny_model
 from tests.runtime.gpu import same_bits
 from tests.runtime.oracle import hooked_logits
-from tests.steering.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
+from tests.steering.asking import (
+    MORE,
+    N_ANSWER,
+    PARITY,
+    PROMPT,
+    answer,
+    assert_cache_of_states_leaks_nothing,
+    cached,
+    load,
+    strengths,
+)
 
 HYBRID = "lfm2"
 SCOPES = ("generation", "all", "first:2")
@@ -169,24 +179,10 @@ def test_a_state_that_was_saved_under_a_control_steers_nothing_without_it(
 
 
 def test_the_cache_of_states_leaks_nothing(architecture: str, llm: Llama, control: ControlFile) -> None:
-    def ask(prompt: list[int]) -> str:
-        text: str = llm.create_completion(prompt, max_tokens=N_ANSWER, temperature=0.0)["choices"][0]["text"]
-        return text
+    def expected(prompt: list[int], strength: float) -> list[int]:
+        return expected_answer(architecture, prompt, "all", strength)
 
-    def expected(prompt: list[int], strength: float) -> str:
-        tokens = expected_answer(architecture, prompt, "all", strength)
-        assert llm.token_eos() not in tokens
-        text: str = llm.detokenize(tokens).decode(errors="ignore")
-        return text
-
-    llm.set_cache(LlamaRAMCache())
-    with steer(llm, control, scope="all") as steering:
-        assert ask(PROMPT) == expected(PROMPT, 1.0)
-        llm.reset()
-        steering.strength = 0.5
-        assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.5)
-    llm.reset()
-    assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.0)
+    assert_cache_of_states_leaks_nothing(llm, control, expected)
 
 
 def test_a_removal_where_no_layer_has_an_mlp_is_refused_and_nothing_is_steered() -> None:

@@ -3,7 +3,7 @@ request alone, whatever was asked before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_cpp import Llama, LlamaRAMCache
+from llama_cpp import Llama
 
 from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.control.edits import LayerEdit
@@ -22,7 +22,17 @@ from alignez_gguf.steering.steer import steer
 from tests.models import OUT_OF_REACH, TinyModel, tiny_model
 from tests.runtime.gpu import same_bits
 from tests.runtime.oracle import hooked_logits
-from tests.steering.asking import MORE, N_ANSWER, PARITY, PROMPT, answer, cached, load, strengths
+from tests.steering.asking import (
+    MORE,
+    N_ANSWER,
+    PARITY,
+    PROMPT,
+    answer,
+    assert_cache_of_states_leaks_nothing,
+    cached,
+    load,
+    strengths,
+)
 
 SCOPES = ("generation", "all", "first:2")
 
@@ -45,20 +55,6 @@ EDITS = edits_of()
 @pytest.fixture(scope="module")
 def control(model: TinyModel) -> ControlFile:
     return ControlFile(ModelInfo.from_gguf(model.gguf), EDITS)
-
-
-@pytest.fixture
-def llm(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
-
-
-@pytest.fixture
-def never_steered(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
 
 
 def expected_answer(
@@ -353,24 +349,10 @@ def test_a_saved_state_steers_no_other_model_or_control(
 
 
 def test_the_cache_of_states_leaks_nothing(model: TinyModel, llm: Llama, control: ControlFile) -> None:
-    def ask(prompt: list[int]) -> str:
-        text: str = llm.create_completion(prompt, max_tokens=N_ANSWER, temperature=0.0)["choices"][0]["text"]
-        return text
+    def expected(prompt: list[int], strength: float) -> list[int]:
+        return expected_answer(model, prompt, "all", strength)
 
-    def expected(prompt: list[int], strength: float) -> str:
-        tokens = expected_answer(model, prompt, "all", strength)
-        assert llm.token_eos() not in tokens
-        text: str = llm.detokenize(tokens).decode(errors="ignore")
-        return text
-
-    llm.set_cache(LlamaRAMCache())
-    with steer(llm, control, scope="all") as steering:
-        assert ask(PROMPT) == expected(PROMPT, 1.0)
-        llm.reset()
-        steering.strength = 0.5
-        assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.5)
-    llm.reset()
-    assert ask(PROMPT + MORE) == expected(PROMPT + MORE, 0.0)
+    assert_cache_of_states_leaks_nothing(llm, control, expected)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Holds with any llama.cpp, the patched one included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +47,6 @@ def model() -> TinyModel:
 @pytest.fixture(scope="module")
 def control(model: TinyModel) -> ControlFile:
     return ControlFile(ModelInfo.from_gguf(model.gguf), EDITS)
-
-
-@pytest.fixture
-def llm(model: TinyModel) -> Iterator[Llama]:
-    llm = load(model.gguf)
-    yield llm
-    llm.close()
 
 
 def assert_as_alone(model: TinyModel, llm: Llama, prompt: Sequence[int], scope: str, strength: float) -> None:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -46,14 +46,6 @@ def control_for(tiny: TinyModel, seed: int = 0) -> ControlFile:
         2: LayerEdit(remove=normal(info.n_embd)),
     }
     return ControlFile(info, edits)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def expected_logits(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from alignez_gguf.control.edits import LayerEdit
 from alignez_gguf.control.gate import Gate
-from alignez_gguf.engines.base import Completion, GenerationRequest, Sampling
+from alignez_gguf.engines.base import GenerationRequest
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.errors import SteeringError
-from tests.engines.llama.test_steering import PROMPTS, random_edits
-from tests.models import TinyModel, quantized, tiny_model
+from tests.engines.llama.test_steering import PROMPTS, completed, random_edits
+from tests.models import quantized, tiny_model
 
-SAMPLING = Sampling(max_tokens=12, temperature=0.8)
 RANDOM = np.random.default_rng(4)
 TOKENS = RANDOM.permutation(300)[:40].astype(np.int32)
 WEIGHTS = RANDOM.normal(size=40).astype(np.float32)
@@ -25,22 +22,6 @@ REQUESTS = [
     for seed in (1, 2)
     for strength in (0.0, 1.0)
 ]
-
-
-@pytest.fixture(scope="module", params=["llama", "lfm2"], ids=["keys and values", "a state too"])
-def tiny(request: pytest.FixtureRequest) -> TinyModel:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def engine(tiny: TinyModel) -> Iterator[LlamaEngine]:
-    with LlamaEngine(tiny.gguf, n_ctx=256, n_parallel=4, n_threads=1) as engine:
-        yield engine
-
-
-def completed(engine: LlamaEngine, requests: list[GenerationRequest]) -> list[Completion]:
-    found = dict(engine.generate(requests, SAMPLING))
-    return [found[index] for index in range(len(found))]
 
 
 def gates(engine: LlamaEngine) -> list[tuple[Gate, list[bool]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from alignez_gguf.engines.base import Completion, GenerationRequest, Passage, Sa
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.readout import Readout
 from alignez_gguf.runtime.context import Context
-from tests.models import TinyModel, tiny_model, tokenizer
+from tests.models import TinyModel, tokenizer
 
 SHARED = "Question: how do I bake a cake?\nAnswer: make a plan, work slowly and mind the oven.\n"
 PROMPTS = [
@@ -37,17 +35,6 @@ def random_edits(seed: int = 0) -> Edits:
         layer: LayerEdit(remove=normal((4, 64)).astype(np.float32), add=(0.3 * normal(64)).astype(np.float32))
         for layer in range(3)
     }
-
-
-@pytest.fixture(scope="module", params=["llama", "lfm2"], ids=["keys and values", "a state too"])
-def tiny(request: pytest.FixtureRequest) -> TinyModel:
-    return tiny_model(request.param)
-
-
-@pytest.fixture
-def engine(tiny: TinyModel) -> Iterator[LlamaEngine]:
-    with LlamaEngine(tiny.gguf, n_ctx=256, n_parallel=4, n_threads=1) as engine:
-        yield engine
 
 
 def completed(engine: LlamaEngine, requests: list[GenerationRequest]) -> list[Completion]:

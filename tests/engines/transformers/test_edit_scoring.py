@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from alignez_gguf.control.edits import Edits, LayerEdit
@@ -33,14 +32,6 @@ ALL = range(len(PASSAGES))
 
 ARCHITECTURES = ("llama", "mixtral", "gemma3", "granite")
 SCOPES = ("generation", "all", "first:2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
