@@ -224,6 +224,12 @@ def export(
             opened, source or model, target_file, (threads, gpu_layers, parallel, context)
         )
         chosen = replace(chosen, layers=parse_layers(layers, target.info.n_layer))
+        if form == "stock" and chosen.hook is None and target.info.has_post_norm:
+            say.note(
+                "--hook residual: stock llama.cpp cannot add before the norm that follows the MLP of "
+                f"{target.info.arch} models"
+            )
+            chosen = replace(chosen, hook="residual")
         default = Templates.paper if chosen.recipe == "paper" else Templates.default
         asking = templates_of(described, templates, framing, default=default)
         work = opened.enter_context(WorkDirectory(place))

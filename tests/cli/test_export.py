@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from alignez_gguf import demo
-from alignez_gguf.control.control_file import ControlFile
+from alignez_gguf.control.control_file import ControlFile, ModelInfo
 from alignez_gguf.engines.base import Completion
 from alignez_gguf.engines.llama.engine import LlamaEngine
 from alignez_gguf.storage.workdir import WorkDirectory
@@ -391,6 +391,17 @@ def test_other_forms_are_written_for_the_model(
     written = set(result.stdout.split())
     assert written <= names
     assert written == {path.name for path in tmp_path.iterdir()}
+
+
+def test_stock_form_adds_behind_a_norm_that_follows_the_mlp(
+    run: Run, model: str, few_queries: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelInfo, "has_post_norm", True)
+    quick = ("--recipe", "paper", "--method", "mean", "--layers", "1-", "--max-tokens", "12")
+    result = run("export", model, "-q", few_queries, "-o", "safe", "--format", "stock", *quick)
+    assert result.exit_code == 0, result.stderr
+    assert "--hook residual: stock llama.cpp cannot add before the norm" in " ".join(result.stderr.split())
+    assert "safe.cvec.gguf" in {path.name for path in tmp_path.iterdir()}
 
 
 def test_transformers_model_needs_no_patched_runtime_and_no_gguf(
